@@ -1,0 +1,7 @@
+""" Associative Transformer (AiT) for timm. Importing this package registers its models with timm. """
+from .layers import GlobalWorkspace, balance_loss, memory_statistics
+from .models import AssociativeTransformer
+from .training import install_balance_loss
+from .version import __version__
+
+install_balance_loss()

@@ -1,0 +1,1 @@
+from .associative_transformer import *

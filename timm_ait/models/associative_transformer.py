@@ -1,0 +1,212 @@
+""" Associative Transformer (AiT)
+
+A vision transformer whose MLPs end in a global workspace: tokens of the whole batch compete to write into a small
+memory, and every token reads from it by Hopfield retrieval.
+
+Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
+    Yuwei Sun, Hideya Ochiai, Zhirong Wu, Stephen Lin, Ryota Kanai. CVPR 2025.
+
+Parameters without the classifier, against the paper's: small 15.1M (15.8M), medium 45.3M (45.9M), base 90.5M (91.0M).
+The difference of about half a million is the paper's classifier, a LayerNorm and a linear layer over all 64 tokens
+flattened, in place of which these models have timm's pooling.
+"""
+from functools import partial
+from typing import Any, Dict, Optional, Type, Union
+
+import torch
+import torch.nn as nn
+
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+from timm_ait.layers import WorkspaceMlp, balance_loss, memory_statistics
+from timm_ait.weights import shipped_weights
+
+__all__ = ['AssociativeTransformer']
+
+
+class AssociativeTransformer(VisionTransformer):
+    """ Associative Transformer
+
+    timm's `VisionTransformer` with another MLP layer; keys of a plain ViT checkpoint match one to one.
+    """
+
+    def __init__(
+            self,
+            *args,
+            num_slots: int = 32,
+            slot_dim: int = 32,
+            workspace_heads: int = 8,
+            bottleneck: Union[int, float] = 512,
+            beta: float = 1.,
+            retrieval_steps: int = 1,
+            memory_momentum: float = 0.9,
+            memory_init: str = 'normal',
+            memory_update: str = 'orthogonal',
+            balance_weight: float = 1e-2,
+            write: bool = True,
+            retrieval: bool = True,
+            differentiable_write: bool = True,
+            gated: bool = False,
+            mlp_layer: Type[nn.Module] = WorkspaceMlp,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: As `VisionTransformer`.
+            num_slots: Number of slots M of each block's memory.
+            slot_dim: Slot width D.
+            workspace_heads: Number of write heads A.
+            bottleneck: Tokens k a slot and head keep out of the batch's; a float in (0, 1] is a fraction of them.
+            beta: Inverse temperature of the retrieval.
+            retrieval_steps: Number of retrieval steps.
+            memory_momentum: Weight of the memory before a write in the memory after it.
+            memory_init: Initial memory, 'normal', 'uniform' or 'identity'.
+            memory_update: 'orthogonal' keeps the slots orthonormal, 'normalize' (published) only of unit norm.
+            balance_weight: Weight of the balance loss.
+            write: Write in training.
+            retrieval: Read from the memory.
+            differentiable_write: Let the gradient flow through the write of the same step.
+            gated: Residual form for transformers trained without a workspace; the layer starts as the identity.
+            mlp_layer: Workspace MLP layer.
+            **kwargs: As `VisionTransformer`.
+        """
+        super().__init__(
+            *args,
+            mlp_layer=partial(
+                mlp_layer,
+                num_slots=num_slots,
+                slot_dim=slot_dim,
+                num_heads=workspace_heads,
+                bottleneck=bottleneck,
+                beta=beta,
+                retrieval_steps=retrieval_steps,
+                momentum=memory_momentum,
+                memory_init=memory_init,
+                memory_update=memory_update,
+                balance_weight=balance_weight,
+                write=write,
+                retrieval=retrieval,
+                differentiable_write=differentiable_write,
+                gated=gated,
+            ),
+            **kwargs,
+        )
+
+    @torch.jit.ignore
+    def balance_loss(self) -> torch.Tensor:
+        """Balance loss of the last training forward, to be added to a custom loop's loss.
+
+        timm's training tasks, and so its `train.py`, add it by themselves.
+
+        Raises:
+            RuntimeError: There was no training forward.
+        """
+        return balance_loss(self)
+
+    @torch.jit.ignore
+    def memory_statistics(self) -> Dict[str, Dict[str, float]]:
+        """Effective rank, mean cosine and coverage of each block's memory, by module name."""
+        return memory_statistics(self)
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': None,
+        'crop_pct': 1.0,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': IMAGENET_INCEPTION_MEAN,
+        'std': IMAGENET_INCEPTION_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+_cfg_224 = partial(_cfg, num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
+
+default_cfgs = generate_default_cfgs({
+    'ait_small.cifar10': _cfg(**shipped_weights('ait_small.cifar10')),
+    'ait_medium.untrained': _cfg(),
+    'ait_base.untrained': _cfg(),
+    'ait_small_patch16_224.untrained': _cfg_224(),
+    'ait_medium_patch16_224.untrained': _cfg_224(),
+    'ait_base_patch16_224.untrained': _cfg_224(),
+    'test_ait.untrained': _cfg(),
+})
+
+
+def _create_associative_transformer(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model_with_cfg(
+        AssociativeTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+# the paper's input: 32 px images in 64 patches, average pooling
+_CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
+
+
+@register_model
+def ait_small(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT-Small, 2 blocks, 32 px, patch 4. """
+    model_args = dict(_CIFAR, embed_dim=768, depth=2, num_heads=12)
+    return _create_associative_transformer('ait_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ait_medium(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT-Medium, 6 blocks, 32 px, patch 4. """
+    model_args = dict(_CIFAR, embed_dim=768, depth=6, num_heads=12)
+    return _create_associative_transformer('ait_medium', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ait_base(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT-Base, 12 blocks, 32 px, patch 4. """
+    model_args = dict(_CIFAR, embed_dim=768, depth=12, num_heads=12)
+    return _create_associative_transformer('ait_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+# images of 224 px in 196 patches, otherwise the same
+_IMAGENET = dict(img_size=224, patch_size=16, class_token=False, global_pool='avg')
+
+
+@register_model
+def ait_small_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT-Small, 2 blocks, 224 px, patch 16. """
+    model_args = dict(_IMAGENET, embed_dim=768, depth=2, num_heads=12)
+    return _create_associative_transformer('ait_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ait_medium_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT-Medium, 6 blocks, 224 px, patch 16. """
+    model_args = dict(_IMAGENET, embed_dim=768, depth=6, num_heads=12)
+    return _create_associative_transformer('ait_medium_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ait_base_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT-Base, 12 blocks, 224 px, patch 16. """
+    model_args = dict(_IMAGENET, embed_dim=768, depth=12, num_heads=12)
+    return _create_associative_transformer('ait_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_ait(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT for unit tests. """
+    model_args = dict(
+        _CIFAR, embed_dim=64, depth=2, num_heads=2, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
+    return _create_associative_transformer('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,58 @@
+""" The small float32 algebra of the memory itself, (M, D): its update and its statistics. """
+from typing import Dict
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ['polar', 'slot_statistics', 'update_memory']
+
+
+def polar(matrix: torch.Tensor, num_iterations: int = 12) -> torch.Tensor:
+    """Nearest matrix with orthonormal rows (M <= D) or columns (M > D), by Newton-Schulz iterations.
+
+    A singular value decomposition would be exact, but its gradient is singular where singular values are equal, which
+    is where this function lands. Twelve iterations reach float32 rounding up to a condition number of about 60.
+
+    Args:
+        matrix: (M, D), float32.
+        num_iterations: Each grows small singular values by half and squares the error of those near one.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    # the fourth root of sum(s^4): at least the largest singular value, and tight when few dominate
+    x = wide / (wide @ wide.T).norm().sqrt().clamp_min(1e-20)
+    for _ in range(num_iterations):
+        x = torch.addmm(x, x @ x.T, x, beta=1.5, alpha=-0.5)
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def update_memory(
+        memory: torch.Tensor,
+        candidate: torch.Tensor,
+        momentum: float = 0.9,
+        rule: str = 'orthogonal',
+) -> torch.Tensor:
+    """As `naive.update_memory`, with the polar factor by Newton-Schulz."""
+    memory = momentum * memory + (1. - momentum) * candidate
+    if rule == 'orthogonal':
+        memory = polar(memory)
+    return F.normalize(memory, dim=-1)
+
+
+def slot_statistics(memory: torch.Tensor) -> Dict[str, float]:
+    """How distinct the slots of a memory (M, D) are.
+
+    Returns:
+        'effective_rank': exp of the entropy of the normalised singular values, 1 (collapsed) to min(M, D).
+        'mean_cosine': mean cosine of distinct slots, 1 when collapsed; nan for a single slot.
+    """
+    memory = F.normalize(memory.detach().float(), dim=-1)
+    s = torch.linalg.svdvals(memory)
+    s = s / s.sum()
+    num_slots = memory.shape[0]
+    cosines = memory @ memory.T
+    off_diagonal = (cosines.sum() - cosines.diagonal().sum()) / (num_slots * (num_slots - 1)) \
+        if num_slots > 1 else torch.tensor(float('nan'))
+    return {
+        'effective_rank': float(torch.exp(-torch.special.xlogy(s, s).sum())),
+        'mean_cosine': float(off_diagonal),
+    }

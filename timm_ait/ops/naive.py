@@ -1,0 +1,157 @@
+""" The global workspace, written to be read.
+
+These functions are the executable specification: plain dense equations of `Associative Transformer`
+(https://arxiv.org/abs/2309.12862), one line an equation. The fused versions beside this file have the same
+signatures and are tested against it.
+
+Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
+"""
+from typing import Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+
+__all__ = ['attend', 'balance_loss', 'energy', 'polar', 'read', 'retrieve', 'update_memory', 'write']
+
+
+def attend(
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bottleneck: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Bottleneck attention: each query attends to the k tokens it scores highest.
+
+    Args:
+        queries: Slot queries, (A, M, D).
+        keys: Token keys, (A, T, D).
+        values: Token values, (A, T, D).
+        bottleneck: Number k of tokens a query keeps; k >= T keeps all.
+
+    Returns:
+        Pooled values (A, M, D) and attention (A, M, T), zero outside the kept tokens.
+    """
+    scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
+    kept = scores.topk(min(bottleneck, scores.shape[-1]), dim=-1)
+    attention = torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
+    return attention @ values, attention
+
+
+def balance_loss(attention: torch.Tensor) -> torch.Tensor:
+    """Squared coefficients of variation of importance and load over the tokens, summed over heads.
+
+    Load counts, so it carries no gradient. Fewer than two tokens are balanced.
+
+    Args:
+        attention: Bottleneck attention, (A, M, T).
+    """
+    importance = attention.sum(dim=1)
+    load = (attention > 0).sum(dim=1).to(attention.dtype)
+    if attention.shape[-1] < 2:
+        return importance.sum() * 0.
+    return sum((x.var(dim=-1) / (x.mean(dim=-1) ** 2 + 1e-10)).sum() for x in (importance, load))
+
+
+def polar(matrix: torch.Tensor) -> torch.Tensor:
+    """Nearest matrix with orthonormal rows (M <= D) or columns (M > D), (M, D), by singular value decomposition."""
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vh
+
+
+def update_memory(
+        memory: torch.Tensor,
+        candidate: torch.Tensor,
+        momentum: float = 0.9,
+        rule: str = 'orthogonal',
+) -> torch.Tensor:
+    """Moving average of the memory, put back where its slots have unit norm, (M, D).
+
+    Args:
+        memory: Memory before the write, (M, D).
+        candidate: What the write proposes, (M, D).
+        momentum: Weight of the memory before the write.
+        rule: 'orthogonal' keeps the slots orthonormal, 'normalize' (the published rule) only their norms at one.
+    """
+    memory = momentum * memory + (1. - momentum) * candidate
+    if rule == 'orthogonal':
+        memory = polar(memory)
+    return F.normalize(memory, dim=-1)
+
+
+def write(
+        tokens: torch.Tensor,
+        memory: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        value_weight: torch.Tensor,
+        output_weight: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        num_heads: int,
+        bottleneck: int,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the tokens propose to write into the memory.
+
+    Args:
+        tokens: Squashed tokens, (T, E).
+        memory: Memory before the write, (M, D).
+        query_weight: (A * D, D), heads outermost.
+        key_weight: (A * D, E), heads outermost.
+        value_weight: (A * D, E), heads outermost.
+        output_weight: (D, A * D), heads outermost.
+        norm_weight: Slot LayerNorm weight, (D,).
+        norm_bias: Slot LayerNorm bias, (D,).
+        num_heads: Number of heads A.
+        bottleneck: Number k of tokens a slot and head keep; k >= T keeps all.
+
+    Returns:
+        Candidate for `update_memory` (M, D), unweighted balance loss (scalar), and coverage (scalar): the share of
+        tokens that at least one slot selected. Without tokens the candidate is the memory.
+    """
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+
+    if tokens.shape[0] == 0:
+        return memory, tokens.new_zeros(()), tokens.new_zeros(())
+    pooled, attention = attend(
+        heads(memory @ query_weight.T), heads(tokens @ key_weight.T), heads(tokens @ value_weight.T), bottleneck)
+    written = pooled.transpose(0, 1).flatten(1) @ output_weight.T
+    candidate = F.layer_norm(written + memory, norm_weight.shape, norm_weight, norm_bias, eps=1e-6)
+    coverage = (attention > 0).any(dim=1).any(dim=0).to(tokens.dtype).mean()
+    return candidate, balance_loss(attention), coverage
+
+
+def retrieve(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:
+    """One step of continuous Hopfield retrieval, softmax(beta state attractors^T) attractors, (T, E)."""
+    return (beta * state @ attractors.T).softmax(dim=-1) @ attractors
+
+
+def read(
+        state: torch.Tensor,
+        attractors: torch.Tensor,
+        beta: float = 1.,
+        residual: Optional[torch.Tensor] = None,
+        gate: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Retrieval added to a residual, `residual + gate * retrieve(state)`.
+
+    Args:
+        state: Tokens to retrieve for, (T, E).
+        attractors: (M, E).
+        beta: Inverse temperature.
+        residual: (T, E), the state itself if None.
+        gate: Factor a channel, (E,), one if None.
+    """
+    retrieved = retrieve(state, attractors, beta)
+    return (state if residual is None else residual) + (retrieved if gate is None else gate * retrieved)
+
+
+def energy(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:
+    """Energy of each token, (T,); a retrieval step never raises it."""
+    num_slots = attractors.shape[0]
+    return (
+        -torch.logsumexp(beta * state @ attractors.T, dim=-1) / beta
+        + 0.5 * state.square().sum(dim=-1)
+        + torch.log(torch.tensor(float(num_slots))) / beta
+        + 0.5 * attractors.square().sum(dim=-1).max()
+    )
