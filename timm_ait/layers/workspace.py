@@ -201,9 +201,9 @@ class GlobalWorkspace(nn.Module):
         """
         # under autocast a norm may return float32; the workspace computes in the dtype that came in
         tokens = self.norm(x).to(x.dtype).reshape(-1, self.dim)
-        if self.training and self.writes:
+        if self.training and self.writes and tokens.shape[0] > 0:
             memory = self._write(tokens)
-        elif self.retrieves:
+        else:
             # averaged copies (EMA) and half-precision files hold slots that are no longer exactly of unit norm
             memory = F.normalize(self.memory, dim=-1)
         if not self.retrieves:
@@ -227,7 +227,7 @@ class GlobalWorkspace(nn.Module):
             memory = self._recall_memory(tokens)
         else:
             memory = self.memory.clone()  # backward needs the memory before the write
-            if not torch.compiler.is_compiling() and tokens.shape[0]:
+            if not torch.compiler.is_compiling():
                 self._pending_forwards.append((tokens[0].detach().clone(), memory.clone()))
         bottleneck = self.bottleneck
         if isinstance(bottleneck, float):

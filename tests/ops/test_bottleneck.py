@@ -1,0 +1,162 @@
+""" The fused write against naive.py. """
+import pytest
+import torch
+
+from timm_ait.ops import bottleneck, naive
+
+TOLERANCE = {
+    torch.float64: dict(atol=1e-9, rtol=1e-7),
+    torch.float32: dict(atol=2e-5, rtol=1e-4),
+    torch.bfloat16: dict(atol=3e-2, rtol=3e-2),
+    torch.float16: dict(atol=5e-3, rtol=5e-3),
+}
+
+# tokens, width, slots, slot width, heads, bottleneck
+GRID = [
+    (64, 24, 8, 16, 4, 20),
+    (63, 24, 8, 16, 4, 1),
+    (37, 13, 5, 7, 3, 36),
+    (37, 13, 5, 7, 3, 37),
+    (9, 24, 8, 16, 4, 512),
+    (50, 24, 8, 16, 1, 10),
+    (50, 24, 1, 16, 4, 10),
+    (1, 24, 8, 16, 4, 4),
+    (257, 24, 12, 8, 2, 30),
+]
+
+
+def make_inputs(num_tokens, dim, num_slots, slot_dim, num_heads, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+
+    inner = num_heads * slot_dim
+    return dict(
+        tokens=randn(num_tokens, dim).to(dtype),
+        memory=torch.nn.functional.normalize(randn(num_slots, slot_dim), dim=-1),
+        query_weight=randn(inner, slot_dim) * 2,
+        key_weight=randn(inner, dim) / dim ** 0.5,
+        value_weight=randn(inner, dim) / dim ** 0.5,
+        output_weight=randn(slot_dim, inner) / inner ** 0.5,
+        norm_weight=1 + 0.1 * randn(slot_dim),
+        norm_bias=0.1 * randn(slot_dim),
+    )
+
+
+def run(write, inputs, num_heads, k):
+    inputs = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
+    candidate, balance, coverage = write(**inputs, num_heads=num_heads, bottleneck=k)
+    loss = (candidate * torch.linspace(-1, 1, candidate.numel(), dtype=candidate.dtype).view_as(candidate)).sum()
+    (loss + 0.1 * balance).backward()
+    return (candidate.detach(), balance.detach(), coverage), {name: value.grad for name, value in inputs.items()}
+
+
+def as_naive(inputs):
+    """naive.py computes in one dtype: that of the weights."""
+    return {name: value.to(inputs['memory'].dtype) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize('grid', GRID)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_write_matches_naive(grid, dtype):
+    *shape, k = grid
+    inputs = make_inputs(*shape, dtype=dtype)
+    outputs, grads = run(bottleneck.write, inputs, shape[-1], k)
+    expected_outputs, expected_grads = run(naive.write, inputs, shape[-1], k)
+    for output, expected in zip(outputs, expected_outputs):
+        torch.testing.assert_close(output, expected, **TOLERANCE[dtype])
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], **TOLERANCE[dtype], msg=lambda m: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_low_precision_write_is_naive_within_rounding(dtype):
+    # every token is kept, since rounding the scores may change which ones are
+    inputs = make_inputs(40, 24, 8, 16, 4, dtype=dtype)
+    outputs, grads = run(bottleneck.write, inputs, 4, 40)
+    expected_outputs, expected_grads = run(naive.write, as_naive(inputs), 4, 40)
+    for output, expected in zip(outputs, expected_outputs):
+        torch.testing.assert_close(output, expected, **TOLERANCE[dtype])
+    for name, grad in grads.items():
+        scale = expected_grads[name].abs().max().clamp_min(1e-3)
+        torch.testing.assert_close(
+            grad.float() / scale, expected_grads[name] / scale, **TOLERANCE[dtype], msg=lambda m: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('num_tokens, k', [(50, 7), (50, 30), (64, 16), (33, 40)])
+def test_selection_streams_over_chunks(monkeypatch, num_tokens, k):
+    inputs = make_inputs(num_tokens, 24, 8, 16, 4)
+    expected_outputs, expected_grads = run(bottleneck.write, inputs, 4, k)
+    monkeypatch.setattr(bottleneck, '_CHUNK', 16)
+    outputs, grads = run(bottleneck.write, inputs, 4, k)
+    for output, expected in zip(outputs, expected_outputs):
+        torch.testing.assert_close(output, expected)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], atol=1e-5, rtol=1e-4)
+
+
+def test_attend_has_the_gradient_of_its_definition():
+    queries = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda q, t: bottleneck.attend(q, t, 4)[:2], (queries, tokens))
+
+
+def test_attend_is_a_well_formed_operator():
+    args = (torch.randn(6, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True), 4)
+    torch.library.opcheck(bottleneck.attend, args)
+
+
+def test_non_contiguous_tokens():
+    inputs = make_inputs(40, 24, 8, 16, 4)
+    expected, _ = run(bottleneck.write, inputs, 4, 10)
+    strided = inputs['tokens'].T.contiguous().T
+    assert not strided.is_contiguous()
+    candidate, balance, coverage = bottleneck.write(**{**inputs, 'tokens': strided}, num_heads=4, bottleneck=10)
+    torch.testing.assert_close((candidate, balance, coverage), expected)
+
+
+@pytest.mark.parametrize('write', [naive.write, bottleneck.write])
+def test_tied_scores_keep_exactly_k_tokens(write):
+    inputs = make_inputs(40, 24, 8, 16, 4)
+    inputs['tokens'] = inputs['tokens'][:1].expand(40, -1)
+    outputs, grads = run(write, inputs, 4, 10)
+    every_token, _ = run(write, inputs, 4, 40)
+    torch.testing.assert_close(outputs[0], every_token[0])
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize('write', [naive.write, bottleneck.write])
+def test_no_tokens_propose_the_memory_itself(write):
+    inputs = make_inputs(0, 24, 8, 16, 4)
+    candidate, balance, coverage = write(**inputs, num_heads=4, bottleneck=10)
+    torch.testing.assert_close(candidate, inputs['memory'])
+    assert balance == 0 and coverage == 0
+
+
+def test_nothing_dense_is_kept_for_backward():
+    num_tokens, num_slots, num_heads = 4096, 16, 8
+    inputs = make_inputs(num_tokens, 8, num_slots, 4, num_heads)
+    inputs = {name: value.requires_grad_() for name, value in inputs.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        bottleneck.write(**inputs, num_heads=num_heads, bottleneck=64)
+    assert max(saved) < num_tokens * num_slots * num_heads / 8
+
+
+def test_coverage_counts_selected_tokens():
+    inputs = make_inputs(100, 24, 2, 16, 1)
+    *_, coverage = bottleneck.write(**inputs, num_heads=1, bottleneck=1)
+    assert coverage in (torch.tensor(0.01), torch.tensor(0.02))
+
+
+def test_balance_loss_of_even_attention_is_zero():
+    attention = torch.full((2, 4, 10), 0.1)
+    assert naive.balance_loss(attention) == pytest.approx(0., abs=1e-6)
+
+
+def test_balance_loss_is_the_squared_coefficient_of_variation():
+    attention = torch.zeros(1, 2, 4)
+    attention[0, :, 0] = 1.
+    # importance and load are both (2, 0, 0, 0): mean 0.5, unbiased variance 1
+    assert naive.balance_loss(attention) == pytest.approx(2 * 1. / 0.25, rel=1e-5)

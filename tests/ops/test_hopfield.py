@@ -1,0 +1,103 @@
+""" The fused read against naive.py. """
+import pytest
+import torch
+
+from timm_ait.ops import hopfield, naive
+
+TOLERANCE = {
+    torch.float64: dict(atol=1e-10, rtol=1e-8),
+    torch.float32: dict(atol=1e-5, rtol=1e-4),
+    torch.bfloat16: dict(atol=5e-2, rtol=5e-2),
+    torch.float16: dict(atol=1e-2, rtol=1e-2),
+}
+SHAPES = [(64, 24, 8), (1, 24, 8), (1025, 12, 5), (2048, 8, 1), (37, 13, 40)]
+
+
+def make_inputs(num_tokens, dim, num_slots, dtype, residual=False, gate=False):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return dict(
+        state=randn(num_tokens, dim),
+        attractors=randn(num_slots, dim),
+        residual=randn(num_tokens, dim) if residual else None,
+        gate=randn(dim) if gate else None,
+    )
+
+
+def run(read, inputs, beta):
+    output = read(**inputs, beta=beta)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    output.backward(cotangent)
+    grads = {name: value.grad for name, value in inputs.items() if value is not None}
+    return output.detach(), grads
+
+
+@pytest.mark.parametrize('residual, gate', [(False, False), (True, False), (True, True), (False, True)])
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_read_matches_naive(shape, dtype, residual, gate):
+    output, grads = run(hopfield.read, make_inputs(*shape, dtype, residual, gate), beta=0.7)
+    exact = {
+        name: value if value is None else value.detach().double().requires_grad_()
+        for name, value in make_inputs(*shape, dtype, residual, gate).items()
+    }
+    expected, expected_grads = run(naive.read, exact, beta=0.7)
+    torch.testing.assert_close(output.double(), expected, **TOLERANCE[dtype])
+    for name, grad in grads.items():
+        scale = expected_grads[name].abs().max().clamp_min(1e-3)
+        torch.testing.assert_close(
+            grad.double() / scale, expected_grads[name] / scale, **TOLERANCE[dtype], msg=lambda m: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_retrieve_matches_naive(dtype):
+    state, attractors = torch.randn(37, 12, dtype=dtype), torch.randn(5, 12, dtype=dtype)
+    torch.testing.assert_close(
+        hopfield.retrieve(state, attractors, 2.), naive.retrieve(state, attractors, 2.), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('residual, gate', [(False, False), (True, True)])
+def test_read_has_the_gradient_of_its_definition(residual, gate):
+    inputs = make_inputs(7, 5, 3, torch.float64, residual, gate)
+    names = [name for name, value in inputs.items() if value is not None]
+    assert torch.autograd.gradcheck(
+        lambda *args: hopfield.read(**dict(zip(names, args)), beta=0.7), [inputs[name] for name in names])
+
+
+def test_read_is_a_well_formed_operator():
+    inputs = make_inputs(7, 5, 3, torch.float32, residual=True)
+    args = (inputs['state'], inputs['attractors'], inputs['attractors'].detach().clone(), inputs['residual'])
+    torch.library.opcheck(torch.ops.timm_ait.read, args)
+
+
+def test_non_contiguous_state():
+    state, attractors = torch.randn(12, 37).T, torch.randn(5, 12)
+    torch.testing.assert_close(hopfield.read(state, attractors), naive.read(state, attractors))
+
+
+def test_no_tokens():
+    assert hopfield.read(torch.zeros(0, 12), torch.randn(5, 12)).shape == (0, 12)
+
+
+def test_a_closed_gate_is_the_identity():
+    residual = torch.randn(37, 12)
+    output = hopfield.read(torch.randn(37, 12), torch.randn(5, 12), 1., residual, torch.zeros(12))
+    assert torch.equal(output, residual)
+
+
+@pytest.mark.parametrize('beta', [0.3, 1., 8.])
+def test_retrieval_never_raises_the_energy(beta):
+    state, attractors = 2 * torch.randn(200, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
+    for _ in range(5):
+        retrieved = hopfield.retrieve(state, attractors, beta)
+        before, after = (naive.energy(x, attractors, beta) for x in (state, retrieved))
+        assert (after <= before + 1e-10).all()
+        state = retrieved
+
+
+def test_an_attractor_is_nearly_retrieved_at_large_beta():
+    attractors = torch.eye(4)
+    torch.testing.assert_close(hopfield.retrieve(attractors, attractors, 50.), attractors)
