@@ -348,7 +348,7 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if args.sheet:
             entries.append(SheetEntry(
                 prediction.thumbnail,
-                f'{descriptions[prediction.indices[0]]} {prediction.probabilities[0]:.0%}',
+                f'{prediction.probabilities[0]:.0%} {descriptions[prediction.indices[0]]}',
                 None if target is None else descriptions[target],
                 image['correct'],
             ))
@@ -375,4 +375,6 @@ def _print_image(image: Dict) -> None:
         line += f'  {prediction["probability"]:.1%} {prediction["description"]}'
     # not every file name can be printed as it is
     encoding = sys.stdout.encoding or 'utf-8'
-    tqdm.write(line.encode(encoding, 'backslashreplace').decode(encoding))
+    line = line.encode(encoding, 'backslashreplace').decode(encoding)
+    # on a terminal the progress bar has to make room, elsewhere that would only draw it again for every line
+    (tqdm.write if sys.stdout.isatty() else print)(line)

@@ -17,7 +17,7 @@ from timm.models import register_notrace_module
 
 from timm_ait.ops.bottleneck import write as write_tokens
 from timm_ait.ops.hopfield import read, retrieve
-from timm_ait.ops.memory import polar, slot_statistics, update_memory
+from timm_ait.ops.memory import polar, slot_statistics, snapshot, update_memory
 
 __all__ = [
     'GlobalWorkspace',
@@ -226,7 +226,7 @@ class GlobalWorkspace(nn.Module):
         if recomputing:
             memory = self._recall_memory(tokens)
         else:
-            memory = self.memory.clone()  # backward needs the memory before the write
+            memory = snapshot(self.memory)  # backward needs the memory before the write
             if not torch.compiler.is_compiling():
                 self._pending_forwards.append((tokens[0].detach().clone(), memory.clone()))
         bottleneck = self.bottleneck

@@ -6,9 +6,9 @@ memory, and every token reads from it by Hopfield retrieval.
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     Yuwei Sun, Hideya Ochiai, Zhirong Wu, Stephen Lin, Ryota Kanai. CVPR 2025.
 
-Parameters without the classifier, against the paper's: small 15.1M (15.8M), medium 45.3M (45.9M), base 90.5M (91.0M).
-The difference of about half a million is the paper's classifier, a LayerNorm and a linear layer over all 64 tokens
-flattened, in place of which these models have timm's pooling.
+Parameters without the classifier, against the paper's: small 15.1M (15.8M), medium 45.2M (45.9M), base 90.4M (91.0M).
+Most of the difference is the published classifier, a LayerNorm and a linear layer over all 64 tokens flattened (0.6M),
+in place of which these models have timm's pooling.
 """
 from functools import partial
 from typing import Any, Dict, Optional, Type, Union
@@ -143,7 +143,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_associative_transformer(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
-    out_indices = kwargs.pop('out_indices', 3)
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
     return build_model_with_cfg(
         AssociativeTransformer,
         variant,
@@ -208,5 +208,5 @@ def ait_base_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTrans
 def test_ait(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT for unit tests. """
     model_args = dict(
-        _CIFAR, embed_dim=64, depth=2, num_heads=2, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
+        _CIFAR, embed_dim=64, depth=3, num_heads=2, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
     return _create_associative_transformer('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -4,7 +4,21 @@ from typing import Dict
 import torch
 import torch.nn.functional as F
 
-__all__ = ['polar', 'slot_statistics', 'update_memory']
+__all__ = ['polar', 'slot_statistics', 'snapshot', 'update_memory']
+
+
+@torch.library.custom_op('timm_ait::snapshot', mutates_args=())
+def snapshot(memory: torch.Tensor) -> torch.Tensor:
+    """Copy of a memory that is about to be overwritten.
+
+    An operator of its own because torch.compile recomputes a plain clone in backward, from the overwritten memory.
+    """
+    return memory.clone()
+
+
+@snapshot.register_fake
+def _(memory: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(memory)
 
 
 def polar(matrix: torch.Tensor, num_iterations: int = 12) -> torch.Tensor:

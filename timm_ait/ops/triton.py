@@ -6,7 +6,8 @@ Same contracts as the operators of `bottleneck.py` and `hopfield.py`, forward an
 or float16; sums are float32. Every output element is written by one program in a fixed order, without atomics, so
 results repeat bit for bit.
 """
-from typing import Optional, Tuple
+import os
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 
@@ -23,14 +24,17 @@ _CHUNK = 65536
 # selected tokens and channels a program holds at a time
 _BLOCK_K = 32
 _BLOCK_E = 128
-# elements of a tile of tokens by slots
-_TILE = 4096
+# what shared memory holds
 _MAX_SLOTS = 512
+
+
+def _interpreting() -> bool:
+    return os.environ.get('TRITON_INTERPRET') == '1'
 
 
 def _check(*tensors: torch.Tensor) -> None:
     for x in tensors:
-        if not x.is_cuda and not triton.knobs.runtime.interpret:
+        if not x.is_cuda and not _interpreting():
             raise RuntimeError(f"backend 'triton' needs CUDA tensors or TRITON_INTERPRET=1, got a tensor on {x.device}.")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"backend 'triton' computes in float32, bfloat16 and float16, got {x.dtype}.")
@@ -303,6 +307,7 @@ def _association(
         num_tokens,
         num_slots,
         width,
+        DOT_DTYPE: tl.constexpr,
         BLOCK_E: tl.constexpr,
 ):
     """Products of a block of rows of state with the keys."""
@@ -314,7 +319,7 @@ def _association(
         x = tl.load(state + rows[:, None] * width + columns[None, :], mask=row_mask, other=0.)
         key = tl.load(keys + slots[:, None] * width + columns[None, :], mask=slot_mask, other=0.)
         # not the tensor cores' rounding of float32: PyTorch does not use it by default either
-        result = tl.dot(x, tl.trans(key), result, input_precision='ieee')
+        result = tl.dot(x.to(DOT_DTYPE), tl.trans(key).to(DOT_DTYPE), result, input_precision='ieee')
     return result
 
 
@@ -337,6 +342,7 @@ def _add_product(
         num_slots,
         width,
         HAS_BASE: tl.constexpr,
+        DOT_DTYPE: tl.constexpr,
         BLOCK_E: tl.constexpr,
 ):
     """Rows of output = base + x table."""
@@ -345,7 +351,7 @@ def _add_product(
         row_mask = (rows < num_tokens)[:, None] & (columns < width)[None, :]
         slot_mask = (slots < num_slots)[:, None] & (columns < width)[None, :]
         block = tl.load(table + slots[:, None] * width + columns[None, :], mask=slot_mask, other=0.)
-        result = tl.dot(x.to(block.dtype), block, input_precision='ieee')
+        result = tl.dot(x.to(DOT_DTYPE), block.to(DOT_DTYPE), input_precision='ieee')
         at = rows[:, None] * width + columns[None, :]
         if HAS_BASE:
             result += tl.load(base + at, mask=row_mask, other=0.).to(tl.float32)
@@ -362,6 +368,7 @@ def _read_kernel(
         num_tokens,
         num_slots,
         width,
+        DOT_DTYPE: tl.constexpr,
         BLOCK_T: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_E: tl.constexpr,
@@ -369,9 +376,9 @@ def _read_kernel(
     """Retrieval of a block of tokens."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.arange(0, BLOCK_M)
-    scores = _association(state, keys, rows, slots, num_tokens, num_slots, width, BLOCK_E)
+    scores = _association(state, keys, rows, slots, num_tokens, num_slots, width, DOT_DTYPE, BLOCK_E)
     p = _softmax(scores, slots, num_slots)
-    _add_product(p, values, residual, output, rows, slots, num_tokens, num_slots, width, True, BLOCK_E)
+    _add_product(p, values, residual, output, rows, slots, num_tokens, num_slots, width, True, DOT_DTYPE, BLOCK_E)
 
 
 @triton.jit
@@ -387,6 +394,7 @@ def _read_backward_kernel(
         num_slots,
         width,
         STATE_IS_RESIDUAL: tl.constexpr,
+        DOT_DTYPE: tl.constexpr,
         BLOCK_T: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_E: tl.constexpr,
@@ -394,24 +402,45 @@ def _read_backward_kernel(
     """Gradients of a block of tokens, and of their scores."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     slots = tl.arange(0, BLOCK_M)
-    scores = _association(state, keys, rows, slots, num_tokens, num_slots, width, BLOCK_E)
+    scores = _association(state, keys, rows, slots, num_tokens, num_slots, width, DOT_DTYPE, BLOCK_E)
     p = _softmax(scores, slots, num_slots)
-    dp = _association(grad, values, rows, slots, num_tokens, num_slots, width, BLOCK_E)
+    dp = _association(grad, values, rows, slots, num_tokens, num_slots, width, DOT_DTYPE, BLOCK_E)
     ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])
     at = rows[:, None] * num_slots + slots[None, :]
     mask = (rows < num_tokens)[:, None] & (slots < num_slots)[None, :]
     tl.store(association + at, p.to(association.dtype.element_ty), mask=mask)
     tl.store(grad_scores + at, ds.to(grad_scores.dtype.element_ty), mask=mask)
-    _add_product(ds, keys, grad, grad_state, rows, slots, num_tokens, num_slots, width, STATE_IS_RESIDUAL, BLOCK_E)
+    _add_product(
+        ds,
+        keys,
+        grad,
+        grad_state,
+        rows,
+        slots,
+        num_tokens,
+        num_slots,
+        width,
+        STATE_IS_RESIDUAL,
+        DOT_DTYPE,
+        BLOCK_E,
+    )
 
 
-def _blocks(num_slots: int) -> Tuple[int, int, int]:
-    """Tokens, slots and channels a program holds at a time."""
+def _read_options(keys: torch.Tensor) -> Dict[str, Any]:
+    """Launch options that keep a block of tokens by slots in registers."""
+    num_slots = keys.shape[0]
     if num_slots > _MAX_SLOTS:
         raise ValueError(f"backend 'triton' reads from at most {_MAX_SLOTS} slots, got {num_slots}.")
-    slots = max(16, triton.next_power_of_2(num_slots))
-    block = max(16, min(64, _TILE // slots))
-    return block, slots, block
+    # the interpreter would multiply the bits of bfloat16 as integers
+    dtype = torch.float32 if _interpreting() else keys.dtype
+    block = 32 if num_slots <= 64 else 16
+    return dict(
+        DOT_DTYPE=getattr(tl, str(dtype).removeprefix('torch.')),
+        BLOCK_T=block,
+        BLOCK_M=max(16, triton.next_power_of_2(num_slots)),
+        BLOCK_E=block,
+        num_warps=4 if num_slots <= 64 else 8,
+    )
 
 
 def read(
@@ -438,8 +467,8 @@ def read(
     residual = state if residual is None else residual.contiguous()
     num_tokens, width = state.shape
     output = torch.empty_like(state)
-    block_t, block_m, block_e = _blocks(keys.shape[0])
-    _read_kernel[(triton.cdiv(num_tokens, block_t),)](
+    options = _read_options(keys)
+    _read_kernel[(triton.cdiv(num_tokens, options['BLOCK_T']),)](
         state,
         keys,
         values,
@@ -448,9 +477,7 @@ def read(
         num_tokens,
         keys.shape[0],
         width,
-        BLOCK_T=block_t,
-        BLOCK_M=block_m,
-        BLOCK_E=block_e,
+        **options,
     )
     return output
 
@@ -477,8 +504,8 @@ def read_backward(
     association = state.new_empty((num_tokens, keys.shape[0]))
     grad_scores = torch.empty_like(association)
     grad_state = torch.empty_like(state)
-    block_t, block_m, block_e = _blocks(keys.shape[0])
-    _read_backward_kernel[(triton.cdiv(num_tokens, block_t),)](
+    options = _read_options(keys)
+    _read_backward_kernel[(triton.cdiv(num_tokens, options['BLOCK_T']),)](
         grad,
         state,
         keys,
@@ -490,9 +517,7 @@ def read_backward(
         keys.shape[0],
         width,
         STATE_IS_RESIDUAL=state_is_residual,
-        BLOCK_T=block_t,
-        BLOCK_M=block_m,
-        BLOCK_E=block_e,
+        **options,
     )
     # sums over tokens: what a GEMM does best, and in a fixed order
     return grad_state, grad_scores.T @ state, association.T @ grad

@@ -1,0 +1,181 @@
+""" timm's own training tasks, with the gradient of criterion + balance loss. """
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import set_reentrant_ckpt
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask, LogitDistillationTask
+
+import timm_ait
+from timm_ait.training import install_balance_loss
+
+
+def make_model(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('test_ait', **kwargs).train()
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 3, 32, 32, generator=generator), torch.randint(10, (4,), generator=generator)
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, grad in actual.items():
+        torch.testing.assert_close(grad, expected[name], msg=lambda m: f'{name}: {m}')
+
+
+def explicit_step(autocast_dtype=None, num_steps=1):
+    """Gradients of criterion + balance loss, written out."""
+    model = make_model()
+    for _ in range(num_steps):
+        x, y = make_batch()
+        with torch.autocast('cpu', autocast_dtype, enabled=autocast_dtype is not None):
+            loss = nn.functional.cross_entropy(model(x), y) + model.balance_loss()
+        (loss / num_steps).backward()
+    return gradients(model)
+
+
+def test_the_balance_loss_is_a_part_of_the_gradient():
+    model = make_model()
+    x, y = make_batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    without, grads = gradients(model), explicit_step()
+    assert not torch.allclose(grads['blocks.0.mlp.workspace.k.weight'], without['blocks.0.mlp.workspace.k.weight'])
+
+
+@pytest.mark.parametrize('autocast_dtype', [None, torch.bfloat16, torch.float16])
+def test_task_adds_the_balance_loss(autocast_dtype):
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    with torch.autocast('cpu', autocast_dtype, enabled=autocast_dtype is not None):
+        loss = task(*make_batch())['loss']
+    loss.backward()
+    assert_same_gradients(gradients(model), explicit_step(autocast_dtype))
+
+
+def test_under_the_gradient_scaler():
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 10)
+    with torch.autocast('cpu', torch.float16):
+        loss = task(*make_batch())['loss']
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    expected = explicit_step(torch.float16)
+    for name, grad in gradients(model).items():
+        # scaling moves float16 gradients out of the subnormal range, so the two round differently
+        difference = (grad - expected[name]).norm() / (expected[name].norm() + 1e-8)
+        assert difference < 2e-2, f'{name}: {difference}'
+
+
+def test_under_gradient_accumulation():
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    for _ in range(3):
+        loss = task(*make_batch())['loss']
+        loss /= 3  # in place, as train.py does
+        loss.backward()
+    assert_same_gradients(gradients(model), explicit_step(num_steps=3))
+
+
+def test_under_gradient_checkpointing():
+    model = make_model()
+    model.set_grad_checkpointing()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task(*make_batch())['loss'].backward()
+    assert_same_gradients(gradients(model), explicit_step())
+
+
+def test_reentrant_checkpointing_which_would_lose_the_gradient_raises():
+    model = make_model()
+    model.set_grad_checkpointing()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    set_reentrant_ckpt(True)
+    try:
+        with pytest.raises(RuntimeError, match='re-entrant'):
+            task(*make_batch())
+    finally:
+        set_reentrant_ckpt(False)
+
+
+def test_compiled_task():
+    torch._dynamo.reset()
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task.compile(backend='aot_eager')
+    task(*make_batch())['loss'].backward()
+    assert_same_gradients(gradients(model), explicit_step())
+
+
+def test_distillation_task_adds_the_balance_loss_of_the_student_alone():
+    torch.manual_seed(0)
+    student, teacher = make_model(), timm.create_model('test_ait')
+    task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss(), verbose=False)
+    result = task(*make_batch())
+    torch.testing.assert_close(result['balance_loss'], student.balance_loss())
+    assert all(module.balance_loss is None for _, module in timm_ait.layers.workspace._workspaces(teacher))
+
+
+def test_other_models_are_left_alone():
+    model = timm.create_model('test_vit', num_classes=10, img_size=32)
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    x, y = make_batch()
+    result = task(x, y)
+    assert 'balance_loss' not in result
+    torch.testing.assert_close(result['loss'], nn.functional.cross_entropy(result['output'], y))
+
+
+def test_installing_twice_adds_the_loss_once():
+    install_balance_loss()
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    result = task(*make_batch())
+    expected = nn.functional.cross_entropy(result['output'], make_batch()[1]) + model.balance_loss()
+    torch.testing.assert_close(result['loss'], expected)
+
+
+def test_balance_loss_before_a_training_forward_raises():
+    with pytest.raises(RuntimeError, match='blocks.0.mlp.workspace has no balance loss'):
+        make_model().balance_loss()
+
+
+@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS, the folder of timm's train.py, is not set")
+@pytest.mark.parametrize('arguments', [
+    [],
+    ['--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', '2', '--model-ema', '--grad-checkpointing'],
+])
+def test_unmodified_train_script_trains_and_resumes(tmp_path, arguments):
+    from PIL import Image
+    for split in ('train', 'validation'):
+        for label in range(2):
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new('RGB', (32, 32), (255 * label, 16 * i, 0)).save(folder / f'{i}.png')
+    command = [
+        sys.executable, os.path.join(os.environ['TIMM_SCRIPTS'], 'train.py'), '--device-modules', 'timm_ait',
+        '--data-dir', str(tmp_path), '--model', 'test_ait', '--num-classes', '2', '--device', 'cpu', '-b', '4',
+        '--workers', '0', '--lr', '0.001', '--opt', 'adamw', '--warmup-epochs', '0',
+        '--output', str(tmp_path / 'output'), '--experiment', 'run', *arguments,
+    ]
+    environment = {**os.environ, 'PYTHONPATH': str(Path(timm_ait.__file__).parents[1])}
+    subprocess.run([*command, '--epochs', '1'], check=True, env=environment)
+    resumed = ['--epochs', '2', '--resume', str(tmp_path / 'output' / 'run' / 'last.pth.tar')]
+    subprocess.run([*command, *resumed], check=True, env=environment)
+    checkpoint = torch.load(tmp_path / 'output' / 'run' / 'last.pth.tar', weights_only=False)
+    assert checkpoint['epoch'] == 1
+    memory = checkpoint['state_dict']['blocks.0.mlp.workspace.memory']
+    torch.testing.assert_close(memory @ memory.T, torch.eye(8), atol=1e-4, rtol=0)
