@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import List, Optional
 
-from timm_ait import __version__, predict, run
+from timm_ait import __version__, export, predict, run
 
-_COMMANDS = (predict, run)
+_COMMANDS = (export, predict, run)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

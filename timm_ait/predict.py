@@ -245,10 +245,10 @@ def _resolve_device(name: Optional[str]) -> torch.device:
 def _load_model(name: str, device: torch.device) -> nn.Module:
     try:
         model = create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as e:
+    except Exception as e:  # a config of another library is a KeyError, a damaged file one of the reader's own
         raise ValueError(
-            f'--model {name} cannot be loaded: {e}\nGive a name out of timm.list_pretrained(), hf-hub:<user>/<model> '
-            'or local-dir:<folder with config.json and weights>.') from e
+            f'--model {name} cannot be loaded ({type(e).__name__}: {e})\nGive a name out of timm.list_pretrained(), '
+            'hf-hub:<user>/<model> or local-dir:<folder with config.json and weights>.') from e
     if model.num_classes < 1:
         raise ValueError(f'--model {name} has no classifier, only features')
     channels = resolve_model_data_config(model)['input_size'][0]

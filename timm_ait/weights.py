@@ -1,8 +1,11 @@
-""" The weights that come with the package. """
+""" The weights that come with the package, and what to do when weights cannot be loaded. """
+import contextlib
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Iterator, Optional
 
-__all__ = ['shipped_weights', 'weights_dir']
+from safetensors import SafetensorError
+
+__all__ = ['explain_loading_errors', 'shipped_weights', 'weights_dir']
 
 _HUB_USER = 'timm-ait'
 
@@ -21,3 +24,29 @@ def shipped_weights(name: str) -> Dict[str, str]:
     if file.is_file():
         source['file'] = str(file)
     return source
+
+
+@contextlib.contextmanager
+def explain_loading_errors(variant: str, source: Optional[str]) -> Iterator[None]:
+    """Name what to do when a weight file is missing or damaged, or the Hub out of reach.
+
+    Args:
+        variant: Architecture whose weights are loaded.
+        source: File, folder or Hub repository they come from; None if none are loaded.
+
+    Raises:
+        RuntimeError: In place of the error of the reader of the file or of the network.
+    """
+    try:
+        yield
+    except SafetensorError as e:
+        raise RuntimeError(
+            f'The weight file of {variant} from {source} is damaged: {e}. Get it again (install timm_ait again if it '
+            'came with it), or create the model with pretrained=False.') from e
+    except OSError as e:  # files, and every network error of huggingface_hub
+        if source is None:
+            raise
+        raise RuntimeError(
+            f'The weights of {variant} cannot be read from {source}: {str(e) or type(e).__name__}\nGive a file with '
+            "pretrained_cfg_overlay=dict(file='…/model.safetensors') or a folder with create_model('local-dir:…'), "
+            'connect to the Hub, or create the model with pretrained=False.') from e

@@ -21,15 +21,15 @@ TOLERANCE = {
 
 # queries, width, tokens, bottleneck
 ATTEND_GRID = [
-    (32, 24, 64, 20),
-    (32, 24, 63, 1),
-    (15, 13, 37, 36),
-    (15, 13, 37, 37),
-    (8, 24, 9, 512),
-    (1, 24, 50, 10),
+    (6, 24, 20, 7),
+    (6, 24, 19, 1),
+    (5, 13, 11, 10),
+    (5, 13, 11, 11),
+    (4, 24, 9, 512),
+    (1, 24, 20, 10),
     (5, 24, 1, 4),
-    (3, 130, 41, 35),
-    (20, 16, 9, 8),
+    (2, 130, 41, 35),
+    (20, 16, 5, 4),
 ]
 # tokens, width, slots
 READ_GRID = [(64, 24, 8), (1, 24, 8), (0, 24, 8), (129, 13, 5), (37, 130, 40), (20, 8, 1), (33, 16, 100)]
@@ -103,23 +103,19 @@ def check_attend(queries, tokens, bottleneck):
     for grad, expected in zip(grads, expected_grads):
         assert grad.dtype == queries.dtype
         check_close(grad, expected, queries.dtype)
-    again = kernels().attend_backward(grad_pooled, grad_weights, queries, tokens, weights, indices)
-    assert all(torch.equal(grad, repeated) for grad, repeated in zip(grads, again))
 
 
 def check_random_attend(num_queries, width, num_tokens, bottleneck, dtype, transposed=False, chunk=None):
-    if chunk is not None:
-        kernels()._CHUNK = chunk
-    check_attend(
-        randn(num_queries, width, dtype=dtype, transposed=transposed, seed=3) / width ** 0.5,
-        randn(num_tokens, width, dtype=dtype, transposed=transposed, seed=4),
-        bottleneck,
-    )
+    queries = randn(num_queries, width, dtype=dtype, transposed=transposed, seed=3) / width ** 0.5
+    tokens = randn(num_tokens, width, dtype=dtype, transposed=transposed, seed=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels(), '_CHUNK', chunk or kernels()._CHUNK)
+        check_attend(queries, tokens, bottleneck)
 
 
 def check_tied_attend(dtype):
-    tokens = randn(4, 24, dtype=dtype).repeat(10, 1)
-    check_attend(randn(7, 24, dtype=dtype, seed=1) / 5, tokens, 13)
+    tokens = randn(4, 24, dtype=dtype).repeat(5, 1)
+    check_attend(randn(4, 24, dtype=dtype, seed=1) / 5, tokens, 7)
 
 
 def check_read(num_tokens, width, num_slots, dtype, with_residual, transposed=False):
@@ -174,12 +170,12 @@ def test_tied_scores(run, dtype):
 
 
 def test_attend_of_non_contiguous_inputs(run):
-    run(check_random_attend, 15, 13, 37, 10, torch.float32, True)
+    run(check_random_attend, 5, 13, 11, 4, torch.float32, True)
 
 
-@pytest.mark.parametrize('num_tokens, k', [(50, 7), (50, 30), (64, 16), (33, 40)])
+@pytest.mark.parametrize('num_tokens, k', [(20, 3), (20, 10), (24, 8), (13, 16)])
 def test_selection_streams_over_chunks(run, num_tokens, k):
-    run(check_random_attend, 8, 24, num_tokens, k, torch.float32, False, 16)
+    run(check_random_attend, 3, 24, num_tokens, k, torch.float32, False, 8)
 
 
 @pytest.mark.parametrize('with_residual', [False, True])

@@ -17,11 +17,11 @@ import torch
 import torch.nn as nn
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers import WorkspaceMlp, balance_loss, memory_statistics
-from timm_ait.weights import shipped_weights
+from timm_ait.weights import explain_loading_errors, shipped_weights
 
 __all__ = ['AssociativeTransformer']
 
@@ -129,10 +129,13 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
+_CIFAR10_CLASSES = (
+    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
 _cfg_224 = partial(_cfg, num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
 
 default_cfgs = generate_default_cfgs({
-    'ait_small.cifar10': _cfg(**shipped_weights('ait_small.cifar10')),
+    'ait_small.cifar10': _cfg(**shipped_weights('ait_small.cifar10'), label_names=_CIFAR10_CLASSES),
     'ait_medium.untrained': _cfg(),
     'ait_base.untrained': _cfg(),
     'ait_small_patch16_224.untrained': _cfg_224(),
@@ -144,14 +147,18 @@ default_cfgs = generate_default_cfgs({
 
 def _create_associative_transformer(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
-    return build_model_with_cfg(
-        AssociativeTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    pretrained_cfg = resolve_pretrained_cfg(
+        variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    source = pretrained_cfg.file or pretrained_cfg.hf_hub_id
+    with explain_loading_errors(variant, source if pretrained else None):
+        return build_model_with_cfg(
+            AssociativeTransformer,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **kwargs,
+        )
 
 
 # the paper's input: 32 px images in 64 patches, average pooling

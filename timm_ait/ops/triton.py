@@ -35,7 +35,7 @@ def _interpreting() -> bool:
 def _check(*tensors: torch.Tensor) -> None:
     for x in tensors:
         if not x.is_cuda and not _interpreting():
-            raise RuntimeError(f"backend 'triton' needs CUDA tensors or TRITON_INTERPRET=1, got a tensor on {x.device}.")
+            raise RuntimeError(f"backend 'triton' needs CUDA tensors or TRITON_INTERPRET=1, got {x.device}.")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"backend 'triton' computes in float32, bfloat16 and float16, got {x.dtype}.")
 

@@ -1,0 +1,229 @@
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.utils import ModelEmaV3
+
+from timm_ait import AssociativeTransformer
+from timm_ait.layers import WorkspaceMlp
+
+
+def make_model(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('test_ait', **kwargs)
+
+
+def images(batch_size=4, size=32, in_chans=3):
+    return torch.randn(batch_size, in_chans, size, size)
+
+
+class TestRegistry:
+
+    @pytest.mark.parametrize('name', [
+        'ait_small', 'ait_medium', 'ait_base',
+        'ait_small_patch16_224', 'ait_medium_patch16_224', 'ait_base_patch16_224', 'test_ait',
+    ])
+    def test_registered(self, name):
+        assert name in timm.list_models('*ait*')
+
+    def test_pretrained_is_listed(self):
+        assert 'ait_small.cifar10' in timm.list_pretrained('ait*')
+
+    @pytest.mark.parametrize('name, paper', [('ait_small', 15.8), ('ait_medium', 45.9), ('ait_base', 91.0)])
+    def test_parameters_are_within_five_percent_of_the_paper(self, name, paper):
+        model = timm.create_model(name, num_classes=0, device='meta')
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(paper, rel=0.05)
+
+    @pytest.mark.parametrize('name, size', [('ait_small', 32), ('ait_small_patch16_224', 224)])
+    def test_input_size(self, name, size):
+        model = timm.create_model(name, device='meta')
+        data_config = timm.data.resolve_model_data_config(model)
+        assert data_config['input_size'] == (3, size, size)
+        assert model.patch_embed.num_patches == {32: 64, 224: 196}[size]
+
+    def test_an_architecture_without_weights_says_so(self):
+        with pytest.raises(RuntimeError, match='No pretrained weights exist for ait_medium'):
+            timm.create_model('ait_medium', pretrained=True)
+
+    def test_a_wrong_tag_is_named(self):
+        with pytest.raises(RuntimeError, match='Invalid pretrained tag .*imagenet'):
+            timm.create_model('ait_small.imagenet', pretrained=True)
+
+
+class TestLikeAnyTimmViT:
+
+    def test_keys_of_a_plain_vit_match_one_to_one(self):
+        kwargs = dict(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, mlp_ratio=4)
+        vit = timm.create_model('test_vit', class_token=False, global_pool='avg', num_classes=10, **kwargs)
+        model = make_model()
+        result = model.load_state_dict(vit.state_dict(), strict=False)
+        assert not result.unexpected_keys
+        assert all('.workspace.' in key for key in result.missing_keys)
+
+    @pytest.mark.parametrize('kwargs', [
+        dict(class_token=True, global_pool='token'),
+        dict(reg_tokens=2),
+        dict(class_token=True, reg_tokens=2),
+        dict(patch_drop_rate=0.5),
+        dict(drop_path_rate=0.2, drop_rate=0.1, proj_drop_rate=0.1),
+        dict(in_chans=1),
+        dict(img_size=48, patch_size=8),
+        dict(init_values=1e-4),
+        dict(num_classes=0),
+        dict(gated=True),
+        dict(weight_init='jax'),
+    ])
+    def test_options_of_the_vit(self, kwargs):
+        model = make_model(**kwargs).train()
+        x = images(size=kwargs.get('img_size', 32), in_chans=kwargs.get('in_chans', 3))
+        output = model(x)
+        assert output.shape == (4, model.num_classes or model.num_features)
+        (output.square().sum() + model.balance_loss()).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_dynamic_image_size(self):
+        model = make_model(dynamic_img_size=True).eval()
+        assert model(images(size=48)).shape == (4, 10)
+
+    def test_two_block_model_returns_both_intermediates(self):
+        # timm's own test of intermediates asks for three levels
+        model = make_model(depth=2).eval()
+        x = images()
+        blocks = []
+        hooks = [block.register_forward_hook(lambda m, i, output: blocks.append(output)) for block in model.blocks]
+        features = model.forward_features(x)
+        for hook in hooks:
+            hook.remove()
+        final, intermediates = model.forward_intermediates(x, output_fmt='NLC')
+        assert torch.equal(final, features)
+        assert len(intermediates) == 2
+        assert all(torch.equal(actual, expected) for actual, expected in zip(intermediates, blocks))
+
+    def test_features_only_of_a_two_block_model(self):
+        model = make_model(depth=2, features_only=True).eval()
+        assert [tuple(f.shape) for f in model(images())] == [(4, 64, 8, 8)] * 2
+
+    def test_set_input_size(self):
+        model = make_model()
+        model.set_input_size(img_size=(48, 48), patch_size=(8, 8))
+        assert model(images(size=48)).shape == (4, 10)
+
+    def test_reset_classifier(self):
+        model = make_model()
+        model.reset_classifier(3)
+        assert model(images()).shape == (4, 3)
+
+    def test_pruning_keeps_the_balance_loss_of_what_is_left(self):
+        model = make_model()
+        model.prune_intermediate_layers([0])
+        model.train()(images())
+        assert len(model.memory_statistics()) == 1
+        assert model.balance_loss() > 0
+
+    def test_layer_decay_orders_the_workspace_with_its_block(self):
+        model = make_model()
+        groups = param_groups_layer_decay(model, layer_decay=0.5, weight_decay=0.1)
+        scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+        for i in range(3):
+            block = model.blocks[i]
+            assert scale[id(block.mlp.workspace.k.weight)] == scale[id(block.mlp.fc1.weight)]
+
+    def test_norms_and_biases_of_the_workspace_do_not_decay(self):
+        model = make_model(gated=True)
+        optimizer = create_optimizer_v2(model, 'adamw', lr=0.1, weight_decay=0.1)
+        undecayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] == 0 for p in group['params']}
+        workspace = model.blocks[0].mlp.workspace
+        for parameter in (workspace.norm.weight, workspace.slot_norm.bias, workspace.attractors.bias, workspace.gate):
+            assert id(parameter) in undecayed
+
+    def test_a_checkpoint_is_resampled_to_another_size(self, tmp_path):
+        source = make_model().eval()
+        torch.save(source.state_dict(), tmp_path / 'source.pth')
+        overlay = dict(file=str(tmp_path / 'source.pth'))
+        model = make_model(
+            pretrained=True, pretrained_cfg_overlay=overlay, img_size=48, patch_size=8, in_chans=1, num_classes=5)
+        assert model.eval()(images(size=48, in_chans=1)).shape == (4, 5)
+        torch.testing.assert_close(model.blocks[1].mlp.workspace.memory, source.blocks[1].mlp.workspace.memory)
+
+    def test_unknown_arguments_raise(self):
+        with pytest.raises(TypeError, match='not_an_argument'):
+            make_model(not_an_argument=1)
+
+    def test_a_bad_workspace_argument_is_named(self):
+        with pytest.raises(ValueError, match='num_slots'):
+            make_model(num_slots=0)
+
+    def test_workspace_arguments_arrive(self):
+        kwargs = dict(
+            num_slots=4, slot_dim=8, bottleneck=0.5, beta=2., retrieval_steps=2, memory_init='identity',
+            memory_update='normalize', balance_weight=0.1)
+        workspace = make_model(workspace_heads=2, memory_momentum=0.5, **kwargs).blocks[0].mlp.workspace
+        for name, value in dict(kwargs, num_heads=2, momentum=0.5).items():
+            assert getattr(workspace, name) == value, name
+
+    def test_initialisation_does_not_depend_on_the_vit_weight_init(self):
+        # timm's ViT initialisation visits every linear layer; the workspace keeps its own
+        workspace = make_model().blocks[0].mlp.workspace
+        assert workspace.k.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+
+
+class TestState:
+
+    def test_logits_of_an_image_depend_on_it_alone(self):
+        model = make_model().eval()
+        x = images(6)
+        together = model(x)
+        # bit for bit the same only if the kernels see the same shapes: images change places and neighbours
+        model(images(6))
+        swapped = model(torch.cat([images(3), x[3:]]))
+        assert torch.equal(swapped[3:], together[3:])
+        torch.testing.assert_close(model(x[3:4]), together[3:4], atol=1e-5, rtol=1e-5)
+
+    def test_evaluation_changes_no_bit(self):
+        model = make_model().eval()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        model(images())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_gradient_checkpointing(self):
+        plain, checkpointed = make_model(), make_model()
+        checkpointed.set_grad_checkpointing()
+        x = images()
+        for model in (plain, checkpointed):
+            (model.train()(x).square().sum() + model.balance_loss()).backward()
+        for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{name}: {m}')
+        for (name, p), q in zip(plain.named_buffers(), checkpointed.buffers()):
+            assert torch.equal(p, q), name
+
+    def test_ema_follows_and_evaluates(self):
+        model = make_model().train()
+        ema = ModelEmaV3(model, decay=0.9)
+        for _ in range(3):
+            model(images()).sum().backward()
+            ema.update(model)
+        assert ema.module.eval()(images()).isfinite().all()
+
+    def test_memory_statistics_by_block(self):
+        model = make_model().train()
+        model(images())
+        statistics = model.memory_statistics()
+        assert list(statistics) == [f'blocks.{i}.mlp.workspace' for i in range(3)]
+        for layer in statistics.values():
+            assert layer['effective_rank'] == pytest.approx(8., rel=1e-3)
+            assert 0 < layer['coverage'] <= 1
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_compiled_without_graph_breaks(self, training):
+        torch._dynamo.reset()
+        model = make_model().train(training)
+        compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+        twin = make_model().train(training)
+        x = images()
+        torch.testing.assert_close(compiled(x), twin(x), atol=1e-4, rtol=1e-4)
+
+
+def test_the_class_takes_what_a_vit_takes():
+    model = AssociativeTransformer(32, 8, 3, 5, 'avg', embed_dim=32, depth=1, num_heads=2, class_token=False)
+    assert isinstance(model.blocks[0].mlp, WorkspaceMlp)
+    assert model(images()).shape == (4, 5)

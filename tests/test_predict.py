@@ -1,0 +1,404 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
+
+import timm_ait
+from timm_ait.__main__ import main
+from timm_ait.predict import SheetEntry, class_names, contact_sheet, find_images, load_image, read_labels
+
+EXAMPLES = Path(__file__).parents[1] / 'examples' / 'images'
+NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+
+
+def save_model(folder, num_classes=10, **model_config):
+    torch.manual_seed(0)
+    model = timm.create_model('test_ait', num_classes=num_classes)
+    torch.nn.init.normal_(model.head.weight)  # predictions that differ between images
+    save_for_hf(model, folder, model_config=model_config, safe_serialization=True)
+    return f'local-dir:{folder}'
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp('model'), label_names=NAMES)
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / 'images'
+    (folder / 'sub').mkdir(parents=True)
+    for i, name in enumerate(['b.png', 'a.jpg', 'sub/c.bmp']):
+        Image.effect_noise((40, 30), 64 + 32 * i).convert('RGB').save(folder / name)
+    return folder
+
+
+def write_labels(file, rows, header=('file', 'label')):
+    with open(file, 'w', newline='', encoding='utf-8') as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return file
+
+
+def predict(*args):
+    return main(['predict', *map(str, args)])
+
+
+def predict_json(capsys, *args):
+    code = predict(*args, '--json')
+    return code, json.loads(capsys.readouterr().out)
+
+
+def error_of(capsys, *args):
+    with pytest.raises(SystemExit) as exit_:
+        predict(*args)
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert captured.out == ''
+    return captured.err
+
+
+class TestFindImages:
+
+    def test_folders_are_searched_recursively_and_sorted(self, images):
+        assert find_images([images]) == [images / 'a.jpg', images / 'b.png', images / 'sub/c.bmp']
+
+    def test_files_of_other_kinds_in_a_folder_are_left_out(self, images):
+        (images / 'labels.csv').write_text('file,label\n')
+        assert len(find_images([images])) == 3
+
+    def test_a_given_file_needs_no_extension(self, images):
+        (images / 'a.jpg').rename(images / 'a')
+        assert find_images([images / 'a']) == [images / 'a']
+
+    def test_missing_paths_are_named(self, images):
+        with pytest.raises(ValueError, match='nowhere'):
+            find_images([images, images / 'nowhere'])
+
+    def test_a_folder_without_images_is_named(self, images, tmp_path):
+        (tmp_path / 'empty').mkdir()
+        with pytest.raises(ValueError, match='empty'):
+            find_images([images, tmp_path / 'empty'])
+
+
+class TestLoadImage:
+
+    @pytest.mark.parametrize('mode, suffix', [
+        ('1', 'png'), ('L', 'png'), ('LA', 'png'), ('P', 'gif'), ('RGBA', 'webp'), ('I;16', 'png'), ('I;16', 'tif'),
+        ('CMYK', 'jpg'), ('YCbCr', 'jpg'), ('LAB', 'tif'),
+    ])
+    def test_modes(self, tmp_path, mode, suffix):
+        file = tmp_path / f'image.{suffix}'
+        Image.new(mode, (5, 4)).save(file)
+        image = load_image(file)
+        assert (image.mode, image.size) == ('RGB', (5, 4))
+
+    @pytest.mark.parametrize('suffix', ['png', 'tif', 'pgm'])
+    def test_16_bits_keep_their_range(self, tmp_path, suffix):
+        gray = Image.new('I;16', (3, 1))
+        for x, value in enumerate([0, 0x8000, 0xffff]):
+            gray.putpixel((x, 0), value)
+        gray.save(tmp_path / f'gray.{suffix}')
+        image = load_image(tmp_path / f'gray.{suffix}')
+        assert [image.getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
+
+    def test_first_frame_of_an_animation(self, tmp_path):
+        red, blue = Image.new('RGB', (4, 4), 'red'), Image.new('RGB', (4, 4), 'blue')
+        red.save(tmp_path / 'two.gif', save_all=True, append_images=[blue])
+        assert load_image(tmp_path / 'two.gif').getpixel((0, 0)) == (255, 0, 0)
+
+    def test_palette_with_transparency(self, tmp_path):
+        image = Image.new('RGB', (4, 4), 'red').quantize(2)
+        image.save(tmp_path / 'image.png', transparency=0)
+        assert load_image(tmp_path / 'image.png').getpixel((0, 0)) == (255, 0, 0)
+
+    @pytest.mark.parametrize('mode', ['I', 'F'])
+    def test_pixels_without_a_range_are_refused(self, tmp_path, mode):
+        Image.new(mode, (4, 4)).save(tmp_path / 'image.tif')
+        with pytest.raises(ValueError, match='no fixed range'):
+            load_image(tmp_path / 'image.tif')
+
+
+class TestClassNames:
+
+    @pytest.mark.parametrize('label_names', [['cat', 'dog'], {'0': 'cat', '1': 'dog'}])
+    def test_from_the_config(self, tmp_path, label_names):
+        label_descriptions = {'cat': 'tom', 'dog': 'rex'}
+        name = save_model(tmp_path, num_classes=2, label_names=label_names, label_descriptions=label_descriptions)
+        assert class_names(timm.create_model(name)) == (['cat', 'dog'], ['tom', 'rex'])
+
+    def test_descriptions_default_to_names(self, tmp_path):
+        name = save_model(tmp_path, num_classes=2, label_names=['cat', 'dog'])
+        assert class_names(timm.create_model(name)) == (['cat', 'dog'], ['cat', 'dog'])
+
+    def test_a_class_without_a_name_goes_by_its_index(self, tmp_path):
+        name = save_model(tmp_path, num_classes=3, label_names={'1': 'dog'})
+        assert class_names(timm.create_model(name))[0] == ['0', 'dog', '2']
+
+    def test_without_names_in_the_config(self):
+        assert class_names(timm.create_model('test_ait'))[0] == [str(i) for i in range(10)]
+
+    def test_imagenet_classes(self):
+        names, descriptions = class_names(timm.create_model('test_ait', num_classes=1000))
+        assert names[0] == 'n01440764'
+        assert descriptions[0].startswith('tench')
+
+
+class TestReadLabels:
+
+    def test_files_are_relative_to_the_csv_file(self, tmp_path):
+        labels = read_labels(write_labels(tmp_path / 'labels.csv', [('a/b.png', 'cat')]))
+        assert labels == {(tmp_path / 'a/b.png').resolve(): 'cat'}
+
+    def test_other_columns_and_a_byte_order_mark_are_fine(self, tmp_path):
+        (tmp_path / 'labels.csv').write_text('\ufeffid,label,file\n1,cat,a.png\n', encoding='utf-8')
+        assert list(read_labels(tmp_path / 'labels.csv').values()) == ['cat']
+
+    @pytest.mark.parametrize('text, message', [
+        ('name,class\na.png,cat\n', 'columns file and label'),
+        ('', 'columns file and label'),
+        ('file,label\na.png\n', 'line 2 lacks'),
+        ('file,label\na.png,cat\na.png,dog\n', 'another label'),
+    ])
+    def test_bad_contents(self, tmp_path, text, message):
+        (tmp_path / 'labels.csv').write_text(text)
+        with pytest.raises(ValueError, match=f'--labels .*{message}'):
+            read_labels(tmp_path / 'labels.csv')
+
+    def test_not_text(self, tmp_path):
+        (tmp_path / 'labels.csv').write_bytes(b'\xff\xfe\x00')
+        with pytest.raises(ValueError, match='--labels'):
+            read_labels(tmp_path / 'labels.csv')
+
+
+class TestContactSheet:
+
+    @pytest.mark.parametrize('num', [1, 2, 7])
+    def test_shows_every_thumbnail(self, num):
+        sheet = contact_sheet([SheetEntry(Image.new('RGB', (128, 128), 'blue'), 'cat')] * num)
+        assert dict((colour, n) for n, colour in sheet.getcolors(1 << 16))[0, 0, 255] == num * 128 ** 2
+
+    @pytest.mark.parametrize('correct, channel', [(True, 1), (False, 0)])
+    def test_green_if_right_red_if_wrong(self, correct, channel):
+        sheet = contact_sheet([SheetEntry(Image.new('RGB', (128, 128), 'blue'), 'cat', 'dog', correct)])
+        frame = sheet.getpixel((6, 6))
+        assert max(range(3), key=frame.__getitem__) == channel
+
+    def test_long_names_stay_in_their_cell(self):
+        entries = [SheetEntry(Image.new('RGB', (128, 128)), name, name) for name in ('long name ' * 50, '')]
+        sheet = contact_sheet(entries)
+        assert sheet.crop((140, 140, sheet.width, 156)).getcolors() == [(16 * (sheet.width - 140), (255, 255, 255))]
+
+
+class TestPredict:
+
+    def test_probabilities_are_those_of_timms_own_pipeline(self, capsys, model, images):
+        _, document = predict_json(capsys, images / 'a.jpg', '--model', model, '--topk', 10)
+        reference = timm.create_model(model, pretrained=True).eval()
+        transform = create_transform(**resolve_model_data_config(reference), is_training=False)
+        with torch.no_grad():
+            probabilities = reference(transform(Image.open(images / 'a.jpg').convert('RGB'))[None]).softmax(-1)[0]
+        for prediction in document['images'][0]['predictions']:
+            assert prediction['probability'] == pytest.approx(probabilities[prediction['index']].item(), rel=1e-5)
+            assert prediction['name'] == NAMES[prediction['index']]
+
+    def test_most_probable_first(self, capsys, model, images):
+        _, document = predict_json(capsys, images, '--model', model)
+        for image in document['images']:
+            probabilities = [prediction['probability'] for prediction in image['predictions']]
+            assert len(probabilities) == 5
+            assert probabilities == sorted(probabilities, reverse=True)
+
+    def test_a_line_an_image(self, capsys, model, images):
+        assert predict(images, '--model', model, '--topk', 2) == 0
+        captured = capsys.readouterr()
+        lines = captured.out.splitlines()
+        assert [line.split('  ')[0] for line in lines] == [str(file) for file in find_images([images])]
+        assert all(line.count('% ') == 2 for line in lines)
+        assert '3/3' in captured.err
+
+    def test_the_batch_size_does_not_matter(self, capsys, model, images):
+        one, all_ = (predict_json(capsys, images, '--model', model, '--batch-size', n)[1] for n in (1, 3))
+        for a, b in zip(one['images'], all_['images'], strict=True):
+            assert a['file'] == b['file']
+            assert [p['probability'] for p in a['predictions']] == pytest.approx(
+                [p['probability'] for p in b['predictions']], rel=1e-4)
+
+    def test_at_most_as_many_predictions_as_classes(self, capsys, images, tmp_path):
+        _, document = predict_json(capsys, images, '--model', save_model(tmp_path / 'model', num_classes=2))
+        assert len(document['images'][0]['predictions']) == 2
+
+    def test_one_channel_models_get_gray_images(self, capsys, images, tmp_path):
+        gray = timm.create_model('test_ait', in_chans=1)
+        save_for_hf(gray, tmp_path / 'model', safe_serialization=True)
+        assert predict(images, '--model', f'local-dir:{tmp_path / "model"}') == 0
+
+    def test_file_names_that_cannot_be_printed(self, capsys, model, images):
+        file = os.fsdecode(b'\xff.png')
+        (images / 'b.png').rename(images / file)
+        assert predict(images / file, '--model', model) == 0
+        assert '\\udcff.png' in capsys.readouterr().out
+
+
+class TestAccuracy:
+
+    def test_share_of_the_labelled_images(self, capsys, model, images, tmp_path):
+        _, document = predict_json(capsys, images, '--model', model)
+        predicted = [image['predictions'][0]['name'] for image in document['images']]
+        other = NAMES[NAMES.index(predicted[1]) - 1]
+        labels = write_labels(tmp_path / 'labels.csv', [('images/a.jpg', predicted[0]), ('images/b.png', other)])
+        code, document = predict_json(capsys, images, '--model', model, '--labels', labels)
+        assert code == 0
+        assert document['accuracy'] == 0.5
+        assert [image['correct'] for image in document['images']] == [True, False, None]
+        assert document['images'][1]['label']['name'] == other
+
+        predict(images, '--model', model, '--labels', labels)
+        lines = capsys.readouterr().out.splitlines()
+        assert '  right' in lines[0] and f'  wrong (is {other})' in lines[1]
+        assert lines[-1] == 'top-1 accuracy 50.0% (1 of 2 labelled images)'
+
+    def test_labels_may_be_descriptions(self, capsys, images, tmp_path):
+        model = save_model(
+            tmp_path / 'model', num_classes=2, label_names=['n1', 'n2'], label_descriptions={'n1': 'cat', 'n2': 'dog'})
+        labels = write_labels(tmp_path / 'labels.csv', [('images/a.jpg', 'cat'), ('images/b.png', 'n1')])
+        _, document = predict_json(capsys, images, '--model', model, '--labels', labels)
+        assert [image['label'] and image['label']['index'] for image in document['images']] == [0, 0, None]
+
+    def test_unknown_class(self, capsys, model, images, tmp_path):
+        labels = write_labels(tmp_path / 'labels.csv', [('images/a.jpg', 'zebra')])
+        error = error_of(capsys, images, '--model', model, '--labels', labels)
+        assert str(labels) in error and "'zebra'" in error and 'truck' in error
+
+    def test_labels_of_other_images(self, capsys, model, images, tmp_path):
+        labels = write_labels(tmp_path / 'labels.csv', [('a.jpg', 'cat')])
+        assert 'names none of the images' in error_of(capsys, images, '--model', model, '--labels', labels)
+
+    def test_the_examples_have_four_images_a_class(self):
+        labels = read_labels(EXAMPLES / 'labels.csv')
+        assert sorted(labels) == [file.resolve() for file in find_images([EXAMPLES])]
+        assert sorted(labels.values()) == sorted(NAMES * 4)
+
+
+class TestSheet:
+
+    def test_is_written(self, capsys, model, tmp_path):
+        sheet = tmp_path / 'sheet.png'
+        code = predict(EXAMPLES, '--model', model, '--labels', EXAMPLES / 'labels.csv', '--sheet', sheet)
+        assert code == 0
+        assert Image.open(sheet).format == 'PNG'
+        assert [file.name for file in tmp_path.iterdir()] == ['sheet.png']
+
+    def test_images_of_any_shape(self, capsys, model, tmp_path):
+        for i, size in enumerate([(1, 1), (600, 1), (1, 600), (300, 200)]):
+            Image.new('RGB', size, 'red').save(tmp_path / f'{i}.png')
+        assert predict(tmp_path, '--model', model, '--sheet', tmp_path / 'sheet.png') == 0
+
+    @pytest.mark.parametrize('name, message', [
+        ('sheet.jpg', r'ends in .png'),
+        ('nowhere/sheet.png', 'nowhere is not a folder'),
+        ('folder.png', 'name of a file'),
+    ])
+    def test_bad_file(self, capsys, model, images, tmp_path, name, message):
+        (tmp_path / 'folder.png').mkdir()
+        error = error_of(capsys, images, '--model', model, '--sheet', tmp_path / name)
+        assert f'--sheet {tmp_path / name}' in error and message in error
+
+    def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, images, tmp_path, monkeypatch):
+        def save(image, file, format):
+            Path(file).write_bytes(b'half a file')
+            raise OSError('disk full')
+
+        (tmp_path / 'sheet.png').write_bytes(b'old')
+        monkeypatch.setattr(Image.Image, 'save', save)
+        with pytest.raises(OSError, match='disk full'):
+            predict(images, '--model', model, '--sheet', tmp_path / 'sheet.png')
+        assert (tmp_path / 'sheet.png').read_bytes() == b'old'
+        assert {file.name for file in tmp_path.iterdir()} == {'images', 'sheet.png'}
+
+
+class TestErrors:
+
+    def test_unreadable_files_are_named_and_skipped(self, capsys, model, images):
+        (images / 'broken.png').write_text('not an image')
+        (images / 'cut.bmp').write_bytes((images / 'sub/c.bmp').read_bytes()[:500])
+        code = predict(images, '--model', model, '--json')
+        captured = capsys.readouterr()
+        document = json.loads(captured.out)
+        assert code == 1
+        assert len(document['images']) == 3
+        assert [error['file'] for error in document['errors']] == [str(images / 'broken.png'), str(images / 'cut.bmp')]
+        assert f'{images / "broken.png"}: cannot be read' in captured.err
+
+    def test_nothing_readable(self, capsys, model, images):
+        for file in find_images([images]):
+            file.write_text('not an image')
+        assert 'none of the files could be classified' in error_of(capsys, images, '--model', model)
+
+    def test_missing_path(self, capsys, model, images):
+        assert 'no file or folder nowhere' in error_of(capsys, images, 'nowhere', '--model', model)
+
+    @pytest.mark.parametrize('name, message', [
+        ('no_such_model', 'Unknown model'),
+        ('test_ait', 'No pretrained weights'),
+        ('local-dir:nowhere', 'nowhere'),
+    ])
+    def test_model(self, capsys, images, name, message):
+        error = error_of(capsys, images, '--model', name)
+        assert f'--model {name}' in error and message in error and 'local-dir:' in error
+
+    def test_config_of_another_library(self, capsys, images, tmp_path):
+        (tmp_path / 'config.json').write_text('{"architectures": ["ViT"]}')
+        assert 'cannot be loaded (KeyError' in error_of(capsys, images, '--model', f'local-dir:{tmp_path}')
+
+    def test_model_without_a_classifier(self, capsys, images, tmp_path):
+        save_for_hf(timm.create_model('test_ait', num_classes=0), tmp_path / 'model', safe_serialization=True)
+        assert 'no classifier' in error_of(capsys, images, '--model', f'local-dir:{tmp_path / "model"}')
+
+    def test_model_output_that_is_not_a_number(self, capsys, images, tmp_path):
+        model = timm.create_model('test_ait')
+        torch.nn.init.constant_(model.head.bias, float('nan'))
+        save_for_hf(model, tmp_path / 'model', safe_serialization=True)
+        error = error_of(capsys, images, '--model', f'local-dir:{tmp_path / "model"}')
+        assert f'{images / "a.jpg"}: the model\'s output is not a number' in error
+
+    @pytest.mark.parametrize('option, value', [
+        ('--device', 'toaster'), ('--batch-size', '0'), ('--topk', '-1'), ('--topk', 'all'),
+    ])
+    def test_option(self, capsys, model, images, option, value):
+        error = error_of(capsys, images, '--model', model, option, value)
+        assert option in error and value in error
+
+
+class TestCommandLine:
+
+    def test_from_a_shell(self, model, images):
+        result = subprocess.run(
+            [sys.executable, '-m', 'timm_ait', 'predict', str(images), '--model', model, '--json'],
+            capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert len(json.loads(result.stdout)['images']) == 3
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit, match='0'):
+            main(['--version'])
+        assert timm_ait.__version__ in capsys.readouterr().out
+
+    def test_help_lists_the_commands(self, capsys):
+        with pytest.raises(SystemExit, match='0'):
+            main(['--help'])
+        out = capsys.readouterr().out
+        assert 'predict' in out and 'run' in out
+
+    @pytest.mark.parametrize('argv', [[], ['guess'], ['predict'], ['run']])
+    def test_incomplete(self, capsys, argv):
+        with pytest.raises(SystemExit, match='2'):
+            main(argv)

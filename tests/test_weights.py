@@ -1,0 +1,132 @@
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+from timm_ait.__main__ import main
+from timm_ait.weights import shipped_weights, weights_dir
+
+SHIPPED = sorted(folder.name for folder in weights_dir().iterdir() if folder.is_dir())
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'empty'))
+
+
+@pytest.mark.parametrize('name', SHIPPED)
+class TestShipped:
+
+    def test_loads_without_a_network_in_float32(self, name, offline):
+        model = timm.create_model(name, pretrained=True)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+    def test_is_half_precision_on_disk(self, name):
+        with safe_open(weights_dir() / name / 'model.safetensors', 'pt') as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}
+
+    def test_every_layout_loads_the_same_model(self, name, offline):
+        by_tag = timm.create_model(name, pretrained=True).eval()
+        by_folder = timm.create_model(f'local-dir:{weights_dir() / name}', pretrained=True).eval()
+        x = torch.randn(2, *by_tag.default_cfg['input_size'])
+        assert torch.equal(by_tag(x), by_folder(x))
+        for key in ('mean', 'std', 'input_size', 'crop_pct', 'interpolation', 'num_classes', 'label_names'):
+            assert tuple_or_value(by_tag.default_cfg[key]) == tuple_or_value(by_folder.default_cfg[key]), key
+
+    def test_slots_are_distinct(self, name):
+        model = timm.create_model(name, pretrained=True)
+        for layer, statistics in model.memory_statistics().items():
+            slots, width = model.get_submodule(layer).memory.shape
+            assert statistics['effective_rank'] >= 0.8 * min(slots, width), layer
+
+    def test_is_small_enough(self, name):
+        assert (weights_dir() / name / 'model.safetensors').stat().st_size < 95e6
+
+    def test_card_and_training_config_come_with_it(self, name):
+        assert (weights_dir() / name / 'README.md').is_file()
+        assert (weights_dir() / name / 'train.yaml').is_file()
+        config = json.loads((weights_dir() / name / 'config.json').read_text())
+        assert config['architecture'] == name.partition('.')[0]
+
+
+def tuple_or_value(value):
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def test_without_a_shipped_file_the_hub_is_asked():
+    assert shipped_weights('ait_small.nowhere') == {'hf_hub_id': 'timm-ait/ait_small.nowhere'}
+
+
+def test_offline_with_an_empty_cache_says_what_to_do(offline):
+    with pytest.raises(RuntimeError, match='(?s)weights of ait_small cannot be read from timm-ait/ait_small.cifar10.*pretrained=False'):
+        timm.create_model('ait_small', pretrained=True, pretrained_cfg_overlay=dict(file=None))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    overlay = dict(file=str(tmp_path / 'missing.safetensors'))
+    with pytest.raises(RuntimeError, match='weights of test_ait cannot be read from .*missing.safetensors: FileNotFoundError'):
+        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A folder in Hub layout, exported from a checkpoint as train.py writes it."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_ait', num_classes=3)
+    checkpoint = tmp_path / 'last.pth.tar'
+    torch.save({'state_dict': model.state_dict(), 'arch': 'test_ait', 'epoch': 0}, checkpoint)
+    folder = tmp_path / 'test_ait.mine'
+    assert main(['export', str(checkpoint), '--model', 'test_ait', '--num-classes', '3', '--out', str(folder)]) == 0
+    return model.eval(), folder
+
+
+def test_an_exported_checkpoint_loads_in_hub_layout(exported):
+    model, folder = exported
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x), atol=1e-2, rtol=1e-2)
+    assert sorted(file.name for file in folder.iterdir()) == ['config.json', 'model.safetensors']
+
+
+def test_export_takes_the_averaged_weights(tmp_path):
+    last, averaged = timm.create_model('test_ait'), timm.create_model('test_ait')
+    checkpoint = tmp_path / 'last.pth.tar'
+    torch.save({'state_dict': last.state_dict(), 'state_dict_ema': averaged.state_dict()}, checkpoint)
+    main(['export', str(checkpoint), '--model', 'test_ait', '--out', str(tmp_path / 'ema'), '--dtype', 'float32'])
+    loaded = timm.create_model(f'local-dir:{tmp_path / "ema"}', pretrained=True)
+    assert torch.equal(loaded.head.weight, averaged.head.weight)
+
+
+def test_export_of_a_missing_checkpoint_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(['export', str(tmp_path / 'none.pth'), '--model', 'test_ait', '--out', str(tmp_path / 'out')])
+    assert error.value.code == 2
+    assert 'none.pth' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'overwritten', 'empty'])
+def test_a_damaged_file_is_reported(exported, damage):
+    _, folder = exported
+    file = folder / 'model.safetensors'
+    content = file.read_bytes()
+    file.write_bytes({'truncated': content[:-100], 'overwritten': b'not a weight file' * 10, 'empty': b''}[damage])
+    with pytest.raises(RuntimeError, match='weight file of test_ait is damaged'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+def test_weights_of_another_width_are_not_loaded(exported):
+    _, folder = exported
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True, embed_dim=32)
+
+
+def test_the_folder_may_be_moved(exported, tmp_path):
+    _, folder = exported
+    shutil.move(folder, tmp_path / 'elsewhere')
+    assert timm.create_model(f'local-dir:{tmp_path / "elsewhere"}', pretrained=True).num_classes == 3
