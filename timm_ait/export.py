@@ -10,9 +10,12 @@ import torch
 from timm.models import create_model, load_checkpoint, save_for_hf
 from timm.utils import ParseKwargs
 
+from timm_ait.layers import GlobalWorkspace
+
 __all__ = ['add_parser', 'export']
 
 
+@torch.no_grad()
 def export(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write config.json and model.safetensors of a model into a folder; other files in it stay.
 
@@ -21,6 +24,9 @@ def export(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.floa
         folder: Checkpoint folder, made if it does not exist.
         dtype: Precision on disk. timm loads it into the precision of the model.
     """
+    for module in model.modules():
+        if isinstance(module, GlobalWorkspace):  # averaged weights hold an averaged memory
+            module.memory.copy_(module.stored_memory())
     folder.mkdir(parents=True, exist_ok=True)
     # written beside, then moved, so that an interruption leaves no half file
     with tempfile.TemporaryDirectory(dir=folder) as staging:

@@ -314,18 +314,21 @@ class TestState:
         assert output.dtype == dtype and layer.memory.dtype == dtype
         assert all(p.grad.isfinite().all() for p in layer.parameters())
 
-    def test_an_ema_copy_evaluates_with_unit_norm_slots(self):
-        layer = make_workspace()
+    @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
+    def test_an_ema_copy_reads_slots_as_the_update_rule_wants_them(self, memory_update):
+        layer = make_workspace(memory_update=memory_update)
         ema = ModelEmaV3(layer, decay=0.5)
         for _ in range(3):
             layer(torch.randn(4, 9, 24)).sum().backward()
             ema.update(layer)
-        averaged = ema.module
+        averaged = ema.module.eval()
         assert (averaged.memory.norm(dim=-1) < 0.999).any()
+        memory = averaged.memory if memory_update == 'normalize' else naive.polar(averaged.memory)
+        memory = F.normalize(memory, dim=-1)
+        torch.testing.assert_close(averaged.stored_memory(), memory, atol=1e-4, rtol=1e-4)
         x = torch.randn(4, 9, 24)
-        renormalised = copy.deepcopy(averaged)
-        renormalised.memory.copy_(F.normalize(averaged.memory, dim=-1))
-        torch.testing.assert_close(averaged.eval()(x), renormalised.eval()(x))
+        expected = naive.read(averaged.norm(x).view(-1, 24), averaged.attractors(memory)).view(x.shape)
+        torch.testing.assert_close(averaged(x), expected, atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
     def test_a_copy_made_between_forward_and_backward_is_independent(self, copied):

@@ -8,7 +8,6 @@ from typing import Any, Deque, Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from torch.jit import Final
 
@@ -17,7 +16,7 @@ from timm.models import register_notrace_module
 
 from timm_ait.ops.bottleneck import write as write_tokens
 from timm_ait.ops.hopfield import read, retrieve
-from timm_ait.ops.memory import polar, slot_statistics, snapshot, update_memory
+from timm_ait.ops.memory import project_memory, slot_statistics, snapshot, update_memory
 
 __all__ = [
     'GlobalWorkspace',
@@ -186,9 +185,7 @@ class GlobalWorkspace(nn.Module):
             nn.init.uniform_(memory, -1., 1.)
         else:
             nn.init.eye_(memory)
-        if self.memory_update == 'orthogonal':
-            memory = polar(memory, num_iterations=32)
-        self.memory.copy_(F.normalize(memory, dim=-1))
+        self.memory.copy_(project_memory(memory, self.memory_update, num_iterations=32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Write (in training) and read.
@@ -204,8 +201,7 @@ class GlobalWorkspace(nn.Module):
         if self.training and self.writes and tokens.shape[0] > 0:
             memory = self._write(tokens)
         else:
-            # averaged copies (EMA) and half-precision files hold slots that are no longer exactly of unit norm
-            memory = F.normalize(self.memory, dim=-1)
+            memory = self.stored_memory()
         if not self.retrieves:
             return x if self.gated else tokens.view(x.shape)
         attractors = self.attractors(memory.to(self.attractors.weight.dtype))
@@ -217,6 +213,15 @@ class GlobalWorkspace(nn.Module):
         else:
             output = read(state, attractors, self.beta, tokens if self.retrieval_steps > 1 else None)
         return output.view(x.shape)
+
+    def stored_memory(self) -> torch.Tensor:
+        """The memory (M, D) that evaluation reads, at least float32.
+
+        Its slots are orthonormal, or of unit norm, also where those in the buffer are not any more: in averaged copies
+        (EMA), and in half precision.
+        """
+        memory = self.memory.to(torch.promote_types(self.memory.dtype, torch.float32))
+        return project_memory(memory, self.memory_update)
 
     @torch.jit.unused
     def _write(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -271,14 +276,14 @@ class GlobalWorkspace(nn.Module):
 
     @torch.jit.ignore
     def memory_statistics(self) -> Dict[str, float]:
-        """How distinct the slots are and how many tokens they see.
+        """How distinct the slots that evaluation reads are, and how many tokens they see.
 
         Returns:
             'effective_rank' (1 to min(M, D)), 'mean_cosine' of distinct slots, and 'coverage': share of tokens that at
             least one slot selected in the last write, nan before the first.
         """
         coverage = float('nan') if self.coverage is None else float(self.coverage)
-        return {**slot_statistics(self.memory), 'coverage': coverage}
+        return {**slot_statistics(self.stored_memory()), 'coverage': coverage}
 
     def __getstate__(self) -> Dict[str, Any]:
         # what belongs to one forward stays behind when the layer is copied (EMA) or pickled

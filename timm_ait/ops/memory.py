@@ -4,7 +4,7 @@ from typing import Dict
 import torch
 import torch.nn.functional as F
 
-__all__ = ['polar', 'slot_statistics', 'snapshot', 'update_memory']
+__all__ = ['polar', 'project_memory', 'slot_statistics', 'snapshot', 'update_memory']
 
 
 @torch.library.custom_op('timm_ait::snapshot', mutates_args=())
@@ -39,6 +39,13 @@ def polar(matrix: torch.Tensor, num_iterations: int = 12) -> torch.Tensor:
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
+def project_memory(memory: torch.Tensor, rule: str = 'orthogonal', num_iterations: int = 12) -> torch.Tensor:
+    """Nearest memory (M, D) that the update rule allows: orthonormal slots, or (rule 'normalize') of unit norm."""
+    if rule == 'orthogonal':
+        memory = polar(memory, num_iterations)
+    return F.normalize(memory, dim=-1)
+
+
 def update_memory(
         memory: torch.Tensor,
         candidate: torch.Tensor,
@@ -46,10 +53,7 @@ def update_memory(
         rule: str = 'orthogonal',
 ) -> torch.Tensor:
     """As `naive.update_memory`, with the polar factor by Newton-Schulz."""
-    memory = momentum * memory + (1. - momentum) * candidate
-    if rule == 'orthogonal':
-        memory = polar(memory)
-    return F.normalize(memory, dim=-1)
+    return project_memory(momentum * memory + (1. - momentum) * candidate, rule)
 
 
 def slot_statistics(memory: torch.Tensor) -> Dict[str, float]:
