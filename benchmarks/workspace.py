@@ -132,6 +132,7 @@ class Results:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.machine = describe_machine(args)
         self.rows: List[Dict[str, Any]] = []
 
     def measure(self, part: str, case: str, steps: Dict[str, Callable[[], Any]], reference: str, **size: int) -> None:
@@ -171,6 +172,14 @@ class Results:
                 'reference': reference,
                 'all_milliseconds': [1e3 * x for x in seconds[name]],
             })
+        self.store()
+
+    def store(self) -> None:
+        """Write what there is so far."""
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
+        record = {**self.machine, 'arguments': arguments, 'results': self.rows, 'exponents': self.exponents()}
+        (self.args.out / 'workspace.json').write_text(json.dumps(record, indent=2) + '\n')
 
     def table(self, part: str) -> str:
         """Markdown table of a part."""
@@ -205,8 +214,8 @@ class Results:
                     if len(rows) > 1:
                         logs = [math.log(row[size]) for row in rows]
                         slopes[f'{case}, {name}, {size}'] = {
-                            quantity: statistics.linear_regression(logs, [math.log(row[quantity]) for row in rows]).slope
-                            for quantity in ('milliseconds', 'peak_mib')
+                            key: statistics.linear_regression(logs, [math.log(row[key]) for row in rows]).slope
+                            for key in ('milliseconds', 'peak_mib')
                         }
         return slopes
 
@@ -531,7 +540,7 @@ def plot(rows: List[Dict[str, Any]], path: Path) -> None:
             axis.set_ylabel(label)
             axis.grid(True, which='major', alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=3, fontsize='small')
+    figure.legend(handles, labels, loc='outside lower center', ncols=min(len(sizes), 3), fontsize='small')
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -539,32 +548,25 @@ def plot(rows: List[Dict[str, Any]], path: Path) -> None:
 def main() -> None:
     args = parse_args()
     os.environ['TIMM_AIT_BACKEND'] = args.backend
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces every start and stop
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = describe_machine(args)
     results = Results(args)
-    benchmarks = dict(
-        ops=benchmark_ops, layer=benchmark_layer, models=benchmark_models, scaling=benchmark_scaling)
-
-    def store() -> None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        record = {**machine, 'arguments': arguments, 'results': results.rows, 'exponents': results.exponents()}
-        (args.out / 'workspace.json').write_text(json.dumps(record, indent=2) + '\n')
-
+    machine = results.machine
     print(f"# Workspace on {machine['gpu'] or machine['cpu']}\n")
     print(f"{machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, {args.dtype}, "
           f'backend {args.backend}. Layer: T {args.tokens:,}, E {args.dim}, {args.heads} heads, '
           f'{args.slots} x {args.slot_dim} slots, k {args.bottleneck}. Models: batch {args.batch_size}. '
           f'Medians of {args.repeats} interleaved runs.\n')
-    for part in (part for part in PARTS if part in args.part):
-        benchmarks[part](args, results)
-        store()
-        print(results.table(part) + '\n', flush=True)
-    slopes = results.exponents()
-    if slopes:
+    benchmarks = dict(
+        ops=benchmark_ops, layer=benchmark_layer, models=benchmark_models, scaling=benchmark_scaling)
+    for part, benchmark in benchmarks.items():
+        if part in args.part:
+            benchmark(args, results)
+            print(results.table(part) + '\n', flush=True)
+    if 'scaling' in args.part:
         print('| exponent of | time | peak memory |\n| --- | --: | --: |')
-        for label, slope in slopes.items():
+        for label, slope in results.exponents().items():
             print(f"| {label} | {slope['milliseconds']:.2f} | {slope['peak_mib']:.2f} |")
         plot(results.rows, args.out / 'workspace.png')
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 def installed(tmp_path_factory):
     """A folder that holds nothing but what the wheel installs."""
     folder = tmp_path_factory.mktemp('site')
-    subprocess.run(
-        [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(folder), str(ROOT)], check=True)
+    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(folder), str(ROOT)]
+    subprocess.run(command, check=True)
     return folder
 
 

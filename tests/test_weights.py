@@ -63,13 +63,13 @@ def test_without_a_shipped_file_the_hub_is_asked():
 
 
 def test_offline_with_an_empty_cache_says_what_to_do(offline):
-    with pytest.raises(RuntimeError, match='(?s)weights of ait_small cannot be read from timm-ait/ait_small.cifar10.*pretrained=False'):
+    with pytest.raises(RuntimeError, match='(?s)cannot be read from timm-ait/ait_small.cifar10.*pretrained=False'):
         timm.create_model('ait_small', pretrained=True, pretrained_cfg_overlay=dict(file=None))
 
 
 def test_a_missing_file_is_named(tmp_path):
     overlay = dict(file=str(tmp_path / 'missing.safetensors'))
-    with pytest.raises(RuntimeError, match='weights of test_ait cannot be read from .*missing.safetensors: FileNotFoundError'):
+    with pytest.raises(RuntimeError, match='weights of test_ait cannot be read from .*missing.safetensors'):
         timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay)
 
 

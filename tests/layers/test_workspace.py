@@ -420,6 +420,7 @@ class TestGraphs:
     ('memory_init', 'zeros'),
     ('memory_update', 'svd'),
     ('balance_weight', -1.),
+    ('backend', 'cuda'),
 ])
 def test_a_bad_argument_is_named(argument, value):
     with pytest.raises(ValueError, match=argument):
@@ -429,3 +430,13 @@ def test_a_bad_argument_is_named(argument, value):
 def test_identity_memory_needs_no_more_slots_than_their_width():
     with pytest.raises(ValueError, match="memory_init='identity'"):
         GlobalWorkspace(24, num_slots=9, slot_dim=8, memory_init='identity')
+
+
+def test_the_environment_chooses_the_backend(monkeypatch):
+    assert GlobalWorkspace(24).backend == 'torch'
+    monkeypatch.setenv('TIMM_AIT_BACKEND', 'triton')
+    assert GlobalWorkspace(24).backend == 'triton'
+    assert GlobalWorkspace(24, backend='torch').backend == 'torch'
+    monkeypatch.setenv('TIMM_AIT_BACKEND', 'cuda')
+    with pytest.raises(ValueError, match='TIMM_AIT_BACKEND'):
+        GlobalWorkspace(24)

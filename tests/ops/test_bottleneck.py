@@ -29,7 +29,8 @@ def make_inputs(num_tokens, dim, num_slots, slot_dim, num_heads, dtype=torch.flo
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.to(torch.promote_types(dtype, torch.float32))
 
     inner = num_heads * slot_dim
     return dict(

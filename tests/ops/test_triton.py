@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
+from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is optional')
@@ -156,6 +157,27 @@ def check_refusals():
         kernels().read(double, double, double)
     with pytest.raises(ValueError, match='at most 512 slots, got 513'):
         kernels().read(randn(8, 4), randn(513, 4), randn(513, 4))
+
+
+def check_layer(gated):
+    layers = []
+    for backend in ('torch', 'triton'):
+        torch.manual_seed(0)
+        layer = GlobalWorkspace(
+            24, num_slots=8, slot_dim=16, num_heads=4, bottleneck=10, gated=gated, backend=backend).to(DEVICE)
+        if gated:
+            torch.nn.init.ones_(layer.gate)
+        x = randn(4, 9, 24).requires_grad_()
+        output = layer(x)
+        (output.square().sum() + layer.balance_loss).backward()
+        layers.append((output, x.grad, layer.memory, *(parameter.grad for parameter in layer.parameters())))
+    for actual, expected in zip(*reversed(layers)):
+        check_close(actual, expected.double(), torch.float32)
+
+
+@pytest.mark.parametrize('gated', [False, True])
+def test_layer_with_triton_is_the_layer_with_torch(run, gated):
+    run(check_layer, gated)
 
 
 @pytest.mark.parametrize('shape', ATTEND_GRID)

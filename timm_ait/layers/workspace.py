@@ -3,6 +3,7 @@
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import math
+import os
 from collections import deque
 from typing import Any, Deque, Dict, List, Optional, Tuple, Type, Union
 
@@ -29,6 +30,7 @@ __all__ = [
 
 MEMORY_INITS = ('normal', 'uniform', 'identity')
 MEMORY_UPDATES = ('orthogonal', 'normalize')
+BACKENDS = ('torch', 'triton')
 # forwards whose memory is remembered for gradient checkpointing to recompute
 _MAX_PENDING_FORWARDS = 8
 
@@ -66,6 +68,7 @@ class GlobalWorkspace(nn.Module):
     """
     writes: Final[bool]
     retrieves: Final[bool]
+    backend: Final[str]
     balance_loss: Optional[torch.Tensor]
     coverage: Optional[torch.Tensor]
 
@@ -86,6 +89,7 @@ class GlobalWorkspace(nn.Module):
             retrieval: bool = True,
             differentiable_write: bool = True,
             gated: bool = False,
+            backend: Optional[str] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -107,6 +111,8 @@ class GlobalWorkspace(nn.Module):
             differentiable_write: Let the gradient flow from the retrieval through the write of the same step.
             gated: Residual form `x + gate * retrieve(xi)` with a gate a channel that starts at zero, for transformers
                 trained without a workspace, instead of the paper's `xi + retrieve(xi)`.
+            backend: Fused operators, 'torch' or 'triton' (CUDA, not yet timed on a GPU). None takes that of the
+                environment variable TIMM_AIT_BACKEND, else 'torch'.
 
         Raises:
             ValueError: An argument is out of its range.
@@ -129,6 +135,8 @@ class GlobalWorkspace(nn.Module):
                 f"memory_init='identity' needs num_slots <= slot_dim, got {num_slots} slots of width {slot_dim}.")
         _check_choice('memory_update', memory_update, MEMORY_UPDATES)
         _check_float('balance_weight', balance_weight, 0., float('inf'))
+        backend = backend or os.environ.get('TIMM_AIT_BACKEND', 'torch')
+        _check_choice('backend (or the environment variable TIMM_AIT_BACKEND)', backend, BACKENDS)
         dd = {'device': device, 'dtype': dtype}
 
         self.dim = dim
@@ -145,6 +153,7 @@ class GlobalWorkspace(nn.Module):
         self.writes = write
         self.retrieves = retrieval
         self.differentiable_write = differentiable_write
+        self.backend = backend
 
         self.norm = nn.LayerNorm(dim, **dd)
         if write:
@@ -208,11 +217,10 @@ class GlobalWorkspace(nn.Module):
         state = tokens
         for _ in range(self.retrieval_steps - 1):
             state = retrieve(state, attractors, self.beta)
+        residual = None if self.retrieval_steps == 1 else tokens
         if self.gate is not None:
-            output = read(state, attractors, self.beta, x.reshape(-1, self.dim), self.gate)
-        else:
-            output = read(state, attractors, self.beta, tokens if self.retrieval_steps > 1 else None)
-        return output.view(x.shape)
+            residual = x.reshape(-1, self.dim)
+        return read(state, attractors, self.beta, residual, self.gate, self.backend).view(x.shape)
 
     def stored_memory(self) -> torch.Tensor:
         """The memory (M, D) that evaluation reads, at least float32.
@@ -252,6 +260,7 @@ class GlobalWorkspace(nn.Module):
                 self.slot_norm.bias.to(dtype),
                 self.num_heads,
                 bottleneck,
+                self.backend,
             )
             written = update_memory(memory, candidate, self.momentum, self.memory_update)
         if not recomputing:
@@ -410,7 +419,8 @@ def convert_published_workspace(state_dict: Dict[str, torch.Tensor], num_heads: 
         raise ValueError(f"state_dict['memoryupdate.beta'] must be 0.9, the published momentum, got {float(momentum)}.")
     missing, unknown = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
     if missing or unknown:
-        raise ValueError(f'state_dict is not that of a published layer: missing keys {missing}, unknown keys {unknown}.')
+        raise ValueError(
+            f'state_dict is not that of a published layer: missing keys {missing}, unknown keys {unknown}.')
     output = state_dict['memoryupdate.mha.fc.weight']
     if output.shape[1] % num_heads:
         raise ValueError(f'num_heads must divide {output.shape[1]}, the width of the heads together, got {num_heads}.')

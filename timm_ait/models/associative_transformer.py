@@ -49,6 +49,7 @@ class AssociativeTransformer(VisionTransformer):
             retrieval: bool = True,
             differentiable_write: bool = True,
             gated: bool = False,
+            workspace_backend: Optional[str] = None,
             mlp_layer: Type[nn.Module] = WorkspaceMlp,
             **kwargs,
     ) -> None:
@@ -69,6 +70,7 @@ class AssociativeTransformer(VisionTransformer):
             retrieval: Read from the memory.
             differentiable_write: Let the gradient flow through the write of the same step.
             gated: Residual form for transformers trained without a workspace; the layer starts as the identity.
+            workspace_backend: Fused operators, 'torch' or 'triton'; None takes that of TIMM_AIT_BACKEND, else 'torch'.
             mlp_layer: Workspace MLP layer.
             **kwargs: As `VisionTransformer`.
         """
@@ -90,6 +92,7 @@ class AssociativeTransformer(VisionTransformer):
                 retrieval=retrieval,
                 differentiable_write=differentiable_write,
                 gated=gated,
+                backend=workspace_backend,
             ),
             **kwargs,
         )
@@ -194,21 +197,24 @@ _IMAGENET = dict(img_size=224, patch_size=16, class_token=False, global_pool='av
 def ait_small_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer('ait_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_associative_transformer(
+        'ait_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_medium_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Medium, 6 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=6, num_heads=12)
-    return _create_associative_transformer('ait_medium_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_associative_transformer(
+        'ait_medium_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_base_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Base, 12 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=12, num_heads=12)
-    return _create_associative_transformer('ait_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_associative_transformer(
+        'ait_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

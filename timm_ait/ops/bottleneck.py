@@ -30,6 +30,7 @@ def attend(
         queries: torch.Tensor,
         tokens: torch.Tensor,
         bottleneck: int,
+        backend: str = 'torch',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Top-k attention of queries to the tokens themselves.
 
@@ -37,10 +38,14 @@ def attend(
         queries: Scaled queries in token space, (R, E).
         tokens: (T, E), T >= 1, of the queries' dtype.
         bottleneck: Number k of tokens a query keeps; k >= T keeps all.
+        backend: 'torch' or 'triton'.
 
     Returns:
         Pooled tokens (R, E), weights (R, k) in at least float32, and indices (R, k) of the kept tokens.
     """
+    if backend == 'triton':
+        from . import triton
+        return triton.attend(queries, tokens, bottleneck)
     num_tokens = tokens.shape[0]
     k = min(bottleneck, num_tokens)
     scores, indices = torch.topk(queries @ tokens[:_CHUNK].T, min(k, _CHUNK, num_tokens), dim=-1, sorted=False)
@@ -56,7 +61,7 @@ def attend(
 
 
 @attend.register_fake
-def _(queries: torch.Tensor, tokens: torch.Tensor, bottleneck: int):
+def _(queries: torch.Tensor, tokens: torch.Tensor, bottleneck: int, backend: str = 'torch'):
     k = min(bottleneck, tokens.shape[0])
     weights = queries.new_empty((queries.shape[0], k), dtype=_accumulate_dtype(queries))
     return torch.empty_like(queries), weights, torch.empty_like(weights, dtype=torch.long)
@@ -70,7 +75,11 @@ def _attend_backward(
         tokens: torch.Tensor,
         weights: torch.Tensor,
         indices: torch.Tensor,
+        backend: str,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
+    if backend == 'triton':
+        from . import triton
+        return triton.attend_backward(grad_pooled, grad_weights, queries, tokens, weights, indices)
     num_queries, k = indices.shape
     num_tokens = tokens.shape[0]
     grad_pooled = grad_pooled.contiguous()
@@ -105,20 +114,20 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(grad_pooled, grad_weights, queries, tokens, weights, indices):
+def _(grad_pooled, grad_weights, queries, tokens, weights, indices, backend):
     return torch.empty_like(queries), torch.empty_like(tokens)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    queries, tokens, _ = inputs
+    queries, tokens, _, ctx.backend = inputs
     _, weights, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(queries, tokens, weights, indices)
 
 
 def _backward(ctx, grad_pooled, grad_weights, _):
-    grad_queries, grad_tokens = _attend_backward(grad_pooled, grad_weights, *ctx.saved_tensors)
-    return grad_queries, grad_tokens, None
+    grad_queries, grad_tokens = _attend_backward(grad_pooled, grad_weights, *ctx.saved_tensors, ctx.backend)
+    return grad_queries, grad_tokens, None, None
 
 
 attend.register_autograd(_backward, setup_context=_setup_context)
@@ -139,6 +148,7 @@ def write(
         norm_bias: torch.Tensor,
         num_heads: int,
         bottleneck: int,
+        backend: str = 'torch',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `naive.write`. Tokens may be of lower precision than the memory and the weights."""
     num_tokens = tokens.shape[0]
@@ -147,7 +157,7 @@ def write(
     num_slots, slot_dim = memory.shape
     query = F.linear(memory, query_weight).view(num_slots, num_heads, slot_dim).transpose(0, 1)
     folded = query @ key_weight.view(num_heads, slot_dim, -1) * slot_dim ** -0.5
-    pooled, weights, indices = attend(folded.flatten(0, 1).to(tokens.dtype), tokens, bottleneck)
+    pooled, weights, indices = attend(folded.flatten(0, 1).to(tokens.dtype), tokens, bottleneck, backend)
     pooled = pooled.to(memory.dtype).view(num_heads, num_slots, -1)
     pooled = pooled @ value_weight.view(num_heads, slot_dim, -1).transpose(1, 2)
     written = F.linear(pooled.transpose(0, 1).flatten(1), output_weight)

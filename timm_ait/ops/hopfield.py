@@ -21,7 +21,11 @@ def _read(
         keys: torch.Tensor,
         values: torch.Tensor,
         residual: Optional[torch.Tensor],
+        backend: str = 'torch',
 ) -> torch.Tensor:
+    if backend == 'triton':
+        from . import triton
+        return triton.read(state, keys, values, residual)
     residual = state if residual is None else residual
     output = torch.empty_like(residual, memory_format=torch.contiguous_format)
     for start in range(0, state.shape[0], _CHUNK):
@@ -31,7 +35,7 @@ def _read(
 
 
 @_read.register_fake
-def _(state, keys, values, residual):
+def _(state, keys, values, residual, backend='torch'):
     return torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
@@ -42,7 +46,11 @@ def _read_backward(
         keys: torch.Tensor,
         values: torch.Tensor,
         state_is_residual: bool,
+        backend: str,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if backend == 'triton':
+        from . import triton
+        return triton.read_backward(grad, state, keys, values, state_is_residual)
     grad_state = torch.empty_like(state, memory_format=torch.contiguous_format)
     # sums over chunks stay in float32
     grad_keys = torch.zeros_like(keys, dtype=torch.promote_types(keys.dtype, torch.float32))
@@ -63,7 +71,7 @@ def _read_backward(
 
 
 @_read_backward.register_fake
-def _(grad, state, keys, values, state_is_residual):
+def _(grad, state, keys, values, state_is_residual, backend):
     return (
         torch.empty_like(state, memory_format=torch.contiguous_format),
         torch.empty_like(keys),
@@ -72,14 +80,14 @@ def _(grad, state, keys, values, state_is_residual):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    state, keys, values, residual = inputs
+    state, keys, values, residual, ctx.backend = inputs
     ctx.state_is_residual = residual is None
     ctx.save_for_backward(state, keys, values)
 
 
 def _backward(ctx, grad):
-    grads = _read_backward(grad, *ctx.saved_tensors, ctx.state_is_residual)
-    return *grads, None if ctx.state_is_residual else grad
+    grads = _read_backward(grad, *ctx.saved_tensors, ctx.state_is_residual, ctx.backend)
+    return *grads, None if ctx.state_is_residual else grad, None
 
 
 _read.register_autograd(_backward, setup_context=_setup_context)
@@ -91,10 +99,12 @@ def read(
         beta: float = 1.,
         residual: Optional[torch.Tensor] = None,
         gate: Optional[torch.Tensor] = None,
+        backend: str = 'torch',
 ) -> torch.Tensor:
     """As `naive.read`. Attractors and gate may be of higher precision than state and residual."""
     values = attractors if gate is None else attractors * gate
-    return torch.ops.timm_ait.read(state, (beta * attractors).to(state.dtype), values.to(state.dtype), residual)
+    keys = beta * attractors
+    return torch.ops.timm_ait.read(state, keys.to(state.dtype), values.to(state.dtype), residual, backend)
 
 
 def retrieve(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:
