@@ -305,6 +305,12 @@ class TestState:
         torch.testing.assert_close(mlp.workspace.memory @ mlp.workspace.memory.T, torch.eye(8), atol=1e-5, rtol=0)
         assert mlp.workspace.balance_loss.dtype == torch.float32
 
+    def test_autocast_evaluation_reads_the_memory_in_float32(self):
+        layer = make_workspace().eval()
+        with torch.autocast('cpu', torch.bfloat16):
+            memory = layer.stored_memory()
+        torch.testing.assert_close(memory @ memory.T, torch.eye(8), atol=1e-5, rtol=0)
+
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
     def test_a_converted_layer_trains_in_its_dtype(self, dtype):
         layer = make_workspace().to(dtype)

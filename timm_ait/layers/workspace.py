@@ -228,8 +228,7 @@ class GlobalWorkspace(nn.Module):
         Its slots are orthonormal, or of unit norm, also where those in the buffer are not any more: in averaged copies
         (EMA), and in half precision.
         """
-        memory = self.memory.to(torch.promote_types(self.memory.dtype, torch.float32))
-        return project_memory(memory, self.memory_update)
+        return torch.ops.timm_ait.frozen_memory(self.memory, self.memory_update)
 
     @torch.jit.unused
     def _write(self, tokens: torch.Tensor) -> torch.Tensor:
