@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from timm_ait.__main__ import main
 from timm_ait.weights import shipped_weights, weights_dir
 
+EXAMPLES = Path(__file__).parents[1] / 'examples'
 SHIPPED = sorted(folder.name for folder in weights_dir().iterdir() if folder.is_dir())
 
 
@@ -52,6 +54,17 @@ class TestShipped:
         assert (weights_dir() / name / 'train.yaml').is_file()
         config = json.loads((weights_dir() / name / 'config.json').read_text())
         assert config['architecture'] == name.partition('.')[0]
+
+
+@pytest.mark.skipif('ait_small.cifar10' not in SHIPPED, reason='ait_small.cifar10 is not shipped')
+def test_the_example_photographs_are_recognised(offline, capsys, tmp_path):
+    images, sheet = EXAMPLES / 'images', tmp_path / 'sheet.png'
+    code = main(
+        ['predict', str(images), '--labels', str(images / 'labels.csv'), '--sheet', str(sheet), '--json'])
+    assert code == 0 and sheet.is_file()
+    result = json.loads(capsys.readouterr().out)
+    assert len(result['images']) == 40
+    assert result['accuracy'] > 0.5
 
 
 def tuple_or_value(value):

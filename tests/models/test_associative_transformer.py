@@ -196,6 +196,19 @@ class TestState:
         for (name, p), q in zip(plain.named_buffers(), checkpointed.buffers()):
             assert torch.equal(p, q), name
 
+    def test_gradient_checkpointing_of_a_compiled_model(self):
+        torch._dynamo.reset()
+        eager, compiled = make_model().double().train(), make_model().double().train()
+        compiled.set_grad_checkpointing()
+        x = images().double()
+        (eager(x).square().sum() + eager.balance_loss()).backward()
+        output = torch.compile(compiled, backend='aot_eager')(x)
+        (output.square().sum() + compiled.balance_loss()).backward()
+        for (name, p), q in zip(eager.named_parameters(), compiled.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{name}: {m}')
+        for (name, p), q in zip(eager.named_buffers(), compiled.buffers()):
+            torch.testing.assert_close(p, q, msg=lambda m: f'{name}: {m}')
+
     def test_ema_follows_and_evaluates(self):
         model = make_model().train()
         ema = ModelEmaV3(model, decay=0.9)
