@@ -2,6 +2,7 @@
 import argparse
 import functools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def export(model: torch.nn.Module, folder: Path, dtype: torch.dtype = torch.floa
     # written beside, then moved, so that an interruption leaves no half file
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         save_for_hf(model.to(dtype), staging, safe_serialization=True)
+        # safetensors makes its file private
+        shutil.copymode(Path(staging, 'config.json'), Path(staging, 'model.safetensors'))
         for file in ('model.safetensors', 'config.json'):
             os.replace(Path(staging, file), folder / file)
 
