@@ -120,6 +120,38 @@ def test_compiled_task():
     assert_same_gradients(gradients(model), explicit_step())
 
 
+def distributed_rank(rank, store, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False).prepare_distributed()
+    x, y = make_batch()
+    for _ in range(2):
+        model.zero_grad()
+        task(x[2 * rank:2 * rank + 2], y[2 * rank:2 * rank + 2])['loss'].backward()
+    torch.save(gradients(model), f'{results}/{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_ranks_share_gradients_and_start_each_step_from_the_memory_of_the_first(tmp_path):
+    torch.multiprocessing.spawn(distributed_rank, (str(tmp_path / 'store'), str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
+    assert_same_gradients(*ranks)
+
+    x, y = make_batch()
+    halves = [make_model() for _ in range(2)]
+    for step in range(2):
+        if step:
+            halves[1].load_state_dict(halves[0].state_dict())
+        for i, model in enumerate(halves):
+            model.zero_grad()
+            half = slice(2 * i, 2 * i + 2)
+            (nn.functional.cross_entropy(model(x[half]), y[half]) + model.balance_loss()).backward()
+    averaged = {name: (a + b) / 2 for (name, a), b in zip(gradients(halves[0]).items(), gradients(halves[1]).values())}
+    for name, grad in ranks[0].items():
+        torch.testing.assert_close(grad, averaged[name], atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}')
+
+
 def test_distillation_task_adds_the_balance_loss_of_the_student_alone():
     torch.manual_seed(0)
     student, teacher = make_model(), timm.create_model('test_ait')
