@@ -10,6 +10,7 @@ one that was interrupted goes on from its last checkpoint; when all are there th
 Recipe, YAML:
     dataset: cifar10, triangle (ImageFolders) or sort_of_clevr (written by `python -m timm_ait data`)
     image_size, in_chans: of the models' input; images are scaled to it
+    mean, std: what pixels in [0, 1] are normalised with
     kinds: of Sort-of-CLEVR's questions, all by default
     runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}
     model_kwargs: arguments of every run's model, which may take them back with null
@@ -45,6 +46,8 @@ from timm_ait.data.sort_of_clevr import ANSWERS, KINDS, QUESTION_DIM
 _DEFAULTS = dict(
     image_size=None,
     in_chans=3,
+    mean=0.5,
+    std=0.5,
     kinds=list(KINDS),
     model_kwargs={},
     steps=1000,
@@ -107,9 +110,13 @@ def load_split(recipe: Dict[str, Any], data_dir: str, split: str) -> Split:
     )
 
 
-def _batch(split: Split, items: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
-    """Images in [-1, 1], targets, and the further arguments of the model."""
-    images = split.images[split.image_of[items]].float().div_(127.5).sub_(1.)
+def _batch(
+        split: Split,
+        items: torch.Tensor,
+        recipe: Dict[str, Any],
+) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
+    """Normalised images, targets, and the further arguments of the model."""
+    images = split.images[split.image_of[items]].float().div_(255.).sub_(recipe['mean']).div_(recipe['std'])
     kwargs = {} if split.questions is None else {'question': split.questions[items].float()}
     return images, split.targets[items], kwargs
 
@@ -155,12 +162,17 @@ def create_run_model(recipe: Dict[str, Any], run: Dict[str, Any], num_classes: i
 
 
 @torch.inference_mode()
-def evaluate(model: torch.nn.Module, split: Split, batch_size: int = 250) -> Tuple[Dict[str, float], float]:
+def evaluate(
+        model: torch.nn.Module,
+        split: Split,
+        recipe: Dict[str, Any],
+        batch_size: int = 250,
+) -> Tuple[Dict[str, float], float]:
     """Accuracy in percent, in all and by group, and images a second (median over batches)."""
     model.eval()
     correct, rates = [], []
     for items in torch.arange(len(split.targets)).split(batch_size):
-        images, targets, kwargs = _batch(split, items)
+        images, targets, kwargs = _batch(split, items, recipe)
         start = time.perf_counter()
         logits = model(images, **kwargs)
         rates.append(len(items) / (time.perf_counter() - start))
@@ -173,8 +185,8 @@ def evaluate(model: torch.nn.Module, split: Split, batch_size: int = 250) -> Tup
     return accuracy, statistics.median(rates)
 
 
-def _multiply_adds(model: torch.nn.Module, split: Split) -> int:
-    images, _, kwargs = _batch(split, torch.arange(1))
+def _multiply_adds(model: torch.nn.Module, split: Split, recipe: Dict[str, Any]) -> int:
+    images, _, kwargs = _batch(split, torch.arange(1), recipe)
     # the counter's hooks stumble over parameters with gradients, and it counts nothing inside of a fused attention
     model = copy.deepcopy(model).requires_grad_(False)
     for module in model.modules():
@@ -228,7 +240,7 @@ def train_run(recipe: Dict[str, Any], run: Dict[str, Any], seed: int, folder: Pa
         epoch, position = divmod(step, steps_an_epoch)
         order = torch.randperm(num_items, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
         for items in order.split(batch_size)[position:steps_an_epoch]:
-            images, targets, kwargs = _batch(train, items)
+            images, targets, kwargs = _batch(train, items, recipe)
             images = _augment(images, recipe, torch.Generator().manual_seed(1_000_003 * seed + step))
             start = time.perf_counter()
             scheduler.step_update(step)
@@ -242,7 +254,7 @@ def train_run(recipe: Dict[str, Any], run: Dict[str, Any], seed: int, folder: Pa
             rates.append(batch_size / (time.perf_counter() - start))
             step += 1
             if step % recipe['eval_every'] == 0 or step == steps:
-                accuracy, _ = evaluate(model, test)
+                accuracy, _ = evaluate(model, test, recipe)
                 log.append(dict(step=step, loss=result['loss'].item(), accuracy=accuracy))
                 _write(folder / 'log.json', json.dumps(log))
                 saver.save_checkpoint(step - 1, accuracy['all'])
@@ -250,12 +262,12 @@ def train_run(recipe: Dict[str, Any], run: Dict[str, Any], seed: int, folder: Pa
                       f'{statistics.median(rates):.0f} images/s', flush=True)
             if step == steps:
                 break
-    accuracy, inference_rate = evaluate(model, test)
+    accuracy, inference_rate = evaluate(model, test, recipe)
     ranks = [layer['effective_rank'] for layer in timm_ait.memory_statistics(model).values()]
     _write(folder / 'result.json', json.dumps(dict(
         accuracy=accuracy,
         parameters=sum(p.numel() for p in model.parameters()),
-        macs=_multiply_adds(model, test),
+        macs=_multiply_adds(model, test, recipe),
         training_rate=statistics.median(rates) if rates else None,
         inference_rate=inference_rate,
         lowest_rank=min(ranks) if ranks else None,

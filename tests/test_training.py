@@ -200,7 +200,7 @@ def test_unmodified_train_script_trains_and_resumes(tmp_path, arguments):
     command = [
         sys.executable, os.path.join(os.environ['TIMM_SCRIPTS'], 'train.py'), '--device-modules', 'timm_ait',
         '--data-dir', str(tmp_path), '--model', 'test_ait', '--num-classes', '2', '--device', 'cpu', '-b', '4',
-        '--workers', '0', '--lr', '0.001', '--opt', 'adamw', '--warmup-epochs', '0',
+        '--workers', '1', '--lr', '0.001', '--opt', 'adamw', '--warmup-epochs', '0',
         '--output', str(tmp_path / 'output'), '--experiment', 'run', *arguments,
     ]
     environment = {**os.environ, 'PYTHONPATH': str(Path(timm_ait.__file__).parents[1])}

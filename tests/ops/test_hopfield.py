@@ -69,7 +69,9 @@ def test_read_has_the_gradient_of_its_definition(residual, gate):
 
 def test_read_is_a_well_formed_operator():
     inputs = make_inputs(7, 5, 3, torch.float32, residual=True)
-    args = (inputs['state'], inputs['attractors'], inputs['attractors'].detach().clone(), inputs['residual'])
+    args = (
+        inputs['state'], inputs['attractors'], inputs['attractors'].detach().clone(), inputs['residual'], None, None,
+        0., False, 'torch')
     torch.library.opcheck(torch.ops.timm_ait.read, args)
 
 
@@ -90,10 +92,21 @@ def test_norm_read_is_a_layer_norm_and_the_naive_read(shape, dtype, gated):
     torch.testing.assert_close(output.double(), expected, **TOLERANCE[dtype])
 
 
-def test_norm_read_is_a_well_formed_operator():
-    x, weight, keys = torch.randn(7, 5), torch.randn(5), torch.randn(3, 5)
-    args = (x, weight, weight.clone(), 1e-5, keys, keys.clone(), False)
-    torch.library.opcheck(torch.ops.timm_ait.norm_read, args)
+@pytest.mark.parametrize('gated', [False, True])
+def test_norm_read_is_a_well_formed_operator(gated):
+    x, weight, keys = (torch.randn(*shape, requires_grad=True) for shape in ((7, 5), (5,), (3, 5)))
+    bias, values = weight.detach().clone().requires_grad_(), keys.detach().clone().requires_grad_()
+    torch.library.opcheck(torch.ops.timm_ait.read, (x, keys, values, None, weight, bias, 1e-5, gated, 'torch'))
+
+
+@pytest.mark.parametrize('gated', [False, True])
+def test_norm_read_has_the_gradient_of_its_definition(gated):
+    shapes = [(7, 5), (5,), (5,), (3, 5), (5,)]
+    x, weight, bias, attractors, gate = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    assert torch.autograd.gradcheck(
+        lambda x, weight, bias, attractors, gate: hopfield.norm_read(
+            x, weight, bias, 1e-5, attractors, 0.7, gate if gated else None),
+        (x, weight, bias, attractors, gate) if gated else (x, weight, bias, attractors, gate.detach()))
 
 
 def test_non_contiguous_state():

@@ -77,7 +77,7 @@ def check_attend(queries, tokens, bottleneck):
     num_queries, width = queries.shape
     k = min(bottleneck, tokens.shape[0])
     pooled, weights, indices = kernels().attend(queries, tokens, bottleneck)
-    assert pooled.dtype == queries.dtype and weights.dtype == torch.float32 and indices.dtype == torch.long
+    assert pooled.dtype == weights.dtype == torch.float32 and indices.dtype == torch.long
     exact_queries, exact_tokens = exact(queries), exact(tokens)
 
     scores = (exact_queries @ exact_tokens.T).detach()

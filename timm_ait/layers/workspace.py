@@ -15,7 +15,7 @@ from torch.jit import Final
 from timm.layers import Mlp
 from timm.models import register_notrace_module
 
-from timm_ait.ops.bottleneck import write as write_tokens
+from timm_ait.ops.bottleneck import write_unnormed
 from timm_ait.ops.hopfield import norm_read, read, retrieve
 from timm_ait.ops.memory import project_memory, slot_statistics, snapshot, update_memory
 
@@ -208,28 +208,34 @@ class GlobalWorkspace(nn.Module):
         Returns:
             Same shape and dtype as x.
         """
-        writes = self.training and self.writes
-        if self.retrieves and self.retrieval_steps == 1 and self.backend == 'torch' and not writes and (
-                not torch.is_grad_enabled()):
-            attractors = self.attractors(self.stored_memory().to(self.attractors.weight.dtype))
-            tokens = x.reshape(-1, self.dim)
-            return norm_read(
-                tokens, self.norm.weight, self.norm.bias, self.norm.eps, attractors, self.beta, self.gate).view(x.shape)
-        # under autocast a norm may return float32; the workspace computes in the dtype that came in
-        tokens = self.norm(x).to(x.dtype).reshape(-1, self.dim)
-        if writes and tokens.shape[0] > 0:
-            memory = self._write(tokens)
+        # the one-step read norms its tokens itself
+        reads_unnormed = self.retrieves and self.retrieval_steps == 1
+        tokens = x.reshape(-1, self.dim)
+        if not reads_unnormed:
+            # under autocast a norm may return float32; the workspace computes in the dtype that came in
+            tokens = self.norm(tokens).to(x.dtype)
+        if self.training and self.writes and tokens.shape[0] > 0:
+            memory, tokens = self._write(tokens, reads_unnormed)
         else:
             memory = self.stored_memory()
         if not self.retrieves:
             return x if self.gated else tokens.view(x.shape)
         attractors = self.attractors(memory.to(self.attractors.weight.dtype))
+        if reads_unnormed:
+            return norm_read(
+                tokens,
+                self.norm.weight,
+                self.norm.bias,
+                self.norm.eps,
+                attractors,
+                self.beta,
+                self.gate,
+                self.backend,
+            ).view(x.shape)
         state = tokens
         for _ in range(self.retrieval_steps - 1):
             state = retrieve(state, attractors, self.beta)
-        residual = None if self.retrieval_steps == 1 else tokens
-        if self.gate is not None:
-            residual = x.reshape(-1, self.dim)
+        residual = tokens if self.gate is None else x.reshape(-1, self.dim)
         return read(state, attractors, self.beta, residual, self.gate, self.backend).view(x.shape)
 
     def stored_memory(self) -> torch.Tensor:
@@ -241,8 +247,16 @@ class GlobalWorkspace(nn.Module):
         return torch.ops.timm_ait.frozen_memory(self.memory, self.memory_update)
 
     @torch.jit.unused
-    def _write(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Write tokens (B * N, E) into the stored memory; returns the memory (M, D) they read from."""
+    def _write(self, tokens: torch.Tensor, unnormed: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Write tokens (B * N, E) into the stored memory.
+
+        Args:
+            tokens: Normed, or still unnormed.
+            unnormed: Which of them.
+
+        Returns:
+            The memory (M, D) that the tokens read from, and the tokens; unnormed ones may go to `norm_read` alone.
+        """
         # gradient checkpointing runs a forward again inside backward: same result, and the memory moves once
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if recomputing:
@@ -258,8 +272,11 @@ class GlobalWorkspace(nn.Module):
         dtype = torch.promote_types(memory.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             memory = memory.to(dtype)
-            candidate, balance, coverage = write_tokens(
+            candidate, balance, coverage, read_tokens = write_unnormed(
                 tokens,
+                self.norm.weight if unnormed else None,
+                self.norm.bias if unnormed else None,
+                self.norm.eps,
                 memory,
                 self.q.weight.to(dtype),
                 self.k.weight.to(dtype),
@@ -282,7 +299,7 @@ class GlobalWorkspace(nn.Module):
         if self._published_query_gradient:
             # the published code averages in place, into the memory that backward has saved for W_Q
             memory.data.lerp_(candidate.detach(), 1. - self.momentum)
-        return written if self.differentiable_write else written.detach()
+        return written if self.differentiable_write else written.detach(), read_tokens if unnormed else tokens
 
     def _recall_memory(self, tokens: torch.Tensor) -> torch.Tensor:
         """The memory that the forward of these tokens started from."""

@@ -1,15 +1,15 @@
 """ Fused Hopfield read: two skinny GEMMs and a softmax over the slots, done in chunks of tokens that stay in cache.
 
-Backward recomputes the softmax from the tokens, so nothing of size tokens * slots is kept.
+Tokens are normed where they are used, and backward recomputes norm and softmax from them, so that nothing else of the
+tokens' size is kept.
 """
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
+
+from .norm import chunk_size, normalize, normalize_backward
 
 __all__ = ['norm_read', 'read', 'retrieve']
-
-_CHUNK = 512
 
 
 def _association(state: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -18,77 +18,107 @@ def _association(state: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op('timm_ait::read', mutates_args=())
 def _read(
-        state: torch.Tensor,
+        x: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         residual: Optional[torch.Tensor],
-        backend: str = 'torch',
+        norm_weight: Optional[torch.Tensor],
+        norm_bias: Optional[torch.Tensor],
+        eps: float,
+        gated: bool,
+        backend: str,
 ) -> torch.Tensor:
+    """residual + softmax(state keys^T) values, of the state norm(x) or x.
+
+    The residual is x if gated, else what is given, else the state.
+    """
     if backend == 'triton':
         from . import triton
-        return triton.read(state, keys, values, residual)
-    residual = state if residual is None else residual
-    output = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    for start in range(0, state.shape[0], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        torch.addmm(residual[chunk], _association(state[chunk], keys), values, out=output[chunk])
+        state, _ = normalize(x, norm_weight, norm_bias, eps)
+        return triton.read(state, keys, values, x if gated else residual)
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    size = chunk_size(x)
+    for start in range(0, x.shape[0], size):
+        chunk = slice(start, start + size)
+        state, _ = normalize(x[chunk], norm_weight, norm_bias, eps)
+        base = x[chunk] if gated else state if residual is None else residual[chunk]
+        torch.addmm(base, _association(state, keys), values, out=output[chunk])
     return output
 
 
 @_read.register_fake
-def _(state, keys, values, residual, backend='torch'):
-    return torch.empty_like(state, memory_format=torch.contiguous_format)
+def _(x, *_):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op('timm_ait::read_backward', mutates_args=())
 def _read_backward(
         grad: torch.Tensor,
-        state: torch.Tensor,
+        x: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
+        norm_weight: Optional[torch.Tensor],
+        norm_bias: Optional[torch.Tensor],
+        eps: float,
+        gated: bool,
         state_is_residual: bool,
         backend: str,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if backend == 'triton':
-        from . import triton
-        return triton.read_backward(grad, state, keys, values, state_is_residual)
-    grad_state = torch.empty_like(state, memory_format=torch.contiguous_format)
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for x, keys, values and norm (2, E)."""
     # sums over chunks stay in float32
     grad_keys = torch.zeros_like(keys, dtype=torch.promote_types(keys.dtype, torch.float32))
     grad_values = torch.zeros_like(grad_keys)
-    for start in range(0, state.shape[0], _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        association = _association(state[chunk], keys)
+    grad_norm = grad_keys.new_zeros((2, x.shape[1]))
+    if backend == 'triton':
+        from . import triton
+        state, statistics = normalize(x, norm_weight, norm_bias, eps)
+        grad_state, grad_keys, grad_values = triton.read_backward(grad, state, keys, values, state_is_residual)
+        grad_x = normalize_backward(grad_state, x, norm_weight, norm_bias, statistics, grad_norm).to(x.dtype)
+        return grad_x + grad if gated else grad_x, grad_keys, grad_values, grad_norm
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    size = chunk_size(x)
+    for start in range(0, x.shape[0], size):
+        chunk = slice(start, start + size)
+        state, statistics = normalize(x[chunk], norm_weight, norm_bias, eps)
+        association = _association(state, keys)
         grad_values += association.T @ grad[chunk]
         grad_association = grad[chunk] @ values.T
         mean = (association * grad_association).sum(dim=-1, keepdim=True)
         grad_scores = association * (grad_association - mean)
-        grad_keys += grad_scores.T @ state[chunk]
+        grad_keys += grad_scores.T @ state
+        grad_state = grad_x[chunk]
         if state_is_residual:
-            torch.addmm(grad[chunk], grad_scores, keys, out=grad_state[chunk])
+            torch.addmm(grad[chunk], grad_scores, keys, out=grad_state)
         else:
-            torch.mm(grad_scores, keys, out=grad_state[chunk])
-    return grad_state, grad_keys.to(keys.dtype), grad_values.to(values.dtype)
+            torch.mm(grad_scores, keys, out=grad_state)
+        if norm_weight is not None:
+            grad_state.copy_(normalize_backward(grad_state, x[chunk], norm_weight, norm_bias, statistics, grad_norm))
+        if gated:
+            grad_x[chunk] += grad[chunk]
+    return grad_x, grad_keys.to(keys.dtype), grad_values.to(values.dtype), grad_norm
 
 
 @_read_backward.register_fake
-def _(grad, state, keys, values, state_is_residual, backend):
-    return (
-        torch.empty_like(state, memory_format=torch.contiguous_format),
-        torch.empty_like(keys),
-        torch.empty_like(values),
-    )
+def _(grad, x, keys, values, *_):
+    grad_norm = keys.new_empty((2, x.shape[1]), dtype=torch.promote_types(keys.dtype, torch.float32))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, torch.empty_like(keys), torch.empty_like(values), grad_norm
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    state, keys, values, residual, ctx.backend = inputs
-    ctx.state_is_residual = residual is None
-    ctx.save_for_backward(state, keys, values)
+    x, keys, values, residual, norm_weight, norm_bias, ctx.eps, ctx.gated, ctx.backend = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(x, keys, values, norm_weight, norm_bias)
 
 
 def _backward(ctx, grad):
-    grads = _read_backward(grad, *ctx.saved_tensors, ctx.state_is_residual, ctx.backend)
-    return *grads, None if ctx.state_is_residual else grad, None
+    *tensors, norm_weight, norm_bias = ctx.saved_tensors
+    state_is_residual = not ctx.gated and not ctx.has_residual
+    grad_x, grad_keys, grad_values, grad_norm = _read_backward(
+        grad, *tensors, norm_weight, norm_bias, ctx.eps, ctx.gated, state_is_residual, ctx.backend)
+    grad_weight, grad_bias = (None, None) if norm_weight is None else grad_norm.to(norm_weight.dtype)
+    grad_residual = grad if ctx.has_residual else None
+    return grad_x, grad_keys, grad_values, grad_residual, grad_weight, grad_bias, None, None, None
 
 
 _read.register_autograd(_backward, setup_context=_setup_context)
@@ -105,31 +135,8 @@ def read(
     """As `naive.read`. Attractors and gate may be of higher precision than state and residual."""
     values = attractors if gate is None else attractors * gate
     keys = beta * attractors
-    return torch.ops.timm_ait.read(state, keys.to(state.dtype), values.to(state.dtype), residual, backend)
-
-
-@torch.library.custom_op('timm_ait::norm_read', mutates_args=())
-def _norm_read(
-        x: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        eps: float,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        gated: bool,
-) -> torch.Tensor:
-    output = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for start in range(0, x.shape[0], _CHUNK):
-        inputs = x[start:start + _CHUNK]
-        state = F.layer_norm(inputs.to(norm_weight.dtype), x.shape[1:], norm_weight, norm_bias, eps).to(x.dtype)
-        residual = inputs if gated else state
-        torch.addmm(residual, _association(state, keys), values, out=output[start:start + _CHUNK])
-    return output
-
-
-@_norm_read.register_fake
-def _(x, norm_weight, norm_bias, eps, keys, values, gated):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.ops.timm_ait.read(
+        state, keys.to(state.dtype), values.to(state.dtype), residual, None, None, 0., False, backend)
 
 
 def norm_read(
@@ -140,8 +147,9 @@ def norm_read(
         attractors: torch.Tensor,
         beta: float = 1.,
         gate: Optional[torch.Tensor] = None,
+        backend: str = 'torch',
 ) -> torch.Tensor:
-    """`read` of the layer-normed x, or if gated `x + gate * retrieve`, in one pass over x; it has no gradient.
+    """`read` of the layer-normed x, or with a gate `x + gate * retrieve`, in one pass over x.
 
     Args:
         x: (T, E).
@@ -151,14 +159,15 @@ def norm_read(
         attractors: (M, E), may be of higher precision than x.
         beta: Inverse temperature.
         gate: (E,), for the gated residual.
+        backend: 'torch' or 'triton'.
 
     Returns:
         Same shape and dtype as x.
     """
     values = attractors if gate is None else attractors * gate
     keys = beta * attractors
-    return torch.ops.timm_ait.norm_read(
-        x, norm_weight, norm_bias, eps, keys.to(x.dtype), values.to(x.dtype), gate is not None)
+    return torch.ops.timm_ait.read(
+        x, keys.to(x.dtype), values.to(x.dtype), None, norm_weight, norm_bias, eps, gate is not None, backend)
 
 
 def retrieve(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:

@@ -203,7 +203,7 @@ def attend(
         bottleneck: Number k of tokens a query keeps; k >= T keeps all.
 
     Returns:
-        Pooled tokens (R, E), weights (R, k) in float32, and indices (R, k) of the kept tokens.
+        Pooled tokens (R, E) and weights (R, k), both in float32, and indices (R, k) of the kept tokens.
 
     Raises:
         RuntimeError: Tensors are not on a CUDA device.
@@ -215,7 +215,7 @@ def attend(
     k = min(bottleneck, tokens.shape[0])
     scores, indices = _select(queries, tokens, k)
     weights = torch.empty_like(scores, dtype=torch.float32)
-    pooled = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    pooled = torch.empty_like(queries, dtype=torch.float32, memory_format=torch.contiguous_format)
     _softmax_pool_kernel[(num_queries, triton.cdiv(width, _BLOCK_E))](
         scores,
         indices,
