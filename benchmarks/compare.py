@@ -161,6 +161,13 @@ def create_run_model(recipe: Dict[str, Any], run: Dict[str, Any], num_classes: i
     return timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
 
 
+def _embed_patches_in_float32(model: torch.nn.Module) -> None:
+    """In bfloat16, oneDNN's gradient of a convolution with large strides takes many times as long."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == module.stride:
+            module.forward = torch.autocast('cpu', enabled=False)(module.forward)
+
+
 @torch.inference_mode()
 def evaluate(
         model: torch.nn.Module,
@@ -214,6 +221,7 @@ def train_run(recipe: Dict[str, Any], run: Dict[str, Any], seed: int, folder: Pa
     _write(folder / 'settings.json', json.dumps(_settings(recipe, run)))
     torch.manual_seed(seed)
     model = create_run_model(recipe, run, train.num_classes)
+    _embed_patches_in_float32(model)
     task = _QuestionTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
     optimizer = create_optimizer_v2(model, opt=recipe['opt'], lr=recipe['lr'], weight_decay=recipe['weight_decay'])
     steps, batch_size = recipe['steps'], recipe['batch_size']

@@ -42,6 +42,13 @@ class TestRegistry:
         assert data_config['input_size'] == (3, size, size)
         assert model.patch_embed.num_patches == {32: 64, 224: 196}[size]
 
+    @pytest.mark.parametrize('kwargs, patches', [({}, 4), ({'patch_size': 16}, 16), ({'img_size': 96}, 9)])
+    def test_the_weights_of_triangle_have_their_own_input(self, kwargs, patches):
+        model = timm.create_model('ait_small.triangle', device='meta', **kwargs)
+        assert timm.data.resolve_model_data_config(model)['input_size'][0] == 1
+        assert model.patch_embed.num_patches == patches
+        assert model.num_classes == 2
+
     def test_an_architecture_without_weights_says_so(self):
         with pytest.raises(RuntimeError, match='No pretrained weights exist for ait_medium'):
             timm.create_model('ait_medium', pretrained=True)

@@ -17,11 +17,12 @@ import torch
 import torch.nn as nn
 
 from timm.layers import HybridEmbed, Mlp
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.data.sort_of_clevr import ANSWERS, QUESTION_DIM
+from timm_ait.data.triangle import CLASSES as TRIANGLE_CLASSES
 from timm_ait.layers import QuestionEmbed, WorkspaceMlp, balance_loss, memory_statistics
 from timm_ait.weights import create_pretrained, shipped_weights
 
@@ -220,6 +221,9 @@ _cfg_224 = partial(cifar_cfg, num_classes=1000, input_size=(3, 224, 224), crop_p
 
 default_cfgs = generate_default_cfgs({
     'ait_small.cifar10': cifar_cfg(**shipped_weights('ait_small.cifar10'), label_names=_CIFAR10_CLASSES),
+    'ait_small.triangle': cifar_cfg(
+        **shipped_weights('ait_small.triangle'), num_classes=2, input_size=(1, 64, 64), mean=(0.005,), std=(0.072,),
+        label_names=TRIANGLE_CLASSES),
     'ait_medium.untrained': cifar_cfg(),
     'ait_base.untrained': cifar_cfg(),
     'ait_small_patch16_224.untrained': _cfg_224(),
@@ -256,8 +260,11 @@ _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 
 @register_model
 def ait_small(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
-    """ AiT-Small, 2 blocks, 32 px, patch 4. """
+    """ AiT-Small, 2 blocks, 32 px, patch 4; with the tag triangle, as in the paper, 64 px, patch 32. """
     model_args = dict(_CIFAR, embed_dim=768, depth=2, num_heads=12, variant='ait_small')
+    variant = kwargs.get('variant', 'ait_small')
+    if resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg')).tag == 'triangle':
+        model_args.update(img_size=64, patch_size=32)
     return _create_associative_transformer(pretrained=pretrained, **dict(model_args, **kwargs))
 
 
