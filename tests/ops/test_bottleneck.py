@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from timm_ait.ops import bottleneck, naive
+from timm_ait.ops import bottleneck, hopfield, naive
 
 TOLERANCE = {
     torch.float64: dict(atol=1e-9, rtol=1e-7),
@@ -96,6 +96,40 @@ def test_writing_streams_over_chunks(monkeypatch, num_tokens, k):
         torch.testing.assert_close(output, expected)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected_grads[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('gated', [False, True])
+@pytest.mark.parametrize('k', [5, 30])
+@pytest.mark.parametrize('chunk', [7, 64])
+def test_write_and_read_of_unnormed_tokens_are_naive_on_normed_ones(monkeypatch, chunk, k, gated):
+    monkeypatch.setattr(bottleneck, 'chunk_size', lambda tokens: chunk)
+    inputs = make_inputs(50, 24, 8, 16, 4, dtype=torch.float64)
+    inputs.update(x=inputs.pop('tokens') * 3 + 1, gate=torch.linspace(-1, 1, 24, dtype=torch.float64))
+    inputs.update(scale=torch.linspace(0.5, 2, 24, dtype=torch.float64), shift=inputs['gate'].flip(0))
+    lift = torch.randn(16, 24, dtype=torch.float64)
+    grads, outputs = [], []
+    for fused in (True, False):
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
+        x, scale, shift, gate = (leaves.pop(name) for name in ('x', 'scale', 'shift', 'gate'))
+        if fused:
+            candidate, balance, _, tokens = bottleneck.write_unnormed(
+                x, scale, shift, 1e-5, **leaves, num_heads=4, bottleneck=k)
+            output = hopfield.norm_read(
+                tokens, scale, shift, 1e-5, candidate @ lift, 0.7, gate if gated else None)
+        else:
+            tokens = torch.nn.functional.layer_norm(x, (24,), scale, shift, 1e-5)
+            candidate, balance, _ = naive.write(tokens, **leaves, num_heads=4, bottleneck=k)
+            output = naive.read(
+                tokens, candidate @ lift, 0.7, x if gated else None, gate if gated else None)
+        cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        kept = cotangent.clone()
+        torch.autograd.backward((output, balance), (cotangent, torch.tensor(0.1, dtype=torch.float64)))
+        assert torch.equal(cotangent, kept)  # gradients are added up in place, but not in this one
+        outputs.append(output.detach())
+        grads.append({name: v.grad for name, v in {'x': x, 'scale': scale, 'shift': shift, **leaves}.items()})
+    torch.testing.assert_close(*outputs, **TOLERANCE[torch.float64])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], **TOLERANCE[torch.float64], msg=lambda m: f'{name}: {m}')
 
 
 def test_attend_has_the_gradient_of_its_definition():
