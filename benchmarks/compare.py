@@ -15,7 +15,8 @@ Recipe, YAML:
     runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}
     model_kwargs: arguments of every run's model, which may take them back with null
     steps, batch_size, opt, lr, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds, eval_every
-    hflip, vflip: flip images at random; crop_padding: shift them by up to as many pixels
+    hflip, vflip, transpose: flip images at random; crop_padding: shift them by up to as many pixels
+    place: move what stands on a black ground to a random place of the image, whole
 """
 import argparse
 import copy
@@ -62,7 +63,9 @@ _DEFAULTS = dict(
     eval_every=250,
     hflip=False,
     vflip=False,
+    transpose=False,
     crop_padding=0,
+    place=False,
 )
 _DATA_SETS = ('cifar10', 'triangle', 'sort_of_clevr')
 
@@ -121,20 +124,41 @@ def _batch(
     return images, split.targets[items], kwargs
 
 
+def _windows(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Windows (B, C, height, width) of images, whose other side follows on their edge, at corners (B, 1)."""
+    batch_size, channels, rows, columns = images.shape
+    return images[
+        torch.arange(batch_size)[:, None, None, None],
+        torch.arange(channels)[:, None, None],
+        ((top + torch.arange(height)) % rows)[:, None, :, None],
+        ((left + torch.arange(width)) % columns)[:, None, None, :],
+    ]
+
+
+def _random_corner(images: torch.Tensor, axis: int, generator: torch.Generator) -> torch.Tensor:
+    """Where along an axis a window has to begin (B, 1) to have all that is not black at a random place."""
+    shown = images.amax(dim=(1, axis)) > images.min()
+    first = shown.int().argmax(dim=1, keepdim=True)
+    free = first + shown.flip(1).int().argmax(dim=1, keepdim=True)
+    place = (torch.rand(len(images), 1, generator=generator) * (free + 1)).long()
+    return first - place
+
+
 def _augment(images: torch.Tensor, recipe: Dict[str, Any], generator: torch.Generator) -> torch.Tensor:
     batch_size, _, height, width = images.shape
-    for axis, name in ((-1, 'hflip'), (-2, 'vflip')):
+    for name, flip in (
+            ('hflip', lambda x: x.flip(-1)), ('vflip', lambda x: x.flip(-2)), ('transpose', lambda x: x.mT)):
         if recipe[name]:
             flipped = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
-            images = torch.where(flipped, images.flip(axis), images)
+            images = torch.where(flipped, flip(images), images)
     padding = recipe['crop_padding']
     if padding:
         images = F.pad(images, (padding,) * 4, mode='reflect')
         top, left = torch.randint(2 * padding + 1, (2, batch_size, 1), generator=generator)
-        rows = (top + torch.arange(height))[:, None, :, None]
-        columns = (left + torch.arange(width))[:, None, None, :]
-        images = images[torch.arange(batch_size)[:, None, None, None], torch.arange(images.shape[1])[:, None, None],
-                        rows, columns]
+        images = _windows(images, top, left, height, width)
+    if recipe['place']:
+        top, left = (_random_corner(images, axis, generator) for axis in (-1, -2))
+        images = _windows(images, top, left, height, width)
     return images
 
 

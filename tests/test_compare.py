@@ -1,4 +1,5 @@
 """ benchmarks/compare.py on a data set of a few images. """
+import importlib.util
 import json
 import os
 import re
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from timm_ait.__main__ import main as timm_ait
+from timm_ait.data.triangle import triangles
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(embed_dim=24, depth=1, num_heads=2, num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=8)
@@ -111,6 +114,55 @@ def test_runs_of_other_settings_are_not_mixed(images, tmp_path):
     result = compare(recipe, images, tmp_path / 'out', '--steps', '6')
     assert result.returncode == 2 and 'trained with other settings' in result.stderr
     assert (tmp_path / 'out' / 'table.md').read_bytes() == table
+
+
+@pytest.fixture(scope='module')
+def benchmark():
+    spec = importlib.util.spec_from_file_location('compare', ROOT / 'benchmarks' / 'compare.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shape_of(image):
+    """What stands on black, wherever it stands."""
+    rows, columns = image.any(1).nonzero()[:, 0], image.any(0).nonzero()[:, 0]
+    return image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+
+
+class TestAugmentation:
+    images = torch.from_numpy(triangles(0, np.arange(64))[0])[:, None].float()
+
+    def augment(self, benchmark, **changes):
+        recipe = {**benchmark._DEFAULTS, **changes}
+        return benchmark._augment(self.images, recipe, torch.Generator().manual_seed(0))
+
+    def test_without_options_images_stay(self, benchmark):
+        assert torch.equal(self.augment(benchmark), self.images)
+
+    def test_placing_moves_what_is_shown_whole(self, benchmark):
+        placed = self.augment(benchmark, place=True)
+        assert not torch.equal(placed, self.images)
+        for before, after in zip(self.images, placed):
+            assert torch.equal(shape_of(before[0]), shape_of(after[0]))
+
+    def test_placing_reaches_every_edge(self, benchmark):
+        shown = self.augment(benchmark, place=True).amax(dim=(0, 1)) > 0
+        assert shown[0].any() and shown[-1].any() and shown[:, 0].any() and shown[:, -1].any()
+
+    @pytest.mark.parametrize('option, flip', [
+        ('hflip', lambda x: x.flip(-1)), ('vflip', lambda x: x.flip(-2)), ('transpose', lambda x: x.mT)])
+    def test_about_half_of_the_images_are_flipped(self, benchmark, option, flip):
+        flipped = self.augment(benchmark, **{option: True})
+        as_they_were = (flipped == self.images).flatten(1).all(1)
+        assert 16 < as_they_were.sum() < 48
+        assert torch.equal(flipped[~as_they_were], flip(self.images)[~as_they_were])
+
+    def test_crops_are_shifted_by_no_more_than_the_padding(self, benchmark):
+        cropped = self.augment(benchmark, crop_padding=1)
+        padded = torch.nn.functional.pad(self.images, (1,) * 4, mode='reflect')
+        windows = torch.stack([padded[..., i:i + 64, j:j + 64] for i in range(3) for j in range(3)])
+        assert (windows == cropped).flatten(2).all(2).any(0).all()
 
 
 def test_questions_are_counted_by_kind(tmp_path):
