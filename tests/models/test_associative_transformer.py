@@ -45,7 +45,6 @@ class TestRegistry:
     @pytest.mark.parametrize('kwargs, patches', [({}, 4), ({'patch_size': 16}, 16), ({'img_size': 96}, 9)])
     def test_the_weights_of_triangle_have_their_own_input(self, kwargs, patches):
         model = timm.create_model('ait_small.triangle', device='meta', **kwargs)
-        assert timm.data.resolve_model_data_config(model)['input_size'][0] == 1
         assert model.patch_embed.num_patches == patches
         assert model.num_classes == 2
 

@@ -222,8 +222,8 @@ _cfg_224 = partial(cifar_cfg, num_classes=1000, input_size=(3, 224, 224), crop_p
 default_cfgs = generate_default_cfgs({
     'ait_small.cifar10': cifar_cfg(**shipped_weights('ait_small.cifar10'), label_names=_CIFAR10_CLASSES),
     'ait_small.triangle': cifar_cfg(
-        **shipped_weights('ait_small.triangle'), num_classes=2, input_size=(1, 64, 64), mean=(0.005,), std=(0.072,),
-        label_names=TRIANGLE_CLASSES),
+        **shipped_weights('ait_small.triangle'), num_classes=2, input_size=(3, 64, 64), mean=(0.005,) * 3,
+        std=(0.072,) * 3, label_names=TRIANGLE_CLASSES),
     'ait_medium.untrained': cifar_cfg(),
     'ait_base.untrained': cifar_cfg(),
     'ait_small_patch16_224.untrained': _cfg_224(),
