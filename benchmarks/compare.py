@@ -14,12 +14,14 @@ Recipe, YAML:
     kinds: of Sort-of-CLEVR's questions, all by default
     runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}
     model_kwargs: arguments of every run's model, which may take them back with null
+    conv_stem: channels of convolutions of stride 2 that embed the patches of every model, in place of linear patches
     steps, batch_size, opt, lr, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds, eval_every
     hflip, vflip, transpose: flip images at random; crop_padding: shift them by up to as many pixels
     place: move what stands on a black ground to a random place of the image, whole
 """
 import argparse
 import copy
+import functools
 import json
 import os
 import statistics
@@ -33,7 +35,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from timm.data import create_dataset
+from timm.layers import HybridEmbed
 from timm.models import resume_checkpoint
+from timm.models.vision_transformer_hybrid import ConvStem
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import ClassificationTask
@@ -51,6 +55,7 @@ _DEFAULTS = dict(
     std=0.5,
     kinds=list(KINDS),
     model_kwargs={},
+    conv_stem=None,
     steps=1000,
     batch_size=128,
     opt='adamw',
@@ -173,6 +178,12 @@ class _QuestionTask(ClassificationTask):
 def create_run_model(recipe: Dict[str, Any], run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
     """The model of a run, made for the recipe's input unless that is its own."""
     kwargs = {**recipe['model_kwargs'], **run}
+    if recipe['conv_stem']:
+        channels = recipe['conv_stem']
+        stem = ConvStem(
+            recipe['in_chans'], len(channels), channels, stride=(2,) * len(channels), act_layer=torch.nn.ReLU)
+        embed_layer = functools.partial(HybridEmbed, backbone=stem, proj=False)
+        kwargs = {'embed_layer': embed_layer, 'patch_size': 1, 'embed_dim': channels[-1], **kwargs}
     name = kwargs.pop('model')
     size = recipe['image_size']
     # a model that was designed for this input keeps its front end

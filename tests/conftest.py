@@ -1,8 +1,15 @@
 """ Fixtures of several test files. """
 import huggingface_hub
 import pytest
+import torch
 
 from tests.hub_server import HubServer
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers whichever tests ran before."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

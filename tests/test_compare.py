@@ -124,6 +124,19 @@ def benchmark():
     return module
 
 
+@pytest.mark.parametrize('model', [
+    'ait_small', 'ait_small_no_workspace', 'coordination_small', 'set_transformer_small', 'perceiver_small',
+    'centroid_transformer_small'])
+def test_every_family_takes_the_convolutional_stem(benchmark, model, tmp_path):
+    recipe_file = tmp_path / 'recipe.yaml'
+    recipe_file.write_text(yaml.safe_dump(recipe_of(
+        dataset='sort_of_clevr', image_size=75, conv_stem=[8, 16, 24], model_kwargs={'num_heads': 2}, runs={})))
+    recipe = benchmark.read_recipe(recipe_file, {})
+    model = benchmark.create_run_model(recipe, {'model': model}, num_classes=10)
+    assert model.patch_embed(torch.zeros(1, 3, 75, 75)).shape == (1, 10 * 10, 24)
+    assert model(torch.zeros(2, 3, 75, 75), question=torch.zeros(2, 18)).shape == (2, 10)
+
+
 def shape_of(image):
     """What stands on black, wherever it stands."""
     rows, columns = image.any(1).nonzero()[:, 0], image.any(0).nonzero()[:, 0]

@@ -14,6 +14,7 @@ from typing import Iterator, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
+from .matmul import mm
 from .norm import chunk_size, normalize, normalize_backward
 
 __all__ = ['attend', 'write', 'write_unnormed']
@@ -24,6 +25,19 @@ _SELECTION_CHUNK = 8192
 
 def _accumulate_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _top_k(scores: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Largest k of each row of scores (R, n), unsorted, and their indices."""
+    num_rows, n = scores.shape
+    if scores.device.type != 'cpu' or n % 4 or n < 8 * k:
+        return torch.topk(scores, k, dim=-1, sorted=False)
+    # the k largest are among the k groups of largest maximum: two searches in a quarter each are faster than one in all
+    num_groups = n // 4
+    groups = torch.topk(scores.view(num_rows, 4, num_groups).amax(dim=1), k, dim=-1, sorted=False).indices
+    candidates = torch.cat([groups + i * num_groups for i in range(4)], dim=1)
+    scores, kept = torch.topk(scores.gather(1, candidates), k, dim=-1, sorted=False)
+    return scores, candidates.gather(1, kept)
 
 
 def _select(
@@ -43,8 +57,8 @@ def _select(
         for start in range(first, last, size):
             stop = min(start + size, last)
             normed, _ = normalize(tokens[start:stop], norm_weight, norm_bias, eps)
-            torch.mm(queries, normed.T, out=chunk[:, start - first:stop - first])
-        more_scores, more_indices = torch.topk(chunk, min(k, last - first), dim=-1, sorted=False)
+            chunk[:, start - first:stop - first] = mm(queries, normed.T)
+        more_scores, more_indices = _top_k(chunk, min(k, last - first))
         if scores is None:
             scores, indices = more_scores, more_indices
             continue
@@ -87,7 +101,7 @@ def _chunks(indices: torch.Tensor, tokens: torch.Tensor) -> Iterator[_Chunk]:
     by_chunk = (indices // size).to(torch.int16 if len(starts) < 2 ** 15 else torch.int32)
     if len(starts) > 1:
         by_chunk, order = by_chunk.sort(stable=True)
-        indices = indices[order]
+        indices = indices.index_select(0, order)
     else:
         order = torch.arange(len(indices), device=indices.device)
     rows = order.int() // k
@@ -111,14 +125,14 @@ def _pool(chunk: _Chunk, table: torch.Tensor, weights: torch.Tensor) -> torch.Te
     """Weighted sums (R, E) of the rows of a table (C, E) that the queries selected."""
     weights = weights.to(table.dtype)
     if chunk.is_dense:
-        return chunk.scatter(weights) @ table
+        return mm(chunk.scatter(weights), table)
     return F.embedding_bag(chunk.tokens, table, chunk.row_offsets, mode='sum', per_sample_weights=weights)
 
 
 def _dots(chunk: _Chunk, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Dot products (n,) of rows of a (R, E) with those of b (C, E) that they selected, in the dtype of a."""
     if chunk.is_dense:
-        return (a.to(b.dtype) @ b.T)[chunk.rows, chunk.tokens].to(a.dtype)
+        return mm(a.to(b.dtype), b.T)[chunk.rows, chunk.tokens].to(a.dtype)
     # which is what the gradient of an embedding bag's weights is
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         a, b.to(a.dtype), chunk.tokens, chunk.row_offsets, chunk.rows, 0)
@@ -166,7 +180,7 @@ def _attend(
     pooled = torch.zeros_like(queries, dtype=weights.dtype)
     for chunk in _chunks(indices, tokens):
         normed, _ = normalize(tokens[chunk.start:chunk.stop], norm_weight, norm_bias, eps)
-        pooled += _pool(chunk, normed, weights.view(-1)[chunk.selections])
+        pooled += _pool(chunk, normed, weights.view(-1).index_select(0, chunk.selections))
     return pooled, weights, indices
 
 
@@ -215,21 +229,21 @@ def _attend_backward_(
         first, end = end, end + len(chunk.selections)
         x = tokens[chunk.start:chunk.stop]
         normed, statistics = normalize(x, norm_weight, norm_bias, eps)
-        weight = flat_weights[chunk.selections]
-        grad = _dots(chunk, grad_pooled, normed) + flat_grad_weights[chunk.selections]
-        grad_score = weight * (grad - mean[chunk.rows])
+        weight = flat_weights.index_select(0, chunk.selections)
+        grad = _dots(chunk, grad_pooled, normed) + flat_grad_weights.index_select(0, chunk.selections)
+        grad_score = weight * (grad - mean.index_select(0, chunk.rows))
         grad_queries += _pool(chunk, normed, grad_score)
         if chunk.is_dense:
             scattered = torch.cat([chunk.scatter(weight), chunk.scatter(grad_score)]).to(table.dtype)
-            grad_normed = scattered.T @ table
+            grad_normed = mm(scattered.T, table)
         else:
-            grad_scores[chunk.selections] = grad_score
+            grad_scores.scatter_(0, chunk.selections, grad_score)
             selections = by_token[first:end]
             grad_normed = _send(
                 selections.int() // indices.shape[1],
                 token_offsets[chunk.start:chunk.stop] - first,
                 table,
-                (flat_weights[selections], grad_scores[selections]),
+                (flat_weights.index_select(0, selections), grad_scores.index_select(0, selections)),
             )
         grad_tokens[chunk.start:chunk.stop] += normalize_backward(
             grad_normed, x, norm_weight, norm_bias, statistics, grad_norm)

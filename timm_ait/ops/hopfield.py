@@ -7,13 +7,14 @@ from typing import Optional, Tuple
 
 import torch
 
+from .matmul import mm
 from .norm import chunk_size, normalize, normalize_backward
 
 __all__ = ['norm_read', 'read', 'retrieve']
 
 
 def _association(state: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return torch.softmax(state @ keys.T, dim=-1)
+    return torch.softmax(mm(state, keys.T), dim=-1)
 
 
 @torch.library.custom_op('timm_ait::read', mutates_args=())
@@ -42,7 +43,7 @@ def _read(
         chunk = slice(start, start + size)
         state, _ = normalize(x[chunk], norm_weight, norm_bias, eps)
         base = x[chunk] if gated else state if residual is None else residual[chunk]
-        torch.addmm(base, _association(state, keys), values, out=output[chunk])
+        torch.add(base, mm(_association(state, keys), values), out=output[chunk])
     return output
 
 
@@ -81,16 +82,16 @@ def _read_backward(
         chunk = slice(start, start + size)
         state, statistics = normalize(x[chunk], norm_weight, norm_bias, eps)
         association = _association(state, keys)
-        grad_values += association.T @ grad[chunk]
-        grad_association = grad[chunk] @ values.T
+        grad_values += mm(association.T, grad[chunk])
+        grad_association = mm(grad[chunk], values.T)
         mean = (association * grad_association).sum(dim=-1, keepdim=True)
         grad_scores = association * (grad_association - mean)
-        grad_keys += grad_scores.T @ state
+        grad_keys += mm(grad_scores.T, state)
         grad_state = grad_x[chunk]
         if state_is_residual:
-            torch.addmm(grad[chunk], grad_scores, keys, out=grad_state)
+            torch.add(grad[chunk], mm(grad_scores, keys), out=grad_state)
         else:
-            torch.mm(grad_scores, keys, out=grad_state)
+            grad_state.copy_(mm(grad_scores, keys))
         if norm_weight is not None:
             grad_state.copy_(normalize_backward(grad_state, x[chunk], norm_weight, norm_bias, statistics, grad_norm))
         if gated:
