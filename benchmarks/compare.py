@@ -12,7 +12,7 @@ Recipe, YAML:
     image_size, in_chans: of the models' input; images are scaled to it
     mean, std: what pixels in [0, 1] are normalised with
     kinds: of Sort-of-CLEVR's questions, all by default
-    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}
+    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}, with seeds of its own where a run has the key seeds
     model_kwargs: arguments of every run's model, which may take them back with null
     conv_stem: channels of convolutions of stride 2 that embed the patches of every model, in place of linear patches
     steps, batch_size, opt, lr, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds, eval_every
@@ -178,6 +178,7 @@ class _QuestionTask(ClassificationTask):
 def create_run_model(recipe: Dict[str, Any], run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
     """The model of a run, made for the recipe's input unless that is its own."""
     kwargs = {**recipe['model_kwargs'], **run}
+    kwargs.pop('seeds', None)
     if recipe['conv_stem']:
         channels = recipe['conv_stem']
         stem = ConvStem(
@@ -247,7 +248,8 @@ def _write(path: Path, text: str) -> None:
 
 def _settings(recipe: Dict[str, Any], run: Dict[str, Any]) -> Dict[str, Any]:
     """What the result of a run depends on, besides its seed."""
-    return {**{key: value for key, value in recipe.items() if key not in ('runs', 'seeds')}, 'run': run}
+    settings = {key: value for key, value in recipe.items() if key not in ('runs', 'seeds')}
+    return {**settings, 'run': {key: value for key, value in run.items() if key != 'seeds'}}
 
 
 def train_run(recipe: Dict[str, Any], run: Dict[str, Any], seed: int, folder: Path, train: Split, test: Split) -> None:
@@ -322,7 +324,7 @@ def report(recipe: Dict[str, Any], output: Path) -> None:
     """Gather the runs' results into `results.json`, `table.md` and the figures."""
     results = {}
     for label, run in recipe['runs'].items():
-        runs = [json.loads((output / label / f'seed{seed}' / 'result.json').read_text()) for seed in recipe['seeds']]
+        runs = [json.loads((output / label / f'seed{seed}' / 'result.json').read_text()) for seed in run['seeds']]
         results[label] = {'model': run, 'runs': runs}
     _write(output / 'results.json', json.dumps({'recipe': recipe, 'results': results}, indent=2))
 
@@ -409,6 +411,7 @@ def read_recipe(path: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
     for label, run in recipe['runs'].items():
         if not timm.is_model(run.get('model', '')):
             raise ValueError(f"{path}: run {label!r} names the model {run.get('model')!r}, which is not registered")
+        run['seeds'] = changes.get('seeds') or run.get('seeds', recipe['seeds'])
     return recipe
 
 
@@ -433,7 +436,8 @@ def main() -> None:
         recipe['runs'] = {label: recipe['runs'][label] for label in args.runs}
 
     folders = {
-        (label, seed): args.output / label / f'seed{seed}' for seed in recipe['seeds'] for label in recipe['runs']}
+        (label, seed): args.output / label / f'seed{seed}'
+        for label, run in recipe['runs'].items() for seed in run['seeds']}
     for (label, _), folder in folders.items():
         file = folder / 'settings.json'
         if file.is_file() and json.loads(file.read_text()) != _settings(recipe, recipe['runs'][label]):

@@ -23,11 +23,14 @@ FIGURES = {
 def block(folder: Path, figures: Path) -> str:
     """Text of a folder's block; copies its figures."""
     recipe = json.loads((folder / 'results.json').read_text())['recipe']
-    seeds = ', '.join(map(str, recipe['seeds']))
+    most, fewest = (choose((run['seeds'] for run in recipe['runs'].values()), key=len) for choose in (max, min))
+    seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
+    if len(fewest) < len(most):
+        seeds += f" where a deviation is given, else {', '.join(map(str, fewest))}"
     lines = [
         f"{recipe['steps']} steps of {recipe['batch_size']}, {recipe['opt']}, learning rate {recipe['lr']:g}, cosine, "
-        f"{recipe['amp_dtype']} training; seed{'s' if len(recipe['seeds']) > 1 else ''} {seeds}. Images of "
-        f"{recipe['image_size']} px. `python benchmarks/compare.py examples/{folder.name}.yaml --data-dir DATA "
+        f"{recipe['amp_dtype']} training; {seeds}. Images of {recipe['image_size']} px. "
+        f'`python benchmarks/compare.py examples/{folder.name}.yaml --data-dir DATA '
         f'--output output/{folder.name}`',
         '',
         (folder / 'table.md').read_text().rstrip(),

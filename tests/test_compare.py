@@ -79,6 +79,16 @@ def test_a_recipe_gives_a_table_and_figures(images, tmp_path):
         assert (output / f'{name}.svg').read_text().startswith('<?xml')
 
 
+def test_a_run_may_have_seeds_of_its_own(images, tmp_path):
+    recipe = recipe_of(seeds=[0], steps=1)
+    recipe['runs']['AiT']['seeds'] = [1, 2]
+    result = compare(recipe, images, tmp_path / 'out')
+    assert result.returncode == 0, result.stderr
+    assert sorted(str(path.parent.relative_to(tmp_path / 'out')) for path in tmp_path.rglob('result.json')) == [
+        'AiT/seed1', 'AiT/seed2', 'ViT/seed0']
+    assert result.stdout.count('±') == 1
+
+
 def test_an_interrupted_run_goes_on_to_the_same_result(images, tmp_path):
     recipe = recipe_of(seeds=[0], amp_dtype='float32')
     recipe['runs'].pop('ViT')
