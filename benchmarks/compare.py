@@ -329,12 +329,14 @@ def report(recipe: Dict[str, Any], output: Path) -> None:
     _write(output / 'results.json', json.dumps({'recipe': recipe, 'results': results}, indent=2))
 
     groups = list(next(iter(results.values()))['runs'][0]['accuracy'])
-    header = ['', *(f'accuracy, {group}' if len(groups) > 1 else 'accuracy' for group in groups),
+    numbers_differ = len({len(result['runs']) for result in results.values()}) > 1
+    header = ['', *(['seeds'] if numbers_differ else []),
+              *(f'accuracy, {group}' if len(groups) > 1 else 'accuracy' for group in groups),
               'lowest rank', 'parameters', 'MACs', 'training images/s', 'inference images/s']
     rows = []
     for label, result in results.items():
         runs = result['runs']
-        cells = [label]
+        cells = [label, *([str(len(runs))] if numbers_differ else [])]
         for group in groups:
             values = [run['accuracy'][group] for run in runs]
             deviation = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''

@@ -26,7 +26,7 @@ def block(folder: Path, figures: Path) -> str:
     most, fewest = (choose((run['seeds'] for run in recipe['runs'].values()), key=len) for choose in (max, min))
     seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
     if len(fewest) < len(most):
-        seeds += f" where a deviation is given, else {', '.join(map(str, fewest))}"
+        seeds += ', of which each run had the first of the number that the table gives'
     lines = [
         f"{recipe['steps']} steps of {recipe['batch_size']}, {recipe['opt']}, learning rate {recipe['lr']:g}, cosine, "
         f"{recipe['amp_dtype']} training; {seeds}. Images of {recipe['image_size']} px. "

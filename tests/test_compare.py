@@ -87,6 +87,9 @@ def test_a_run_may_have_seeds_of_its_own(images, tmp_path):
     assert sorted(str(path.parent.relative_to(tmp_path / 'out')) for path in tmp_path.rglob('result.json')) == [
         'AiT/seed1', 'AiT/seed2', 'ViT/seed0']
     assert result.stdout.count('±') == 1
+    header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in
+                        (tmp_path / 'out' / 'table.md').read_text().splitlines()]
+    assert {row[0]: row[header.index('seeds')] for row in rows} == {'AiT': '2', 'ViT': '1'}
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(images, tmp_path):
