@@ -387,10 +387,11 @@ def _figures(results: Dict[str, Any], output: Path) -> None:
         figure.savefig(output / f'accuracy_{quantity}.svg')
         plt.close(figure)
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-    for name, result in results.items():
+    for i, (name, result) in enumerate(results.items()):
         logs = [run['log'] for run in result['runs']]
         accuracies = [statistics.mean(entry['accuracy']['all'] for entry in entries) for entries in zip(*logs)]
-        axes.plot([entry['step'] for entry in logs[0]], accuracies, label=name)
+        style = '-' if i < 10 else '--'  # there are ten colours
+        axes.plot([entry['step'] for entry in logs[0]], accuracies, style, label=name)
     axes.set(xlabel='step', ylabel='accuracy (%)')
     axes.legend(fontsize=8)
     figure.savefig(output / 'learning_curves.svg')
