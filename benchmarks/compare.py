@@ -398,11 +398,15 @@ def _figures(results: Dict[str, Any], output: Path) -> None:
     plt.close(figure)
 
 
+def _are_integers(values: Any, minimum: int) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(type(x) is int and x >= minimum for x in values)
+
+
 def read_recipe(path: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
     """Read and check a recipe.
 
     Raises:
-        ValueError: A key is unknown or missing, or a model is not registered.
+        ValueError: A key is unknown or missing, a model is not registered, or a list is none of integers.
     """
     recipe = {**_DEFAULTS, **yaml.safe_load(path.read_text()), **changes}
     known = {*_DEFAULTS, 'dataset', 'runs'}
@@ -411,10 +415,15 @@ def read_recipe(path: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
         raise ValueError(f'{path}: missing keys {missing}, unknown keys {unknown}; known are {sorted(known)}')
     if recipe['dataset'] not in _DATA_SETS:
         raise ValueError(f"{path}: dataset must be one of {_DATA_SETS}, got {recipe['dataset']!r}")
+    channels = recipe['conv_stem']
+    if channels is not None and not _are_integers(channels, 1):
+        raise ValueError(f'{path}: conv_stem must be a list of numbers of channels, got {channels!r}')
     for label, run in recipe['runs'].items():
         if not timm.is_model(run.get('model', '')):
             raise ValueError(f"{path}: run {label!r} names the model {run.get('model')!r}, which is not registered")
         run['seeds'] = changes.get('seeds') or run.get('seeds', recipe['seeds'])
+        if not _are_integers(run['seeds'], 0):
+            raise ValueError(f"{path}: seeds of run {label!r} must be a list of integers, got {run['seeds']!r}")
     return recipe
 
 

@@ -211,6 +211,9 @@ def test_questions_are_counted_by_kind(tmp_path):
     (dict(stepz=3), 'unknown keys'),
     (dict(dataset='mnist'), 'dataset must be one of'),
     (dict(runs={'x': {'model': 'ait_smal'}}), 'ait_smal'),
+    (dict(runs={'x': {'model': 'ait_small', 'seeds': 3}}), "seeds of run 'x' must be a list of integers, got 3"),
+    (dict(seeds=[]), 'must be a list of integers, got []'),
+    (dict(conv_stem=64), 'conv_stem must be a list of numbers of channels, got 64'),
 ])
 def test_a_bad_recipe_is_explained(images, tmp_path, change, message):
     result = compare(recipe_of(**change), images, tmp_path / 'out')

@@ -22,6 +22,7 @@ GRID = [
     (50, 24, 1, 16, 4, 10),
     (1, 24, 8, 16, 4, 4),
     (257, 24, 12, 8, 2, 30),
+    (256, 24, 12, 8, 2, 30),
 ]
 
 
@@ -56,6 +57,21 @@ def run(write, inputs, num_heads, k):
 def as_naive(inputs):
     """naive.py computes in one dtype: that of the weights."""
     return {name: value.to(inputs['memory'].dtype) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize('n, k', [(64, 8), (64, 1), (512, 60), (63, 5), (64, 64)])
+@pytest.mark.parametrize('scores', ['distinct', 'tied', 'equal', 'infinite'])
+def test_top_k_finds_the_largest(scores, n, k):
+    scores = {
+        'distinct': lambda: torch.randn(6, n),
+        'tied': lambda: torch.randint(3, (6, n)).float(),
+        'equal': lambda: torch.zeros(6, n),
+        'infinite': lambda: torch.randn(6, n).masked_fill(torch.rand(6, n) < 0.9, -torch.inf),
+    }[scores]()
+    values, indices = bottleneck._top_k(scores, k)
+    assert torch.equal(values.sort(descending=True).values, scores.topk(k).values)
+    assert torch.equal(scores.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
 
 
 @pytest.mark.parametrize('grid', GRID)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from timm_ait.ops import matmul
 from timm_ait.ops.matmul import mm
 
 SHAPES = [(32, 768, 5), (1, 7, 3), (3, 1, 1), (64, 33, 17)]
@@ -24,7 +25,11 @@ def test_is_the_matrix_product(layout, shape, dtype):
     torch.testing.assert_close(product.double(), a.double() @ b.double(), **tolerance)
 
 
-def test_without_onednn():
+@pytest.mark.parametrize('enabled', [True, False])
+def test_onednn_can_be_turned_off(enabled, monkeypatch):
+    calls = []
+    monkeypatch.setattr(matmul, '_ONEDNN_LINEAR', lambda a, b, *_: calls.append(True) or torch.mm(a, b.T))
     a, b = torch.randn(8, 16), torch.randn(16, 4)
-    with torch.backends.mkldnn.flags(enabled=False):
-        assert torch.equal(mm(a, b), torch.mm(a, b))
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        torch.testing.assert_close(mm(a, b), a @ b)
+    assert bool(calls) == enabled
