@@ -1,5 +1,5 @@
 """ Associative Transformer (AiT) for timm. Importing this package registers its models with timm. """
-from .layers import GlobalWorkspace, balance_loss, memory_statistics
+from .layers import GlobalWorkspace, advance_memory, balance_loss, memory_statistics
 from .models import AssociativeTransformer, add_workspace
 from .training import install_balance_loss
 from .version import __version__

@@ -1,9 +1,4 @@
+from .advance import advance_memory
+from .published import convert_published_workspace, published_workspace_mlp
 from .question import QuestionEmbed
-from .workspace import (
-    GlobalWorkspace,
-    WorkspaceMlp,
-    balance_loss,
-    convert_published_workspace,
-    memory_statistics,
-    published_workspace_mlp,
-)
+from .workspace import GlobalWorkspace, WorkspaceMlp, balance_loss, memory_statistics

@@ -2,37 +2,40 @@
 
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
+import contextlib
+import inspect
 import math
-import os
-from collections import deque
-from typing import Any, Deque, Dict, List, Optional, Tuple, Type, Union
+import sys
+import weakref
+from contextvars import ContextVar
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
-
+import torch.nn.functional as F
 from torch.jit import Final
+from torch.utils.checkpoint import CheckpointFunction
 
 from timm.layers import Mlp
 from timm.models import register_notrace_module
 
-from timm_ait.ops.bottleneck import write_unnormed
-from timm_ait.ops.hopfield import norm_read, read, retrieve
-from timm_ait.ops.memory import project_memory, slot_statistics, snapshot, update_memory
+from timm_ait.ops.bottleneck import TokenNorm, write_normed
+from timm_ait.ops.memory import project_memory, slot_statistics, update_memory
+from timm_ait.ops.workspace import write_and_read
+
+from .advance import register_workspace, world_size
 
 __all__ = [
     'GlobalWorkspace',
     'WorkspaceMlp',
     'balance_loss',
-    'convert_published_workspace',
     'memory_statistics',
-    'published_workspace_mlp',
+    'split_workspace_kwargs',
 ]
 
 MEMORY_INITS = ('normal', 'uniform', 'identity')
 MEMORY_UPDATES = ('orthogonal', 'normalize')
-BACKENDS = ('torch', 'triton')
-# forwards whose memory is remembered for gradient checkpointing to recompute
-_MAX_PENDING_FORWARDS = 8
 
 
 def _check_int(name: str, value: int, minimum: int) -> None:
@@ -52,13 +55,65 @@ def _check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:
         raise ValueError(f'{name} must be one of {choices}, got {value!r}.')
 
 
+def _version(tensor: torch.Tensor) -> float:
+    """How often a tensor was changed in place; inference tensors do not count it: nan, which equals nothing."""
+    return float('nan') if tensor.is_inference() else tensor._version
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether a re-entrant checkpoint runs its first forward, the one without a graph."""
+    frame = None if torch.is_grad_enabled() else sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _BalanceLoss:
+    """Balance loss of a forward: with its graph as long as the output of the forward has one, then its value."""
+
+    def __init__(self, loss: torch.Tensor, output: torch.Tensor) -> None:
+        self.value = loss.detach()
+        self.loss = self.reference = None
+        if torch.compiler.is_compiling() or output.grad_fn is None:
+            self.loss = loss
+        else:
+            output.grad_fn.metadata['balance_loss'] = loss
+            self.reference = weakref.ref(loss)
+
+    def graph(self) -> Optional[torch.Tensor]:
+        return self.loss if self.reference is None else self.reference()
+
+
+class Projection(nn.Module):
+    """Weight of a linear map that an operator applies; calling it gives the weight, through whatever parametrises it.
+
+    Not an `nn.Linear`, which LoRA or quantisation would replace by one that is never called.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
 @register_notrace_module  # its write depends on the number of tokens, which symbolic tracing cannot know
 class GlobalWorkspace(nn.Module):
     """Shared memory that tokens write into through a bottleneck and read from by Hopfield retrieval.
 
     The squashed tokens of the whole batch, xi = LayerNorm(x), compete for the memory: for each head and slot only the k
-    best-scored tokens are written. Every token then retrieves from the attractors, the slots lifted to token width. In
-    evaluation the memory is frozen: tokens only read.
+    best-scored tokens are written. Every token then retrieves from the attractors, the slots lifted to token width.
+
+    A training forward starts from the stored memory and reads what it has just written. The written memory becomes the
+    stored one when an optimizer that holds the workspace's parameters has stepped, or at `advance_memory`; the last
+    forward before that wins. In evaluation, and where nothing of the write is trained, tokens only read.
 
     Shapes: x is (B, N, E) or any (..., E), the memory (M, D) with M = num_slots, D = slot_dim.
 
@@ -68,20 +123,20 @@ class GlobalWorkspace(nn.Module):
     """
     writes: Final[bool]
     retrieves: Final[bool]
-    backend: Final[str]
-    balance_loss: Optional[torch.Tensor]
-    coverage: Optional[torch.Tensor]
+    gated: Final[bool]
+    beta: Final[float]
+    retrieval_steps: Final[int]
 
     def __init__(
             self,
             dim: int,
             num_slots: int = 32,
             slot_dim: int = 32,
-            num_heads: int = 8,
+            workspace_heads: int = 8,
             bottleneck: Union[int, float] = 512,
             beta: float = 1.,
             retrieval_steps: int = 1,
-            momentum: float = 0.9,
+            memory_momentum: float = 0.9,
             memory_init: str = 'normal',
             memory_update: str = 'orthogonal',
             balance_weight: float = 1e-2,
@@ -90,7 +145,7 @@ class GlobalWorkspace(nn.Module):
             differentiable_write: bool = True,
             gated: bool = False,
             reset_memory: bool = False,
-            backend: Optional[str] = None,
+            global_batch: bool = False,
             device=None,
             dtype=None,
     ) -> None:
@@ -99,22 +154,21 @@ class GlobalWorkspace(nn.Module):
             dim: Token width E.
             num_slots: Number of slots M.
             slot_dim: Slot width D, also the width of a write head.
-            num_heads: Number of write heads A.
-            bottleneck: Tokens k a slot and head keep out of all B * N; a float in (0, 1] is a fraction of them.
+            workspace_heads: Number of write heads A.
+            bottleneck: Tokens k that each slot and head keep of all B * N; a float in (0, 1] is a fraction of them.
             beta: Inverse temperature of the retrieval.
             retrieval_steps: Number of retrieval steps.
-            momentum: Weight of the memory before a write in the memory after it.
+            memory_momentum: Weight of the memory before a write in the memory after it.
             memory_init: Initial memory, 'normal', 'uniform' or 'identity'.
             memory_update: 'orthogonal' keeps the slots orthonormal, 'normalize' (published) only of unit norm.
             balance_weight: Weight of the balance loss.
             write: Write in training. If False, the memory stays as it is.
             retrieval: Read from the memory. If False, the layer only normalises (or, if gated, does nothing).
             differentiable_write: Let the gradient flow from the retrieval through the write of the same step.
-            gated: Residual form `x + gate * retrieve(xi)` with a gate a channel that starts at zero, for transformers
+            gated: Residual form `x + gate * retrieve(xi)` with a gate per channel that starts at zero, for transformers
                 trained without a workspace, instead of the paper's `xi + retrieve(xi)`.
             reset_memory: Start every write from the initial memory, which evaluation reads; nothing is remembered.
-            backend: Fused operators, 'torch' or 'triton' (CUDA, not yet timed on a GPU). None takes that of the
-                environment variable TIMM_AIT_BACKEND, else 'torch'.
+            global_batch: In distributed training, let the tokens of all ranks compete, not those of each rank.
 
         Raises:
             ValueError: An argument is out of its range.
@@ -123,59 +177,60 @@ class GlobalWorkspace(nn.Module):
         _check_int('dim', dim, 1)
         _check_int('num_slots', num_slots, 1)
         _check_int('slot_dim', slot_dim, 1)
-        _check_int('num_heads', num_heads, 1)
+        _check_int('workspace_heads', workspace_heads, 1)
         if isinstance(bottleneck, float):
             _check_float('bottleneck', bottleneck, 0., 1., low_open=True)
         else:
             _check_int('bottleneck', bottleneck, 1)
         _check_float('beta', beta, 0., float('inf'), low_open=True)
         _check_int('retrieval_steps', retrieval_steps, 1)
-        _check_float('momentum', momentum, 0., 1.)
+        _check_float('memory_momentum', memory_momentum, 0., 1.)
         _check_choice('memory_init', memory_init, MEMORY_INITS)
         if memory_init == 'identity' and num_slots > slot_dim:
             raise ValueError(
                 f"memory_init='identity' needs num_slots <= slot_dim, got {num_slots} slots of width {slot_dim}.")
         _check_choice('memory_update', memory_update, MEMORY_UPDATES)
         _check_float('balance_weight', balance_weight, 0., float('inf'))
-        backend = backend or os.environ.get('TIMM_AIT_BACKEND', 'torch')
-        _check_choice('backend (or the environment variable TIMM_AIT_BACKEND)', backend, BACKENDS)
         dd = {'device': device, 'dtype': dtype}
 
         self.dim = dim
         self.num_slots = num_slots
         self.slot_dim = slot_dim
-        self.num_heads = num_heads
+        self.workspace_heads = workspace_heads
         self.bottleneck = bottleneck
         self.beta = float(beta)
         self.retrieval_steps = retrieval_steps
-        self.momentum = float(momentum)
+        self.memory_momentum = float(memory_momentum)
         self.memory_init = memory_init
         self.memory_update = memory_update
         self.balance_weight = float(balance_weight)
         self.writes = write
         self.retrieves = retrieval
         self.differentiable_write = differentiable_write
-        self.backend = backend
+        self.gated = gated
+        self.reset_memory = reset_memory
+        self.global_batch = global_batch
 
         self.norm = nn.LayerNorm(dim, **dd)
         if write:
-            self.q = nn.Linear(slot_dim, num_heads * slot_dim, bias=False, **dd)
-            self.k = nn.Linear(dim, num_heads * slot_dim, bias=False, **dd)
-            self.v = nn.Linear(dim, num_heads * slot_dim, bias=False, **dd)
-            self.proj = nn.Linear(num_heads * slot_dim, slot_dim, bias=False, **dd)
+            self.q = Projection(slot_dim, workspace_heads * slot_dim, **dd)
+            self.k = Projection(dim, workspace_heads * slot_dim, **dd)
+            self.v = Projection(dim, workspace_heads * slot_dim, **dd)
+            self.proj = Projection(workspace_heads * slot_dim, slot_dim, **dd)
             self.slot_norm = nn.LayerNorm(slot_dim, eps=1e-6, **dd)
         self.register_buffer('memory', torch.empty(num_slots, slot_dim, **dd))
+        # what the last training forward wrote; not finite where there is nothing
+        self.register_buffer('pending', torch.empty(num_slots, slot_dim, **dd), persistent=False)
+        # the memory as evaluation reads it, see `_current_slots`
+        self.register_buffer('slots', torch.empty(num_slots, slot_dim, **dd), persistent=False)
         if retrieval:
             self.attractors = nn.Linear(slot_dim, dim, **dd)
         self.gate = nn.Parameter(torch.empty(dim, **dd)) if gated and retrieval else None
-        self.gated = gated
-        self.reset_memory = reset_memory
 
         # of the last training forward
-        self.balance_loss = None
-        self.coverage = None
-        self._pending_forwards: Deque[Tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=_MAX_PENDING_FORWARDS)
-        self._published_query_gradient = False
+        self._balance: Optional[_BalanceLoss] = None
+        self.coverage: Optional[torch.Tensor] = None
+        register_workspace(self)
 
         self.reset_parameters()
 
@@ -198,117 +253,190 @@ class GlobalWorkspace(nn.Module):
         else:
             nn.init.eye_(memory)
         self.memory.copy_(project_memory(memory, self.memory_update, num_iterations=32))
+        self.pending.fill_(float('nan'))
+        self._refresh_slots()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Write (in training) and read.
 
         Args:
             x: (..., E).
+            token_mask: Which tokens there are, (...), boolean; the others neither write nor count. All if None.
 
         Returns:
             Same shape and dtype as x.
         """
-        # the one-step read norms its tokens itself
-        reads_unnormed = self.retrieves and self.retrieval_steps == 1
-        tokens = x.reshape(-1, self.dim)
-        if not reads_unnormed:
-            # under autocast a norm may return float32; the workspace computes in the dtype that came in
-            tokens = self.norm(tokens).to(x.dtype)
-        if self.training and self.writes and tokens.shape[0] > 0:
-            memory, tokens = self._write(tokens, reads_unnormed)
-        else:
-            memory = self.stored_memory()
+        if self.training and self.writes:
+            return self._write_and_read(x, token_mask)
+        return self._read(x)
+
+    def _read(self, x: torch.Tensor) -> torch.Tensor:
+        """Retrieve from the stored memory, in plain PyTorch."""
+        if not torch.jit.is_scripting():
+            self._balance = None
         if not self.retrieves:
-            return x if self.gated else tokens.view(x.shape)
-        attractors = self.attractors(memory.to(self.attractors.weight.dtype))
-        if reads_unnormed:
-            return norm_read(
-                tokens,
-                self.norm.weight,
-                self.norm.bias,
-                self.norm.eps,
-                attractors,
-                self.beta,
-                self.gate,
-                self.backend,
-            ).view(x.shape)
+            # under autocast a norm may return float32; the workspace computes in the dtype that came in
+            return x if self.gated else self.norm(x).to(x.dtype)
+        slots = self.slots
+        if not torch.jit.is_scripting():
+            slots = self._current_slots()
+        return self._retrieve(x, self.norm(x).to(x.dtype), self.attractors(slots).to(x.dtype))
+
+    def _retrieve(self, x: torch.Tensor, tokens: torch.Tensor, attractors: torch.Tensor) -> torch.Tensor:
+        """Add to x or to the normed tokens, both (..., E), what the latter retrieve from the attractors (M, E)."""
+        keys = attractors if self.beta == 1. else self.beta * attractors
         state = tokens
-        for _ in range(self.retrieval_steps - 1):
-            state = retrieve(state, attractors, self.beta)
-        residual = tokens if self.gate is None else x.reshape(-1, self.dim)
-        return read(state, attractors, self.beta, residual, self.gate, self.backend).view(x.shape)
+        for _ in range(self.retrieval_steps):
+            state = F.linear(state, keys).softmax(dim=-1).to(x.dtype) @ attractors
+        if self.gate is None:
+            return tokens + state
+        return x + (self.gate * state).to(x.dtype)
+
+    @torch.jit.unused
+    def _write_and_read(self, x: torch.Tensor, token_mask: Optional[torch.Tensor]) -> torch.Tensor:
+        if isinstance(x, torch.fx.Proxy):  # how often it writes is not for a graph to say: a call of this module
+            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
+        write_modules = (self.q, self.k, self.v, self.proj, self.slot_norm)
+        is_trained = any(parameter.requires_grad for module in write_modules for parameter in module.parameters())
+        if not is_trained or x.numel() == 0:
+            return self._read(x)
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                'A workspace cannot be exported in training mode: its memory would never advance. Call model.eval().')
+        if self.balance_weight and not torch.compiler.is_compiling() and _in_reentrant_checkpoint():
+            raise RuntimeError(
+                're-entrant gradient checkpointing cuts the balance loss from its parameters: use use_reentrant=False '
+                '(timm.layers.set_reentrant_ckpt(False)), or balance_weight=0.')
+
+        tokens = x.reshape(-1, self.dim)
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        global_batch = self.global_batch and world_size() > 1
+        # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
+        dtype = torch.promote_types(self.memory.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            # a copy, since backward needs the memory before the write
+            memory = self.memory.to(dtype, copy=True)
+            arguments = (
+                memory,
+                self.q().to(dtype),
+                self.k().to(dtype),
+                self.v().to(dtype),
+                self.proj().to(dtype),
+                self.slot_norm.weight.to(dtype),
+                self.slot_norm.bias.to(dtype),
+                self.workspace_heads,
+                self._num_kept(tokens, mask, global_batch),
+            )
+            if self.retrieves and self.retrieval_steps == 1:
+                output, written, candidate, balance, coverage = write_and_read(
+                    tokens,
+                    self.norm.weight,
+                    self.norm.bias,
+                    self.norm.eps,
+                    *arguments,
+                    self._lift,
+                    self.memory_momentum,
+                    self.memory_update,
+                    self.beta,
+                    self.gate,
+                    mask,
+                    global_batch,
+                )
+            else:
+                normed = self.norm(tokens.to(self.norm.weight.dtype)).to(x.dtype)
+                candidate, balance, coverage, _ = write_normed(normed, TokenNorm(), *arguments, mask, global_batch)
+                written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
+                if self.retrieves:
+                    output = self._retrieve(tokens, normed, self._lift(written).to(x.dtype))
+                else:
+                    output = tokens if self.gated else normed
+        output = output.view(x.shape)
+        self.coverage = coverage.detach()
+        self._balance = _BalanceLoss(self.balance_weight * balance, output)
+        with torch.no_grad():
+            self._keep(memory, candidate, written)
+        return output
+
+    def _num_kept(self, tokens: torch.Tensor, mask: Optional[torch.Tensor], global_batch: bool) -> int:
+        """Number k of tokens that each slot and head keep."""
+        if isinstance(self.bottleneck, int):
+            return self.bottleneck
+        num_tokens = tokens.shape[0] if mask is None else int(mask.sum())
+        if global_batch:
+            count = torch.tensor(float(num_tokens), device=tokens.device)
+            dist.all_reduce(count)
+            num_tokens = int(count)
+        return torch.sym_max(1, torch.sym_int(self.bottleneck * num_tokens + 0.5))
+
+    def _lift(self, memory: torch.Tensor) -> torch.Tensor:
+        """Attractors (M, E) of a memory that was just written (M, D)."""
+        memory = memory if self.differentiable_write else memory.detach()
+        return self.attractors(memory.to(self.norm.weight.dtype))
+
+    def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
+        """Keep what a forward wrote until the parameters move."""
+        if not self.reset_memory:
+            self.pending.copy_(written)
 
     def stored_memory(self) -> torch.Tensor:
-        """The memory (M, D) that evaluation reads, at least float32.
+        """The memory (M, D) that evaluation reads, in at least float32.
 
         Its slots are orthonormal, or of unit norm, also where those in the buffer are not any more: in averaged copies
         (EMA), and in half precision.
         """
-        return torch.ops.timm_ait.frozen_memory(self.memory, self.memory_update)
+        with torch.autocast(self.memory.device.type, enabled=False):
+            memory = self.memory.detach().to(torch.promote_types(self.memory.dtype, torch.float32))
+            return project_memory(memory, self.memory_update)
 
     @torch.jit.unused
-    def _write(self, tokens: torch.Tensor, unnormed: bool) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Write tokens (B * N, E) into the stored memory.
+    def _current_slots(self) -> torch.Tensor:
+        """`stored_memory` in the dtype of the parameters, made when the memory has changed and not in every forward."""
+        if torch.compiler.is_dynamo_compiling():  # a compiled graph outlives what it cannot see change
+            return self.stored_memory().to(self.norm.weight.dtype)
+        memory = self._projected if torch.compiler.is_exporting() else self.memory
+        if memory is None or memory is not self._projected or _version(memory) != self._projected_version:
+            if torch.jit.is_tracing() or torch.compiler.is_exporting() or type(self.memory) is not torch.Tensor:
+                return self.stored_memory().to(self.norm.weight.dtype)
+            self._refresh_slots()
+        return self.slots if self.slots.dtype == self.norm.weight.dtype else self.slots.to(self.norm.weight.dtype)
 
-        Args:
-            tokens: Normed, or still unnormed.
-            unnormed: Which of them.
+    @torch.no_grad()
+    def _refresh_slots(self) -> None:
+        with torch.inference_mode(False):
+            self.slots = self.stored_memory().to(self.memory.dtype)
+        self._projected, self._projected_version = self.memory, _version(self.memory)
 
-        Returns:
-            The memory (M, D) that the tokens read from, and the tokens; unnormed ones may go to `norm_read` alone.
-        """
-        # gradient checkpointing runs a forward again inside backward: same result, and the memory moves once
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if recomputing:
-            memory = self._recall_memory(tokens)
-        else:
-            memory = snapshot(self.memory)  # backward needs the memory before the write
-            if not torch.compiler.is_compiling():
-                self._pending_forwards.append((tokens[0].detach().clone(), memory.clone()))
-        bottleneck = self.bottleneck
-        if isinstance(bottleneck, float):
-            bottleneck = max(1, round(bottleneck * tokens.shape[0]))
-        # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
-        dtype = torch.promote_types(memory.dtype, torch.float32)
-        with torch.autocast(tokens.device.type, enabled=False):
-            memory = memory.to(dtype)
-            candidate, balance, coverage, read_tokens = write_unnormed(
-                tokens,
-                self.norm.weight if unnormed else None,
-                self.norm.bias if unnormed else None,
-                self.norm.eps,
-                memory,
-                self.q.weight.to(dtype),
-                self.k.weight.to(dtype),
-                self.v.weight.to(dtype),
-                self.proj.weight.to(dtype),
-                self.slot_norm.weight.to(dtype),
-                self.slot_norm.bias.to(dtype),
-                self.num_heads,
-                bottleneck,
-                self.backend,
-            )
-            written = update_memory(memory, candidate, self.momentum, self.memory_update)
-        if not recomputing:
-            self.balance_loss = self.balance_weight * balance
-            self.coverage = coverage.detach()
-        if not recomputing and not self.reset_memory:
-            with torch.no_grad():
-                # a non-finite batch shows in its own loss; the memory must outlive it
-                self.memory.copy_(torch.where(written.isfinite().all(), written.to(self.memory.dtype), self.memory))
-        if self._published_query_gradient:
-            # the published code averages in place, into the memory that backward has saved for W_Q
-            memory.data.lerp_(candidate.detach(), 1. - self.momentum)
-        return written if self.differentiable_write else written.detach(), read_tokens if unnormed else tokens
+    def train(self, mode: bool = True) -> 'GlobalWorkspace':
+        super().train(mode)
+        if not mode:
+            self._current_slots()
+        return self
 
-    def _recall_memory(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The memory that the forward of these tokens started from."""
-        for token, memory in reversed(self._pending_forwards):
-            if token.device == tokens.device and torch.allclose(token, tokens[0], rtol=1e-3, atol=1e-5, equal_nan=True):
-                return memory.clone()
-        raise RuntimeError(
-            'Gradient checkpointing recomputes a forward whose memory is no longer known. At most '
-            f'{_MAX_PENDING_FORWARDS} forwards can precede a backward; run backward after each forward.')
+    def _apply(self, fn, recurse: bool = True) -> 'GlobalWorkspace':
+        was_meta = self.pending.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.pending.is_meta:
+            self.pending.fill_(float('nan'))
+        self._refresh_slots()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.pending = torch.full_like(self.memory, float('nan'))
+        self._refresh_slots()
+
+    def __prepare_scriptable__(self) -> 'GlobalWorkspace':
+        self._current_slots()
+        return self
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # what belongs to one forward stays behind when the layer is copied (EMA) or pickled
+        return {**self.__dict__, '_balance': None, '_projected': None}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._refresh_slots()
+        register_workspace(self)
 
     @torch.jit.ignore
     def memory_statistics(self) -> Dict[str, float]:
@@ -321,12 +449,8 @@ class GlobalWorkspace(nn.Module):
         coverage = float('nan') if self.coverage is None else float(self.coverage)
         return {**slot_statistics(self.stored_memory()), 'coverage': coverage}
 
-    def __getstate__(self) -> Dict[str, Any]:
-        # what belongs to one forward stays behind when the layer is copied (EMA) or pickled
-        return {**self.__dict__, 'balance_loss': None, '_pending_forwards': deque(maxlen=_MAX_PENDING_FORWARDS)}
-
     def extra_repr(self) -> str:
-        names = ('num_slots', 'slot_dim', 'num_heads', 'bottleneck', 'beta', 'momentum', 'memory_update')
+        names = ('num_slots', 'slot_dim', 'workspace_heads', 'bottleneck', 'beta', 'memory_momentum', 'memory_update')
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
 
 
@@ -370,113 +494,59 @@ class WorkspaceMlp(Mlp):
         )
         self.workspace = GlobalWorkspace(out_features or in_features, device=device, dtype=dtype, **workspace_kwargs)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         x = self.fc1(x)
         x = self.act(x)
         x = self.drop1(x)
         x = self.norm(x)
         x = self.fc2(x)
         x = self.drop2(x)
-        return self.workspace(x)
+        return self.workspace(x, token_mask)
 
 
-def published_workspace_mlp(
-        in_features: int,
-        hidden_features: Optional[int] = None,
-        num_slots: int = 32,
-        slot_dim: int = 32,
-        num_heads: int = 8,
-        bottleneck: int = 512,
-        beta: float = 1.,
-) -> WorkspaceMlp:
-    """The MLP and workspace exactly as the published implementation computes them in training.
-
-    No gradient flows through the write, and memory rows are normalised but not kept apart. Evaluation is ours: frozen.
-    """
-    mlp = WorkspaceMlp(
-        in_features,
-        hidden_features,
-        num_slots=num_slots,
-        slot_dim=slot_dim,
-        num_heads=num_heads,
-        bottleneck=bottleneck,
-        beta=beta,
-        memory_update='normalize',
-        differentiable_write=False,
-    )
-    mlp.workspace._published_query_gradient = True
-    return mlp
+_WORKSPACE_ARGUMENTS = frozenset(inspect.signature(GlobalWorkspace).parameters) - {'dim', 'device', 'dtype'}
 
 
-def convert_published_workspace(state_dict: Dict[str, torch.Tensor], num_heads: int) -> Dict[str, torch.Tensor]:
-    """Turn the state dict of one published layer into one that `published_workspace_mlp` loads.
-
-    The published code concatenates heads slot-dim-major, ours head-major, so the columns of its output projection are
-    permuted.
-
-    Args:
-        state_dict: Keys fc1, fc2, norm, fc3, memoryupdate.*; without further prefix.
-        num_heads: Number of write heads of the published layer.
-
-    Raises:
-        ValueError: A key is unknown or missing, the heads do not divide the projection, or the momentum (which the
-            published code stores as `memoryupdate.beta`) is not 0.9.
-    """
-    names = {
-        'fc1.weight': 'fc1.weight',
-        'fc1.bias': 'fc1.bias',
-        'fc2.weight': 'fc2.weight',
-        'fc2.bias': 'fc2.bias',
-        'norm.weight': 'workspace.norm.weight',
-        'norm.bias': 'workspace.norm.bias',
-        'fc3.weight': 'workspace.attractors.weight',
-        'fc3.bias': 'workspace.attractors.bias',
-        'memoryupdate.memory': 'workspace.memory',
-        'memoryupdate.mha.w_qs.weight': 'workspace.q.weight',
-        'memoryupdate.mha.w_ks.weight': 'workspace.k.weight',
-        'memoryupdate.mha.w_vs.weight': 'workspace.v.weight',
-        'memoryupdate.mha.fc.weight': 'workspace.proj.weight',
-        'memoryupdate.mha.layer_norm.weight': 'workspace.slot_norm.weight',
-        'memoryupdate.mha.layer_norm.bias': 'workspace.slot_norm.bias',
-    }
-    _check_int('num_heads', num_heads, 1)
-    state_dict = dict(state_dict)
-    momentum = state_dict.pop('memoryupdate.beta', torch.tensor(0.9))
-    if not math.isclose(float(momentum), 0.9, rel_tol=1e-6):
-        raise ValueError(f"state_dict['memoryupdate.beta'] must be 0.9, the published momentum, got {float(momentum)}.")
-    missing, unknown = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
-    if missing or unknown:
-        raise ValueError(
-            f'state_dict is not that of a published layer: missing keys {missing}, unknown keys {unknown}.')
-    output = state_dict['memoryupdate.mha.fc.weight']
-    if output.shape[1] % num_heads:
-        raise ValueError(f'num_heads must divide {output.shape[1]}, the width of the heads together, got {num_heads}.')
-    state_dict['memoryupdate.mha.fc.weight'] = output.unflatten(1, (-1, num_heads)).transpose(1, 2).flatten(1)
-    return {names[key]: value for key, value in state_dict.items()}
+def split_workspace_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Split keyword arguments into those of `GlobalWorkspace` and the others."""
+    workspace_kwargs = {name: value for name, value in kwargs.items() if name in _WORKSPACE_ARGUMENTS}
+    return workspace_kwargs, {name: value for name, value in kwargs.items() if name not in workspace_kwargs}
 
 
-def _workspaces(model: nn.Module) -> List[Tuple[str, GlobalWorkspace]]:
+def _named_workspaces(model: nn.Module) -> List[Tuple[str, GlobalWorkspace]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, GlobalWorkspace)]
 
 
 def balance_loss(model: nn.Module) -> torch.Tensor:
-    """Weighted balance loss of the last training forward, summed over the workspaces of a model (scalar).
+    """Weighted balance loss of the last forward (scalar), summed over the workspaces that wrote in it.
 
-    Raises:
-        RuntimeError: There was no training forward, or it ran in re-entrant gradient checkpointing, which cuts the
-            balance loss from its parameters.
+    Zero where none did: in evaluation, or where nothing of the write is trained. It has its gradient as long as the
+    output of the forward, or a loss made of it, is there; without, it is the value alone.
     """
-    layers = [(name, module) for name, module in _workspaces(model) if module.writes]
-    for name, module in layers:
-        if module.balance_loss is None:
-            raise RuntimeError(f'{name} has no balance loss: run a forward in training mode before asking for it.')
-        if torch.is_grad_enabled() and module.q.weight.requires_grad and not module.balance_loss.requires_grad:
-            raise RuntimeError(
-                f'{name} computed its balance loss without gradient. The forward ran under no_grad, or in re-entrant '
-                'gradient checkpointing: use timm.layers.set_reentrant_ckpt(False).')
-    return sum((module.balance_loss for _, module in layers), torch.zeros(()))
+    losses = [workspace._balance for _, workspace in _named_workspaces(model) if workspace._balance is not None]
+    graphs = [loss.graph() for loss in losses]
+    # a value without its graph beside others that have theirs is of an earlier forward
+    alive = [graph for graph in graphs if graph is not None] or [loss.value for loss in losses]
+    total = sum(alive, torch.zeros((), device=alive[0].device if alive else None))
+    record = _record.get()
+    if record is not None:
+        record.append(total)
+    return total
+
+
+_record: ContextVar[Optional[List[torch.Tensor]]] = ContextVar('balance_losses', default=None)
+
+
+@contextlib.contextmanager
+def record_balance_losses() -> Iterator[List[torch.Tensor]]:
+    """List the balance losses that are asked for meanwhile."""
+    token = _record.set([])
+    try:
+        yield _record.get()
+    finally:
+        _record.reset(token)
 
 
 def memory_statistics(model: nn.Module) -> Dict[str, Dict[str, float]]:
     """`GlobalWorkspace.memory_statistics` of every workspace of a model, by module name."""
-    return {name: module.memory_statistics() for name, module in _workspaces(model)}
+    return {name: module.memory_statistics() for name, module in _named_workspaces(model)}

@@ -1,4 +1,4 @@
-""" Fused Hopfield read: two skinny GEMMs and a softmax over the slots, done in chunks of tokens that stay in cache.
+""" Fused Hopfield read for training: two skinny GEMMs and a softmax over the slots, done in chunks of tokens that stay in cache.
 
 Tokens are normed where they are used, and backward recomputes norm and softmax from them, so that nothing else of the
 tokens' size is kept.
@@ -7,10 +7,11 @@ from typing import Optional, Tuple
 
 import torch
 
+from . import triton_switch
 from .matmul import mm
 from .norm import chunk_size, normalize, normalize_backward
 
-__all__ = ['norm_read', 'read', 'retrieve']
+__all__ = ['norm_read', 'read']
 
 
 def _association(state: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -27,13 +28,12 @@ def _read(
         norm_bias: Optional[torch.Tensor],
         eps: float,
         gated: bool,
-        backend: str,
 ) -> torch.Tensor:
     """residual + softmax(state keys^T) values, of the state norm(x) or x.
 
     The residual is x if gated, else what is given, else the state.
     """
-    if backend == 'triton':
+    if triton_switch.is_on(x):
         from . import triton
         state, _ = normalize(x, norm_weight, norm_bias, eps)
         return triton.read(state, keys, values, x if gated else residual)
@@ -63,14 +63,13 @@ def _read_backward(
         eps: float,
         gated: bool,
         state_is_residual: bool,
-        backend: str,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for x, keys, values and norm (2, E)."""
     # sums over chunks stay in float32
     grad_keys = torch.zeros_like(keys, dtype=torch.promote_types(keys.dtype, torch.float32))
     grad_values = torch.zeros_like(grad_keys)
     grad_norm = grad_keys.new_zeros((2, x.shape[1]))
-    if backend == 'triton':
+    if triton_switch.is_on(x):
         from . import triton
         state, statistics = normalize(x, norm_weight, norm_bias, eps)
         grad_state, grad_keys, grad_values = triton.read_backward(grad, state, keys, values, state_is_residual)
@@ -107,7 +106,7 @@ def _(grad, x, keys, values, *_):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, keys, values, residual, norm_weight, norm_bias, ctx.eps, ctx.gated, ctx.backend = inputs
+    x, keys, values, residual, norm_weight, norm_bias, ctx.eps, ctx.gated = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(x, keys, values, norm_weight, norm_bias)
 
@@ -116,10 +115,10 @@ def _backward(ctx, grad):
     *tensors, norm_weight, norm_bias = ctx.saved_tensors
     state_is_residual = not ctx.gated and not ctx.has_residual
     grad_x, grad_keys, grad_values, grad_norm = _read_backward(
-        grad, *tensors, norm_weight, norm_bias, ctx.eps, ctx.gated, state_is_residual, ctx.backend)
+        grad, *tensors, norm_weight, norm_bias, ctx.eps, ctx.gated, state_is_residual)
     grad_weight, grad_bias = (None, None) if norm_weight is None else grad_norm.to(norm_weight.dtype)
     grad_residual = grad if ctx.has_residual else None
-    return grad_x, grad_keys, grad_values, grad_residual, grad_weight, grad_bias, None, None, None
+    return grad_x, grad_keys, grad_values, grad_residual, grad_weight, grad_bias, None, None
 
 
 _read.register_autograd(_backward, setup_context=_setup_context)
@@ -131,13 +130,12 @@ def read(
         beta: float = 1.,
         residual: Optional[torch.Tensor] = None,
         gate: Optional[torch.Tensor] = None,
-        backend: str = 'torch',
 ) -> torch.Tensor:
     """As `naive.read`. Attractors and gate may be of higher precision than state and residual."""
     values = attractors if gate is None else attractors * gate
     keys = beta * attractors
     return torch.ops.timm_ait.read(
-        state, keys.to(state.dtype), values.to(state.dtype), residual, None, None, 0., False, backend)
+        state, keys.to(state.dtype), values.to(state.dtype), residual, None, None, 0., False)
 
 
 def norm_read(
@@ -148,9 +146,8 @@ def norm_read(
         attractors: torch.Tensor,
         beta: float = 1.,
         gate: Optional[torch.Tensor] = None,
-        backend: str = 'torch',
 ) -> torch.Tensor:
-    """`read` of the layer-normed x, or with a gate `x + gate * retrieve`, in one pass over x.
+    """`read` of the layer-normed x, or with a gate `x + gate * retrieve(norm(x))`, in one pass over x.
 
     Args:
         x: (T, E).
@@ -160,7 +157,6 @@ def norm_read(
         attractors: (M, E), may be of higher precision than x.
         beta: Inverse temperature.
         gate: (E,), for the gated residual.
-        backend: 'torch' or 'triton'.
 
     Returns:
         Same shape and dtype as x.
@@ -168,10 +164,4 @@ def norm_read(
     values = attractors if gate is None else attractors * gate
     keys = beta * attractors
     return torch.ops.timm_ait.read(
-        x, keys.to(x.dtype), values.to(x.dtype), None, norm_weight, norm_bias, eps, gate is not None, backend)
-
-
-def retrieve(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:
-    """As `naive.retrieve`."""
-    attractors = attractors.to(state.dtype)
-    return (state @ (beta * attractors).T).softmax(dim=-1) @ attractors
+        x, keys.to(x.dtype), values.to(x.dtype), None, norm_weight, norm_bias, eps, gate is not None)

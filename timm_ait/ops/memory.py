@@ -4,21 +4,7 @@ from typing import Dict
 import torch
 import torch.nn.functional as F
 
-__all__ = ['frozen_memory', 'polar', 'project_memory', 'slot_statistics', 'snapshot', 'update_memory']
-
-
-@torch.library.custom_op('timm_ait::snapshot', mutates_args=())
-def snapshot(memory: torch.Tensor) -> torch.Tensor:
-    """Copy of a memory that is about to be overwritten.
-
-    An operator of its own because torch.compile recomputes a plain clone in backward, from the overwritten memory.
-    """
-    return memory.clone()
-
-
-@snapshot.register_fake
-def _(memory: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(memory)
+__all__ = ['polar', 'project_memory', 'slot_statistics', 'update_memory']
 
 
 def polar(matrix: torch.Tensor, num_iterations: int = 12) -> torch.Tensor:
@@ -44,21 +30,6 @@ def project_memory(memory: torch.Tensor, rule: str = 'orthogonal', num_iteration
     if rule == 'orthogonal':
         memory = polar(memory, num_iterations)
     return F.normalize(memory, dim=-1)
-
-
-@torch.library.custom_op('timm_ait::frozen_memory', mutates_args=())
-def frozen_memory(memory: torch.Tensor, rule: str) -> torch.Tensor:
-    """`project_memory` of a stored memory, without gradient and in at least float32 also under autocast.
-
-    An operator of its own because TorchScript cannot leave autocast.
-    """
-    with torch.autocast(memory.device.type, enabled=False):
-        return project_memory(memory.to(torch.promote_types(memory.dtype, torch.float32)), rule)
-
-
-@frozen_memory.register_fake
-def _(memory: torch.Tensor, rule: str) -> torch.Tensor:
-    return torch.empty_like(memory, dtype=torch.promote_types(memory.dtype, torch.float32))
 
 
 def update_memory(

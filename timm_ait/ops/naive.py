@@ -6,12 +6,13 @@ signatures and are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['attend', 'balance_loss', 'energy', 'polar', 'read', 'retrieve', 'update_memory', 'write']
+__all__ = [
+    'attend', 'balance_loss', 'energy', 'polar', 'read', 'retrieve', 'update_memory', 'write', 'write_and_read']
 
 
 def attend(
@@ -26,7 +27,7 @@ def attend(
         queries: Slot queries, (A, M, D).
         keys: Token keys, (A, T, D).
         values: Token values, (A, T, D).
-        bottleneck: Number k of tokens a query keeps; k >= T keeps all.
+        bottleneck: Number k of tokens that each query keeps; k >= T keeps all.
 
     Returns:
         Pooled values (A, M, D) and attention (A, M, T), zero outside the kept tokens.
@@ -89,6 +90,7 @@ def write(
         norm_bias: torch.Tensor,
         num_heads: int,
         bottleneck: int,
+        token_mask: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the tokens propose to write into the memory.
 
@@ -102,7 +104,8 @@ def write(
         norm_weight: Slot LayerNorm weight, (D,).
         norm_bias: Slot LayerNorm bias, (D,).
         num_heads: Number of heads A.
-        bottleneck: Number k of tokens a slot and head keep; k >= T keeps all.
+        bottleneck: Number k of tokens that each slot and head keep; k >= T keeps all.
+        token_mask: Which tokens there are, (T,); the others neither write nor count.
 
     Returns:
         Candidate for `update_memory` (M, D), unweighted balance loss (scalar), and coverage (scalar): the share of
@@ -111,6 +114,8 @@ def write(
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (num_heads, -1)).transpose(0, 1)
 
+    if token_mask is not None:
+        tokens = tokens[token_mask]
     if tokens.shape[0] == 0:
         return memory, tokens.new_zeros(()), tokens.new_zeros(())
     pooled, attention = attend(
@@ -140,10 +145,59 @@ def read(
         attractors: (M, E).
         beta: Inverse temperature.
         residual: (T, E), the state itself if None.
-        gate: Factor a channel, (E,), one if None.
+        gate: Factor per channel, (E,), one if None.
     """
     retrieved = retrieve(state, attractors, beta)
     return (state if residual is None else residual) + (retrieved if gate is None else gate * retrieved)
+
+
+def write_and_read(
+        x: torch.Tensor,
+        token_norm_weight: torch.Tensor,
+        token_norm_bias: torch.Tensor,
+        token_norm_eps: float,
+        memory: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        value_weight: torch.Tensor,
+        output_weight: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        num_heads: int,
+        bottleneck: int,
+        lift: Callable[[torch.Tensor], torch.Tensor],
+        momentum: float = 0.9,
+        rule: str = 'orthogonal',
+        beta: float = 1.,
+        gate: Optional[torch.Tensor] = None,
+        token_mask: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A training step of the layer: tokens write, then read what was written.
+
+    Args:
+        x: MLP output, (T, E).
+        token_norm_weight: Token LayerNorm weight, (E,).
+        token_norm_bias: Token LayerNorm bias, (E,).
+        token_norm_eps: That of the token LayerNorm.
+        memory: Memory before the write (M, D); this and all up to the bottleneck as `write`.
+        lift: From the memory (M, D) to the attractors (M, E).
+        momentum: As `update_memory`.
+        rule: As `update_memory`.
+        beta: Inverse temperature.
+        gate: For the residual form `x + gate * retrieve` in place of `LayerNorm(x) + retrieve`, (E,).
+        token_mask: As `write`.
+
+    Returns:
+        Output (T, E), memory after the write (M, D), the candidate it was averaged with (M, D), unweighted balance loss
+        (scalar) and coverage (scalar).
+    """
+    tokens = F.layer_norm(x, token_norm_weight.shape, token_norm_weight, token_norm_bias, token_norm_eps)
+    candidate, balance, coverage = write(
+        tokens, memory, query_weight, key_weight, value_weight, output_weight, norm_weight, norm_bias, num_heads,
+        bottleneck, token_mask)
+    written = update_memory(memory, candidate, momentum, rule)
+    output = read(tokens, lift(written), beta, None if gate is None else x, gate)
+    return output, written, candidate, balance, coverage
 
 
 def energy(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:

@@ -1,0 +1,46 @@
+""" Fused training step of the workspace: tokens write, then read what was written. """
+from typing import Callable, Optional, Tuple
+
+import torch
+
+from .bottleneck import TokenNorm, write_normed
+from .hopfield import norm_read
+from .memory import update_memory
+
+__all__ = ['write_and_read']
+
+
+def write_and_read(
+        x: torch.Tensor,
+        token_norm_weight: torch.Tensor,
+        token_norm_bias: torch.Tensor,
+        token_norm_eps: float,
+        memory: torch.Tensor,
+        query_weight: torch.Tensor,
+        key_weight: torch.Tensor,
+        value_weight: torch.Tensor,
+        output_weight: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        num_heads: int,
+        bottleneck: int,
+        lift: Callable[[torch.Tensor], torch.Tensor],
+        momentum: float = 0.9,
+        rule: str = 'orthogonal',
+        beta: float = 1.,
+        gate: Optional[torch.Tensor] = None,
+        token_mask: Optional[torch.Tensor] = None,
+        global_batch: bool = False,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `naive.write_and_read`. Tokens may be of lower precision than the memory and the weights.
+
+    With a global batch, the tokens of all ranks of the process group compete, see `bottleneck.write_normed`.
+    """
+    norm = TokenNorm(token_norm_weight, token_norm_bias, token_norm_eps)
+    # the read gets the tokens from the write, which in backward adds its gradient to the one that the read has made
+    candidate, balance, coverage, tokens = write_normed(
+        x, norm, memory, query_weight, key_weight, value_weight, output_weight, norm_weight, norm_bias, num_heads,
+        bottleneck, token_mask, global_batch)
+    written = update_memory(memory, candidate, momentum, rule)
+    output = norm_read(tokens, *norm, lift(written), beta, gate)
+    return output, written, candidate, balance, coverage
