@@ -1,6 +1,6 @@
-""" Bring the results of benchmarks/compare.py into the results page.
+""" Bring the results of benchmarks/compare into the results page.
 
-    python benchmarks/results.py output/compare_cifar10 output/ablations …
+    python -m benchmarks.results output/compare_cifar10 output/ablations …
 
 The page has a block for each folder, between `<!-- NAME -->` and `<!-- end of NAME -->` with the folder's name. Blocks
 of the given folders are written anew: budget, table and figures, which are copied to the folder `figures` beside the
@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import List, Optional
 
 FIGURES = {
     'accuracy': 'Accuracy',
@@ -30,7 +31,7 @@ def block(folder: Path, figures: Path) -> str:
     lines = [
         f"{recipe['steps']} steps of {recipe['batch_size']}, {recipe['opt']}, learning rate {recipe['lr']:g}, cosine, "
         f"{recipe['amp_dtype']} training; {seeds}. Images of {recipe['image_size']} px. "
-        f'`python benchmarks/compare.py examples/{folder.name}.yaml --data-dir DATA '
+        f'`python -m benchmarks.compare examples/{folder.name}.yaml --data-dir DATA '
         f'--output output/{folder.name}`',
         '',
         (folder / 'table.md').read_text().rstrip(),
@@ -43,15 +44,15 @@ def block(folder: Path, figures: Path) -> str:
     return '\n'.join(lines)
 
 
-def main() -> None:
+def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
-    parser.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='output of compare.py')
+    parser.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='output of benchmarks.compare')
     parser.add_argument('--page', type=Path, default=Path(__file__).parent / 'RESULTS.md', metavar='FILE')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     page = args.page.read_text()
     for folder in args.folders:
         if not (folder / 'table.md').is_file():
-            parser.error(f'{folder} has no table.md: it is not the output of a complete compare.py')
+            parser.error(f'{folder} has no table.md: it is not the output of a complete run of benchmarks.compare')
         begin, end = f'<!-- {folder.name} -->', f'<!-- end of {folder.name} -->'
         if not re.search(f'{begin}.*{end}', page, flags=re.DOTALL):
             parser.error(f'{args.page} has no block for {folder.name}: write {begin} and {end} where it belongs')

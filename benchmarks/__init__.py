@@ -1,0 +1,1 @@
+""" What measures, run from the checkout: python -m benchmarks.compare, benchmarks.results, … """

@@ -1,0 +1,68 @@
+""" The command: what is to do, checked as far as it can be before anything is written. """
+import argparse
+import json
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+
+from . import __doc__ as description
+from .data import load_splits
+from .recipe import read_recipe, run_settings
+from .report import report
+from .training import create_run_model, train_run
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    parser = argparse.ArgumentParser(prog='python -m benchmarks.compare', description=description.split('\n\n')[0])
+    parser.add_argument('recipe', type=Path, help='YAML file')
+    parser.add_argument('--data-dir', required=True, help='folder of the data set')
+    parser.add_argument('--output', required=True, type=Path, help='folder of the results')
+    parser.add_argument('--runs', nargs='+', metavar='LABEL', help="these of the recipe's runs alone")
+    parser.add_argument('--seeds', nargs='+', type=int, help="in place of the recipe's")
+    parser.add_argument('--steps', type=int, help="in place of the recipe's")
+    parser.add_argument('--device', default='cpu', help='device to train on (default: %(default)s)')
+    args = parser.parse_args(argv)
+    changes = {key: getattr(args, key) for key in ('seeds', 'steps') if getattr(args, key) is not None}
+    try:
+        recipe = read_recipe(args.recipe, changes)
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
+    if args.runs:
+        unknown = sorted(set(args.runs) - recipe['runs'].keys())
+        if unknown:
+            parser.error(f"--runs: {unknown} are not in {args.recipe}; it has {sorted(recipe['runs'])}")
+        recipe['runs'] = {label: recipe['runs'][label] for label in args.runs}
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f'--output: {args.output} is not a folder')
+
+    folders = {
+        (label, seed): args.output / label / f'seed{seed}'
+        for label, run in recipe['runs'].items() for seed in run['seeds']}
+    for (label, _), folder in folders.items():
+        file = folder / 'settings.json'
+        if file.is_file() and json.loads(file.read_text()) != run_settings(recipe, recipe['runs'][label]):
+            parser.error(f'--output: {folder} was trained with other settings; choose another folder, or delete it')
+    todo = {run: folder for run, folder in folders.items() if not (folder / 'result.json').is_file()}
+    if todo:
+        try:
+            device = torch.device(args.device)
+            torch.zeros(1, device=device)
+        except (AssertionError, NotImplementedError, RuntimeError) as e:
+            parser.error(f'--device {args.device}: {str(e).splitlines()[0]}')
+        try:
+            train, test = (split.to(device) for split in load_splits(recipe, args.data_dir))
+        except (OSError, ValueError) as e:
+            parser.error(f'--data-dir: {e}')
+        for label in dict.fromkeys(label for label, _ in todo):
+            try:
+                create_run_model(recipe, recipe['runs'][label], len(train.class_names))
+            except Exception as e:  # a wrong argument is refused by whatever layer takes it
+                parser.error(f'{args.recipe}: run {label!r}: {type(e).__name__}: {" ".join(str(e).split())}')
+        for (label, seed), folder in todo.items():
+            train_run(recipe, recipe['runs'][label], seed, folder, train, test)
+    report(recipe, args.output)
+
+
+if __name__ == '__main__':
+    main()

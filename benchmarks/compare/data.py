@@ -1,0 +1,168 @@
+""" Data sets in memory, batches of them, and augmentation.
+
+Random numbers come from a generator on the CPU, so that every device sees the same batches.
+"""
+import dataclasses
+from pathlib import Path
+from typing import Dict, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import create_dataset
+
+from timm_ait.data import SortOfClevr
+from timm_ait.data.sort_of_clevr import ANSWERS, KINDS, QUESTION_DIM
+
+from .recipe import Recipe
+
+__all__ = ['Split', 'augment', 'load_image_folder', 'load_sort_of_clevr', 'load_splits']
+
+
+@dataclasses.dataclass
+class Split:
+    """A split in memory; an item is an image and its target, or one of several questions about an image.
+
+    Attributes:
+        images: (n, C, H, W) uint8.
+        image_of: Image of each item (T,).
+        targets: (T,).
+        class_names: In the order of the targets.
+        mean: What pixels in [0, 1] are normalised with, one number or per channel (C, 1, 1).
+        std: Likewise.
+        questions: (T, Q) uint8, or None.
+        groups: Kind of each question (T,), an index of `group_names`, or None.
+        group_names: Kinds of questions.
+    """
+    images: torch.Tensor
+    image_of: torch.Tensor
+    targets: torch.Tensor
+    class_names: Tuple[str, ...]
+    mean: Union[float, torch.Tensor] = 0.5
+    std: Union[float, torch.Tensor] = 0.5
+    questions: Optional[torch.Tensor] = None
+    groups: Optional[torch.Tensor] = None
+    group_names: Tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> 'Split':
+        tensors = {key: value for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{key: tensor.to(device) for key, tensor in tensors.items()})
+
+    def batch(self, items: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
+        """Normalised images, targets, and the further arguments of the model, of items (B,)."""
+        items = items.to(self.targets.device)
+        images = self.images[self.image_of[items]].float().div_(255.).sub_(self.mean).div_(self.std)
+        kwargs = {} if self.questions is None else {'question': self.questions[items].float()}
+        return images, self.targets[items], kwargs
+
+
+def load_image_folder(data_dir: str, split: str, image_size: int, in_chans: int) -> Split:
+    """Read `split/class/image` files, scaled to a size.
+
+    Raises:
+        ValueError: There is no such folder, or there are no images in it.
+    """
+    if not Path(data_dir).is_dir():
+        raise ValueError(f'there is no folder {data_dir}')
+    try:
+        dataset = create_dataset('', data_dir, split=split, input_img_mode='L' if in_chans == 1 else 'RGB')
+    except RuntimeError as e:
+        raise ValueError(f'there are no images {data_dir}/{split}/<class>/*') from e
+    if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
+        raise ValueError(f'there is no folder {data_dir}/{split}')
+    images, targets = [], []
+    for image, target in dataset:
+        image = np.asarray(image if image.size == (image_size, image_size) else image.resize((image_size, image_size)))
+        images.append(image.reshape(image_size, image_size, in_chans))
+        targets.append(target)
+    return Split(
+        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        image_of=torch.arange(len(images)),
+        targets=torch.tensor(targets),
+        class_names=tuple(dataset.reader.class_to_idx),
+    )
+
+
+def load_sort_of_clevr(data_dir: str, split: str, kinds: Sequence[str]) -> Split:
+    """Read the questions of some kinds, and their images.
+
+    Raises:
+        FileNotFoundError: The folder holds no such split.
+    """
+    data = SortOfClevr(data_dir, split, kinds)
+    questions = torch.from_numpy(data.questions.reshape(-1, QUESTION_DIM))
+    return Split(
+        images=torch.from_numpy(data.images).permute(0, 3, 1, 2).contiguous(),
+        image_of=torch.arange(len(data.images)).repeat_interleave(data.answers.shape[1]),
+        targets=torch.from_numpy(data.answers.reshape(-1)).long(),
+        class_names=ANSWERS,
+        questions=questions,
+        groups=questions[:, 12:15].argmax(-1),
+        group_names=KINDS,
+    )
+
+
+def load_splits(recipe: Recipe, data_dir: str) -> Tuple[Split, Split]:
+    """Read the recipe's training and validation split.
+
+    Raises:
+        FileNotFoundError: A split of Sort-of-CLEVR is missing.
+        ValueError: A folder of images is missing, the splits' classes differ, or there are too few items for a batch.
+    """
+    if recipe['dataset'] == 'sort_of_clevr':
+        train, test = (load_sort_of_clevr(data_dir, split, recipe['kinds']) for split in ('train', 'validation'))
+    else:
+        train, test = (
+            load_image_folder(data_dir, split, recipe['image_size'], recipe['in_chans'])
+            for split in ('train', 'validation'))
+    if train.class_names != test.class_names:
+        raise ValueError(f'train and validation of {data_dir} have not the same classes')
+    if len(train) < recipe['batch_size']:
+        raise ValueError(f"{data_dir} has {len(train)} items to train on, fewer than the batch_size of "
+                         f"{recipe['batch_size']}")
+    train.mean = test.mean = recipe['mean']
+    train.std = test.std = recipe['std']
+    return train, test
+
+
+def _windows(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Windows (B, C, height, width) of images, whose other side follows on their edge, at corners (B, 1)."""
+    batch_size, channels, rows, columns = images.shape
+    device = images.device
+    return images[
+        torch.arange(batch_size, device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[:, None, None],
+        ((top + torch.arange(height, device=device)) % rows)[:, None, :, None],
+        ((left + torch.arange(width, device=device)) % columns)[:, None, None, :],
+    ]
+
+
+def _random_corner(images: torch.Tensor, axis: int, generator: torch.Generator) -> torch.Tensor:
+    """Where along an axis a window has to begin (B, 1) to have all that is not black at a random place."""
+    shown = images.amax(dim=(1, axis)) > images.min()
+    first = shown.int().argmax(dim=1, keepdim=True)
+    free = first + shown.flip(1).int().argmax(dim=1, keepdim=True)
+    place = (torch.rand(len(images), 1, generator=generator).to(images.device) * (free + 1)).long()
+    return first - place
+
+
+def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+    """Flip, shift and place images (B, C, H, W) at random, as the recipe says."""
+    batch_size, _, height, width = images.shape
+    for name, flip in (
+            ('hflip', lambda x: x.flip(-1)), ('vflip', lambda x: x.flip(-2)), ('transpose', lambda x: x.mT)):
+        if recipe[name]:
+            flipped = torch.rand(batch_size, 1, 1, 1, generator=generator).to(images.device) < 0.5
+            images = torch.where(flipped, flip(images), images)
+    padding = recipe['crop_padding']
+    if padding:
+        images = F.pad(images, (padding,) * 4, mode='reflect')
+        top, left = torch.randint(2 * padding + 1, (2, batch_size, 1), generator=generator).to(images.device)
+        images = _windows(images, top, left, height, width)
+    if recipe['place']:
+        top, left = (_random_corner(images, axis, generator) for axis in (-1, -2))
+        images = _windows(images, top, left, height, width)
+    return images

@@ -1,0 +1,182 @@
+""" Training and evaluating one run, by steps, with timm's optimizers, scheduler and checkpoints. """
+import argparse
+import copy
+import functools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import HybridEmbed
+from timm.models import resume_checkpoint
+from timm.models.vision_transformer_hybrid import ConvStem
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import CheckpointSaver
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_ait
+from timm_ait.data.sort_of_clevr import QUESTION_DIM
+
+from .data import Split, augment
+from .recipe import Recipe, run_settings
+
+__all__ = ['create_run_model', 'evaluate', 'train_run', 'write_text']
+
+
+def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
+    """The model of a run, made for the recipe's input unless that is its own."""
+    kwargs = {**recipe['model_kwargs'], **run}
+    kwargs.pop('seeds', None)
+    if recipe['conv_stem']:
+        channels = recipe['conv_stem']
+        stem = ConvStem(
+            recipe['in_chans'], len(channels), channels, stride=(2,) * len(channels), act_layer=torch.nn.ReLU)
+        embed_layer = functools.partial(HybridEmbed, backbone=stem, proj=False)
+        kwargs = {'embed_layer': embed_layer, 'patch_size': 1, 'embed_dim': channels[-1], **kwargs}
+    name = kwargs.pop('model')
+    size = recipe['image_size']
+    # a model that was designed for this input keeps its front end
+    if timm.get_pretrained_cfg_value(name, 'input_size')[-1] != size:
+        kwargs = {'img_size': size, **kwargs}
+    if recipe['in_chans'] != 3:
+        kwargs = {'in_chans': recipe['in_chans'], **kwargs}
+    if recipe['dataset'] == 'sort_of_clevr':
+        kwargs = {'question_dim': QUESTION_DIM, **kwargs}
+    return timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
+
+
+def _embed_patches_in_float32(model: torch.nn.Module) -> None:
+    """In bfloat16, oneDNN's gradient of a convolution with large strides takes many times as long."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == module.stride:
+            module.forward = torch.autocast('cpu', enabled=False)(module.forward)
+
+
+def _seconds(device: torch.device) -> float:
+    """The time at which all that the device was told to do is done."""
+    getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def evaluate(model: torch.nn.Module, split: Split, batch_size: int = 250) -> Tuple[Dict[str, float], float]:
+    """Evaluate a model on a split on the same device.
+
+    Returns:
+        Accuracy in percent, in all and by group, and images per second (median over batches).
+    """
+    model.eval()
+    device = split.targets.device
+    correct, rates = [], []
+    for items in torch.arange(len(split)).split(batch_size):
+        images, targets, kwargs = split.batch(items)
+        start = _seconds(device)
+        logits = model(images, **kwargs)
+        rates.append(len(items) / (_seconds(device) - start))
+        correct.append(logits.argmax(-1) == targets)
+    correct = torch.cat(correct).float() * 100
+    accuracy = {'all': correct.mean().item()}
+    if split.groups is not None:
+        for i in split.groups.unique().tolist():
+            accuracy[split.group_names[i]] = correct[split.groups == i].mean().item()
+    return accuracy, statistics.median(rates)
+
+
+def _multiply_adds(model: torch.nn.Module, split: Split) -> int:
+    """Multiply-adds of one item."""
+    images, _, kwargs = split.batch(torch.arange(1))
+    # the counter's hooks stumble over parameters with gradients, and it counts nothing inside of a fused attention
+    model = copy.deepcopy(model).requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = False
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(images, **kwargs)
+    return counter.get_total_flops() // 2
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    partial = path.with_name(f'.{path.name}.partial')
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+@functools.lru_cache(maxsize=1)
+def _order(num_items: int, seed: int) -> torch.Tensor:
+    return torch.randperm(num_items, generator=torch.Generator().manual_seed(seed))
+
+
+def _items(step: int, num_items: int, batch_size: int, seed: int) -> torch.Tensor:
+    """The items of a step. Every epoch has an order of its own, and leaves out an incomplete last batch."""
+    epoch, position = divmod(step, num_items // batch_size)
+    return _order(num_items, 1_000_003 * seed + epoch)[position * batch_size:(position + 1) * batch_size]
+
+
+def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, train: Split, test: Split) -> None:
+    """Train one model with one seed, or go on with it; leaves `result.json` in the folder once it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / 'settings.json', json.dumps(run_settings(recipe, run)))
+    device = train.targets.device
+    torch.manual_seed(seed)
+    model = create_run_model(recipe, run, len(train.class_names)).to(device)
+    if device.type == 'cpu':
+        _embed_patches_in_float32(model)
+    optimizer = create_optimizer_v2(model, opt=recipe['opt'], lr=recipe['lr'], weight_decay=recipe['weight_decay'])
+    steps, batch_size = recipe['steps'], recipe['batch_size']
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=steps,
+        warmup_t=recipe['warmup_steps'],
+        warmup_lr_init=recipe['lr'] / 100,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+    saver = CheckpointSaver(
+        model, optimizer, argparse.Namespace(model=run['model']), checkpoint_dir=str(folder), max_history=1)
+    first_step, log = 0, []
+    if (folder / 'last.pth.tar').is_file():
+        first_step = resume_checkpoint(model, str(folder / 'last.pth.tar'), optimizer, log_info=False)
+        log = [entry for entry in json.loads((folder / 'log.json').read_text()) if entry['step'] <= first_step]
+
+    amp_dtype = getattr(torch, recipe['amp_dtype'])
+    rates: List[float] = []
+    for step in range(first_step, steps):
+        images, targets, kwargs = train.batch(_items(step, len(train), batch_size, seed))
+        images = augment(images, recipe, torch.Generator().manual_seed(1_000_003 * seed + step))
+        start = _seconds(device)
+        scheduler.step_update(step)
+        model.train()
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
+            logits = model(images, **kwargs)
+            loss = F.cross_entropy(logits, targets) + timm_ait.balance_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe['clip_grad'])
+        optimizer.step()
+        rates.append(batch_size / (_seconds(device) - start))
+        done = step + 1
+        if done % recipe['eval_every'] == 0 or done == steps:
+            accuracy, _ = evaluate(model, test)
+            log.append(dict(step=done, loss=loss.item(), accuracy=accuracy))
+            write_text(folder / 'log.json', json.dumps(log))
+            saver.save_checkpoint(step, accuracy['all'])
+            print(f'{folder}: step {done}/{steps}', ', '.join(f'{k} {v:.2f}' for k, v in accuracy.items()),
+                  f'{statistics.median(rates):.0f} images/s', flush=True)
+    accuracy, inference_rate = evaluate(model, test)
+    ranks = [layer['effective_rank'] for layer in timm_ait.memory_statistics(model).values()]
+    write_text(folder / 'result.json', json.dumps(dict(
+        accuracy=accuracy,
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=_multiply_adds(model, test),
+        training_rate=statistics.median(rates) if rates else None,
+        inference_rate=inference_rate,
+        lowest_rank=min(ranks) if ranks else None,
+        log=log,
+    ), indent=2))

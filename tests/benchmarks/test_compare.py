@@ -1,0 +1,333 @@
+""" benchmarks.compare on a data set of a few images. """
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import timm_ait  # noqa: F401, registers the models
+from benchmarks.compare.__main__ import main as compare_main
+from benchmarks.compare.data import augment
+from benchmarks.compare.recipe import read_recipe
+from benchmarks.compare.training import create_run_model
+from benchmarks.results import main as results_main
+from timm_ait.data.sort_of_clevr import write_sort_of_clevr
+from timm_ait.data.triangle import triangles
+
+ROOT = Path(__file__).parents[2]
+TINY = dict(embed_dim=24, depth=1, num_heads=2, num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=8)
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 12), ('validation', 6)):
+        for i, name in enumerate(('dark', 'light')):
+            (folder / split / name).mkdir(parents=True)
+            for j in range(count):
+                pixels = (rng.random((32, 32, 3)) * 90 + 150 * i).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f'{j}.png')
+    return folder
+
+
+class Commands:
+    """Runs the commands in this process, and keeps what they printed."""
+
+    def __init__(self, capsys):
+        self.capsys = capsys
+
+    def run(self, main, *arguments):
+        try:
+            main([str(argument) for argument in arguments])
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        return SimpleNamespace(returncode=code, **self.capsys.readouterr()._asdict())
+
+    def compare(self, recipe, data_dir, output, *arguments):
+        file = output.parent / 'recipe.yaml'
+        file.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
+        return self.run(compare_main, file, '--data-dir', data_dir, '--output', output, *arguments)
+
+
+@pytest.fixture
+def commands(capsys):
+    return Commands(capsys)
+
+
+def recipe_of(**changes):
+    return {
+        'dataset': 'cifar10',
+        'image_size': 32,
+        'runs': {'AiT': dict(model='ait_small', **TINY), 'ViT': dict(model='ait_small', workspace=False, **TINY)},
+        'steps': 4,
+        'batch_size': 8,
+        'warmup_steps': 1,
+        'eval_every': 2,
+        'hflip': True,
+        'vflip': True,
+        'crop_padding': 2,
+        'seeds': [0, 1],
+        **changes,
+    }
+
+
+def test_a_recipe_gives_a_table_and_figures(commands, images, tmp_path):
+    output = tmp_path / 'out'
+    result = commands.compare(recipe_of(), images, output)
+    assert result.returncode == 0, result.err
+    table = (output / 'table.md').read_text()
+    assert table in result.out
+    assert [line.split('|')[1].strip() for line in table.splitlines()] == ['', '---', 'AiT', 'ViT']
+    assert table.count('±') == 2
+    results = json.loads((output / 'results.json').read_text())['results']
+    run = results['AiT']['runs'][1]
+    assert [entry['step'] for entry in run['log']] == [2, 4]
+    assert run['parameters'] > results['ViT']['runs'][1]['parameters'] > 0
+    assert run['macs'] > results['ViT']['runs'][1]['macs'] > 0
+    assert run['training_rate'] > 0 and run['inference_rate'] > 0
+    for name in ('accuracy', 'accuracy_parameters', 'accuracy_macs', 'learning_curves'):
+        assert (output / f'{name}.svg').read_text().startswith('<?xml')
+
+
+def test_a_run_may_have_seeds_of_its_own(commands, images, tmp_path):
+    recipe = recipe_of(seeds=[0], steps=1)
+    recipe['runs']['AiT']['seeds'] = [1, 2]
+    result = commands.compare(recipe, images, tmp_path / 'out')
+    assert result.returncode == 0, result.err
+    assert sorted(str(path.parent.relative_to(tmp_path / 'out')) for path in tmp_path.rglob('result.json')) == [
+        'AiT/seed1', 'AiT/seed2', 'ViT/seed0']
+    assert result.out.count('±') == 1
+    header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in
+                        (tmp_path / 'out' / 'table.md').read_text().splitlines()]
+    assert {row[0]: row[header.index('seeds')] for row in rows} == {'AiT': '2', 'ViT': '1'}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(commands, images, tmp_path):
+    recipe = recipe_of(seeds=[0], amp_dtype='float32')
+    recipe['runs'].pop('ViT')
+    assert commands.compare(recipe, images, tmp_path / 'whole').returncode == 0
+    interrupted = tmp_path / 'interrupted'
+    assert commands.compare(recipe, images, interrupted).returncode == 0
+    # as it was when the second of two evaluations had not been reached
+    run = interrupted / 'AiT' / 'seed0'
+    (run / 'result.json').unlink()
+    (run / 'last.pth.tar').unlink()
+    (run / 'checkpoint-1.pth.tar').rename(run / 'last.pth.tar')
+    assert commands.compare(recipe, images, interrupted).returncode == 0
+    whole, resumed = (json.loads((folder / 'AiT' / 'seed0' / 'result.json').read_text())
+                      for folder in (tmp_path / 'whole', interrupted))
+    assert [entry['step'] for entry in resumed['log']] == [2, 4]
+    assert resumed['log'] == whole['log'] and resumed['accuracy'] == whole['accuracy']
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+def test_every_device_sees_the_same_batches(commands, images, tmp_path):
+    recipe = recipe_of(seeds=[0], amp_dtype='float32', steps=1)
+    losses = []
+    for device in ('cpu', 'cuda'):
+        result = commands.compare(recipe, images, tmp_path / device, '--device', device)
+        assert result.returncode == 0, result.err
+        losses.append(json.loads((tmp_path / device / 'AiT' / 'seed0' / 'log.json').read_text())[0]['loss'])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_finished_runs_are_kept(commands, images, tmp_path):
+    recipe = recipe_of(seeds=[0])
+    assert commands.compare(recipe, images, tmp_path / 'out').returncode == 0
+    before = (tmp_path / 'out' / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns
+    result = commands.compare(recipe, tmp_path / 'no_data_is_needed', tmp_path / 'out')
+    assert result.returncode == 0, result.err
+    assert (tmp_path / 'out' / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns == before
+
+
+def test_runs_of_other_settings_are_not_mixed(commands, images, tmp_path):
+    recipe = recipe_of(seeds=[0])
+    recipe['runs'].pop('ViT')
+    assert commands.compare(recipe, images, tmp_path / 'out').returncode == 0
+    table = (tmp_path / 'out' / 'table.md').read_bytes()
+    result = commands.compare(recipe, images, tmp_path / 'out', '--steps', '6')
+    assert result.returncode == 2 and 'trained with other settings' in result.err
+    assert (tmp_path / 'out' / 'table.md').read_bytes() == table
+
+
+@pytest.mark.parametrize('run', [
+    {'model': 'ait_small'}, {'model': 'ait_small', 'workspace': False}, {'model': 'coordination_small'},
+    {'model': 'set_transformer_small'}, {'model': 'perceiver_small'}, {'model': 'centroid_transformer_small'},
+], ids=lambda run: '-'.join(map(str, run.values())))
+def test_every_family_takes_the_convolutional_stem(run, tmp_path):
+    recipe_file = tmp_path / 'recipe.yaml'
+    recipe_file.write_text(yaml.safe_dump(recipe_of(
+        dataset='sort_of_clevr', image_size=75, conv_stem=[8, 16, 24], model_kwargs={'num_heads': 2},
+        runs={'x': run})))
+    model = create_run_model(read_recipe(recipe_file, {}), run, num_classes=10)
+    assert model.patch_embed(torch.zeros(1, 3, 75, 75)).shape == (1, 10 * 10, 24)
+    assert model(torch.zeros(2, 3, 75, 75), question=torch.zeros(2, 18)).shape == (2, 10)
+
+
+def shape_of(image):
+    """What stands on black, wherever it stands."""
+    rows, columns = image.any(1).nonzero()[:, 0], image.any(0).nonzero()[:, 0]
+    return image[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+
+
+class TestAugmentation:
+    images = torch.from_numpy(triangles(0, np.arange(64))[0])[:, None].float()
+
+    def augment(self, **changes):
+        options = dict(hflip=False, vflip=False, transpose=False, crop_padding=0, place=False)
+        return augment(self.images, {**options, **changes}, torch.Generator().manual_seed(0))
+
+    def test_without_options_images_stay(self):
+        assert torch.equal(self.augment(), self.images)
+
+    def test_placing_moves_what_is_shown_whole(self):
+        placed = self.augment(place=True)
+        assert not torch.equal(placed, self.images)
+        for before, after in zip(self.images, placed):
+            assert torch.equal(shape_of(before[0]), shape_of(after[0]))
+
+    def test_placing_reaches_every_edge(self):
+        shown = self.augment(place=True).amax(dim=(0, 1)) > 0
+        assert shown[0].any() and shown[-1].any() and shown[:, 0].any() and shown[:, -1].any()
+
+    @pytest.mark.parametrize('option, flip', [
+        ('hflip', lambda x: x.flip(-1)), ('vflip', lambda x: x.flip(-2)), ('transpose', lambda x: x.mT)])
+    def test_about_half_of_the_images_are_flipped(self, option, flip):
+        flipped = self.augment(**{option: True})
+        as_they_were = (flipped == self.images).flatten(1).all(1)
+        assert 16 < as_they_were.sum() < 48
+        assert torch.equal(flipped[~as_they_were], flip(self.images)[~as_they_were])
+
+    def test_crops_are_shifted_by_no_more_than_the_padding(self):
+        cropped = self.augment(crop_padding=1)
+        padded = torch.nn.functional.pad(self.images, (1,) * 4, mode='reflect')
+        windows = torch.stack([padded[..., i:i + 64, j:j + 64] for i in range(3) for j in range(3)])
+        assert (windows == cropped).flatten(2).all(2).any(0).all()
+
+
+@pytest.fixture(scope='module')
+def sort_of_clevr(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sort_of_clevr')
+    write_sort_of_clevr(folder, seed=0, num_train=4, num_validation=2)
+    return folder
+
+
+def test_questions_are_counted_by_kind(commands, sort_of_clevr, tmp_path):
+    recipe = recipe_of(
+        dataset='sort_of_clevr', image_size=75, kinds=['non_relational', 'relational'], seeds=[0], hflip=False,
+        vflip=False, crop_padding=0, runs={
+            'plain': dict(model='ait_small', patch_size=15, **TINY),
+            'stem': dict(model='ait_tiny_hybrid_75', depth=1),
+        })
+    result = commands.compare(recipe, sort_of_clevr, tmp_path / 'out')
+    assert result.returncode == 0, result.err
+    for label in recipe['runs']:
+        accuracy = json.loads((tmp_path / 'out' / label / 'seed0' / 'result.json').read_text())['accuracy']
+        assert list(accuracy) == ['all', 'non_relational', 'relational']
+        assert accuracy['all'] == pytest.approx((accuracy['non_relational'] + accuracy['relational']) / 2)
+
+
+def test_recipes_in_examples_are_read():
+    recipes = [file for file in (ROOT / 'examples').glob('*.yaml') if 'runs:' in file.read_text()]
+    assert recipes
+    for file in recipes:
+        recipe = read_recipe(file, {})
+        for run in recipe['runs'].values():
+            run = {**run, 'pretrained': False, 'pretrained_cfg_overlay': None}  # the weights are a run's output
+            create_run_model(recipe, run, num_classes=10)
+
+
+def assert_refused(result, output, *names):
+    """The command ended with one line that has the names, and wrote nothing."""
+    message = result.err.split('error: ')[-1]
+    assert result.returncode == 2 and message.count('\n') == 1, result.err
+    assert all(name in message for name in names), message
+    assert not output.exists()
+
+
+class TestBadInput:
+
+    @pytest.mark.parametrize('change, names', [
+        (dict(stepz=3), ['stepz']),
+        (dict(dataset='mnist'), ['dataset', 'mnist']),
+        (dict(steps='many'), ['steps', 'many']),
+        (dict(lr='1e-3'), ['lr', '1e-3', '1.0e-3']),  # YAML 1.1 reads it as a text
+        (dict(hflip=1), ['hflip', '1']),
+        (dict(opt='adamx'), ['opt', 'adamx']),
+        (dict(amp_dtype='float16'), ['amp_dtype', 'float16']),
+        (dict(kinds=['binary']), ['kinds', 'binary']),
+        (dict(seeds=[]), ['seeds', '[]']),
+        (dict(seeds=[0, 0]), ['seeds', '[0, 0]']),
+        (dict(conv_stem=64), ['conv_stem', '64']),
+        (dict(runs={}), ['runs']),
+        (dict(runs={'x': 'ait_small'}), ["'x'", 'ait_small']),
+        (dict(runs={'x': {'model': 'ait_smal'}}), ["'x'", 'ait_smal']),
+        (dict(runs={'x': {'model': 'ait_small', 'seeds': 3}}), ["'x'", 'seeds', '3']),
+        (dict(runs={'../x': {'model': 'ait_small'}}), ["'../x'"]),
+        (dict(runs={'x': {'model': 'ait_small', 'bottlenek': 3}}), ["'x'", 'bottlenek']),
+        (dict(dataset='sort_of_clevr'), ['image_size', '75']),
+        (dict(batch_size=25), ['batch_size', '25', '24']),
+    ], ids=str)
+    def test_recipe(self, commands, images, tmp_path, change, names):
+        assert_refused(commands.compare(recipe_of(**change), images, tmp_path / 'out'), tmp_path / 'out', *names)
+
+    @pytest.mark.parametrize('text', ['', 'steps', 'runs: {'])
+    def test_no_recipe(self, commands, images, tmp_path, text):
+        assert_refused(commands.compare(text, images, tmp_path / 'out'), tmp_path / 'out', 'recipe.yaml')
+
+    @pytest.mark.parametrize('argument', [['--runs', 'AiT', 'MLP'], ['--device', 'gpu'], ['--steps', '0']])
+    def test_argument(self, commands, images, tmp_path, argument):
+        result = commands.compare(recipe_of(), images, tmp_path / 'out', *argument)
+        assert_refused(result, tmp_path / 'out', argument[0].strip('-'), argument[-1])
+
+    def test_data_that_is_not_there(self, commands, tmp_path):
+        result = commands.compare(recipe_of(), tmp_path / 'nowhere', tmp_path / 'out')
+        assert_refused(result, tmp_path / 'out', '--data-dir', 'nowhere')
+
+    def test_a_split_that_is_not_there(self, commands, images, tmp_path):
+        (tmp_path / 'data').mkdir()
+        (tmp_path / 'data' / 'train').symlink_to(images / 'train')
+        result = commands.compare(recipe_of(), tmp_path / 'data', tmp_path / 'out')
+        assert_refused(result, tmp_path / 'out', '--data-dir', 'validation')
+
+    def test_splits_of_other_classes(self, commands, images, tmp_path):
+        (tmp_path / 'data' / 'validation').mkdir(parents=True)
+        (tmp_path / 'data' / 'train').symlink_to(images / 'train')
+        (tmp_path / 'data' / 'validation' / 'dark').symlink_to(images / 'validation' / 'dark')
+        result = commands.compare(recipe_of(), tmp_path / 'data', tmp_path / 'out')
+        assert_refused(result, tmp_path / 'out', '--data-dir', 'classes')
+
+
+def test_results_go_into_their_block_of_the_page(commands, images, tmp_path):
+    recipe = recipe_of(seeds=[0])
+    recipe['runs'].pop('ViT')
+    commands.compare(recipe, images, tmp_path / 'mine')
+    page = tmp_path / 'PAGE.md'
+    page.write_text('# Before\n<!-- mine -->\nold\n<!-- end of mine -->\nafter\n')
+    for _ in range(2):  # the second time it replaces its own text
+        result = commands.run(results_main, tmp_path / 'mine', '--page', page)
+        assert result.returncode == 0, result.err
+        text = page.read_text()
+        assert text.startswith('# Before\n<!-- mine -->\n4 steps of 8')
+        assert text.endswith('<!-- end of mine -->\nafter\n')
+        assert text.count((tmp_path / 'mine' / 'table.md').read_text()) == 1 and 'old' not in text
+        for figure in re.findall(r'\((figures/.*?)\)', text):
+            assert (tmp_path / figure).is_file()
+
+
+def test_a_page_without_the_block_is_left_alone(commands, images, tmp_path):
+    recipe = recipe_of(seeds=[0])
+    recipe['runs'].pop('ViT')
+    commands.compare(recipe, images, tmp_path / 'mine')
+    page = tmp_path / 'PAGE.md'
+    page.write_text('text')
+    result = commands.run(results_main, tmp_path / 'mine', '--page', page)
+    assert result.returncode == 2 and 'no block for mine' in result.err
+    assert page.read_text() == 'text' and not (tmp_path / 'figures').exists()
