@@ -8,7 +8,8 @@ import math
 import sys
 import weakref
 from contextvars import ContextVar
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Type, Union
+from fractions import Fraction
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from timm.layers import Mlp
 from timm.models import register_notrace_module
 
 from timm_ait.ops.bottleneck import TokenNorm, write_normed
-from timm_ait.ops.memory import project_memory, slot_statistics, update_memory
+from timm_ait.ops.memory import in_backward, keep_, project_memory, slot_statistics, update_memory
 from timm_ait.ops.workspace import write_and_read
 
 from .advance import register_workspace, world_size
@@ -58,6 +59,10 @@ def _check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:
 def _version(tensor: torch.Tensor) -> float:
     """How often a tensor was changed in place; inference tensors do not count it: nan, which equals nothing."""
     return float('nan') if tensor.is_inference() else tensor._version
+
+
+def _without_autocast(x: torch.Tensor) -> ContextManager:
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _in_reentrant_checkpoint() -> bool:
@@ -313,7 +318,7 @@ class GlobalWorkspace(nn.Module):
         global_batch = self.global_batch and world_size() > 1
         # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
         dtype = torch.promote_types(self.memory.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             # a copy, since backward needs the memory before the write
             memory = self.memory.to(dtype, copy=True)
             arguments = (
@@ -351,8 +356,9 @@ class GlobalWorkspace(nn.Module):
                 else:
                     output = tokens if self.gated else normed
         output = output.view(x.shape)
-        self.coverage = coverage.detach()
-        self._balance = _BalanceLoss(self.balance_weight * balance, output)
+        if torch.compiler.is_compiling() or not in_backward():
+            self.coverage = coverage.detach()
+            self._balance = _BalanceLoss(self.balance_weight * balance, output)
         with torch.no_grad():
             self._keep(memory, candidate, written)
         return output
@@ -366,7 +372,10 @@ class GlobalWorkspace(nn.Module):
             count = torch.tensor(float(num_tokens), device=tokens.device)
             dist.all_reduce(count)
             num_tokens = int(count)
-        return torch.sym_max(1, torch.sym_int(self.bottleneck * num_tokens + 0.5))
+        # integers, since compilers do not carry a float into a shape
+        share = Fraction(self.bottleneck).limit_denominator(2 ** 20)
+        numerator, denominator = share.numerator, share.denominator
+        return torch.sym_max(1, (2 * num_tokens * numerator + denominator) // (2 * denominator))
 
     def _lift(self, memory: torch.Tensor) -> torch.Tensor:
         """Attractors (M, E) of a memory that was just written (M, D)."""
@@ -376,7 +385,7 @@ class GlobalWorkspace(nn.Module):
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
         """Keep what a forward wrote until the parameters move."""
         if not self.reset_memory:
-            self.pending.copy_(written)
+            keep_(self.pending, written)
 
     def stored_memory(self) -> torch.Tensor:
         """The memory (M, D) that evaluation reads, in at least float32.
@@ -384,21 +393,25 @@ class GlobalWorkspace(nn.Module):
         Its slots are orthonormal, or of unit norm, also where those in the buffer are not any more: in averaged copies
         (EMA), and in half precision.
         """
-        with torch.autocast(self.memory.device.type, enabled=False):
+        with _without_autocast(self.memory):
             memory = self.memory.detach().to(torch.promote_types(self.memory.dtype, torch.float32))
             return project_memory(memory, self.memory_update)
 
     @torch.jit.unused
     def _current_slots(self) -> torch.Tensor:
         """`stored_memory` in the dtype of the parameters, made when the memory has changed and not in every forward."""
-        if torch.compiler.is_dynamo_compiling():  # a compiled graph outlives what it cannot see change
-            return self.stored_memory().to(self.norm.weight.dtype)
         memory = self._projected if torch.compiler.is_exporting() else self.memory
-        if memory is None or memory is not self._projected or _version(memory) != self._projected_version:
-            if torch.jit.is_tracing() or torch.compiler.is_exporting() or type(self.memory) is not torch.Tensor:
-                return self.stored_memory().to(self.norm.weight.dtype)
+        if torch.compiler.is_dynamo_compiling():  # a compiled graph outlives what it cannot see change
+            slots = self.stored_memory()
+        elif memory is not None and memory is self._projected and _version(memory) == self._projected_version:
+            slots = self.slots
+        elif torch.jit.is_tracing() or torch.compiler.is_exporting() or type(memory) is not torch.Tensor:
+            slots = self.stored_memory()
+        else:
             self._refresh_slots()
-        return self.slots if self.slots.dtype == self.norm.weight.dtype else self.slots.to(self.norm.weight.dtype)
+            slots = self.slots
+        weight = self.norm.weight
+        return slots.to(weight.dtype) if isinstance(weight, torch.Tensor) else slots  # else traced symbolically
 
     @torch.no_grad()
     def _refresh_slots(self) -> None:
@@ -409,7 +422,7 @@ class GlobalWorkspace(nn.Module):
     def train(self, mode: bool = True) -> 'GlobalWorkspace':
         super().train(mode)
         if not mode:
-            self._current_slots()
+            self._refresh_slots()  # also after changes through .data, which no version counts
         return self
 
     def _apply(self, fn, recurse: bool = True) -> 'GlobalWorkspace':
@@ -426,7 +439,7 @@ class GlobalWorkspace(nn.Module):
         self._refresh_slots()
 
     def __prepare_scriptable__(self) -> 'GlobalWorkspace':
-        self._current_slots()
+        self._refresh_slots()
         return self
 
     def __getstate__(self) -> Dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Dict
 import torch
 import torch.nn.functional as F
 
-__all__ = ['polar', 'project_memory', 'slot_statistics', 'update_memory']
+__all__ = ['in_backward', 'keep_', 'polar', 'project_memory', 'slot_statistics', 'update_memory']
 
 
 def polar(matrix: torch.Tensor, num_iterations: int = 12) -> torch.Tensor:
@@ -40,6 +40,27 @@ def update_memory(
 ) -> torch.Tensor:
     """As `naive.update_memory`, with the polar factor by Newton-Schulz."""
     return project_memory(momentum * memory + (1. - momentum) * candidate, rule)
+
+
+def in_backward() -> bool:
+    """Whether a backward is running: a forward inside of it is one that gradient checkpointing computes again."""
+    return getattr(torch._C, '_current_graph_task_id', lambda: -1)() != -1
+
+
+@torch.library.custom_op('timm_ait::keep_', mutates_args=('pending',))
+def keep_(pending: torch.Tensor, written: torch.Tensor) -> None:
+    """Keep a written memory (M, D) in place of a pending one, unless its forward is computed again.
+
+    Backward computes the forwards of a step again in another order, and the last one is to win. An operator, since
+    compiled code cannot ask whether it runs inside of backward.
+    """
+    if not in_backward():
+        pending.copy_(written)
+
+
+@keep_.register_fake
+def _(pending: torch.Tensor, written: torch.Tensor) -> None:
+    pass
 
 
 def slot_statistics(memory: torch.Tensor) -> Dict[str, float]:
