@@ -1,0 +1,160 @@
+""" Image files and models as the commands read them. """
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+from PIL import Image, ImageOps
+
+from timm.data import resolve_model_data_config
+from timm.models import create_model
+
+from . import one_line
+
+__all__ = ['MAX_ASPECT_RATIO', 'MAX_PIXELS', 'find_images', 'load_image', 'load_model']
+
+MAX_PIXELS = 80_000_000
+MAX_ASPECT_RATIO = 1000
+
+# image formats that this Pillow may lack: such a file in a folder is named, any other of an unknown extension is not
+_KNOWN_FORMATS = {
+    '.heic', '.heif', '.hif', '.avif', '.jxl', '.jp2', '.webp', '.svg', '.exr', '.hdr', '.raw', '.dng', '.cr2', '.cr3',
+    '.nef', '.arw', '.orf', '.raf', '.rw2',
+}
+
+Problem = Tuple[Path, str]
+
+
+def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
+    """List image files: the given ones, whatever their names, and those of folders that are named as images.
+
+    Folders are searched recursively and through links. Every file comes once, however many links lead to it. Hidden
+    files and folders, and the `__MACOSX` of archives, are left out unless they are given themselves.
+
+    Args:
+        paths: Files and folders.
+
+    Returns:
+        The files, sorted within a folder; and what cannot be read, with the reason: folders that cannot be listed, what
+        is not a regular file, and images of a known format that Pillow does not read here.
+
+    Raises:
+        ValueError: A path does not exist, or a folder has no images.
+    """
+    missing = [str(path) for path in paths if not os.path.exists(path)]
+    if missing:
+        raise ValueError(f'IMAGE: there is no file or folder {", ".join(missing)}')
+
+    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files, problems, seen = [], [], set()
+    for path in map(Path, paths):
+        candidates, unreadable = _search(path) if os.path.isdir(path) else ([path], [])
+        found = []
+        for file in candidates:
+            extension = file.suffix.lower()
+            if file != path and extension not in readable | _KNOWN_FORMATS:
+                continue
+            found.append(file)
+            real = os.path.realpath(file)
+            if real in seen:
+                continue
+            seen.add(real)
+            try:
+                is_regular = stat.S_ISREG(os.stat(file).st_mode)
+            except OSError as e:
+                problems.append((file, e.strerror))
+                continue
+            if not is_regular:
+                problems.append((file, 'not a regular file'))
+            elif file != path and extension not in readable:
+                problems.append((file, f'Pillow here does not read {extension} files'))
+            else:
+                files.append(file)
+        if not found and not unreadable:
+            raise ValueError(f'IMAGE: the folder {path} has no files with the extension of an image format')
+        problems += unreadable
+    return files, problems
+
+
+def _search(root: Path) -> Tuple[List[Path], List[Problem]]:
+    """All files below a folder, sorted, and the folders that cannot be listed. Each folder is visited once."""
+    files, problems, visited = [], [], set()
+
+    def report(error: OSError) -> None:
+        problems.append((Path(error.filename), error.strerror))
+
+    pending = [root]  # links to folders are followed last, so that files go by the names they have without
+    for start in pending:
+        for folder, subfolders, names in os.walk(start, onerror=report):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in visited:
+                subfolders.clear()
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            subfolders[:] = [name for name in subfolders if not name.startswith('.') and name != '__MACOSX']
+            pending += [Path(folder, name) for name in sorted(subfolders) if os.path.islink(os.path.join(folder, name))]
+            files += [Path(folder, name) for name in names if not name.startswith('.')]
+    return sorted(files), problems
+
+
+def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
+    """Read the first frame of an image, upright as its EXIF data says, and 16-bit images by their upper 8 bits.
+
+    Args:
+        file: Image file.
+        mode: 'RGB' or 'L'.
+
+    Raises:
+        ValueError: The image is larger or longer than the limits, which is found before its pixels are read; or they
+            are 32-bit numbers, whose range is not known.
+        Exception: Whatever Pillow raises on a damaged file.
+    """
+    with Image.open(file) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f'{width} x {height} pixels are more than {MAX_PIXELS // 10 ** 6} million')
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
+        image.load()
+        with suppress(SyntaxError):  # damaged EXIF data, which says nothing about the orientation
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
+            # Pillow's own conversion clips at 255, which leaves a white image
+            image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
+        elif image.mode in ('I', 'F'):
+            raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
+        return image.convert(mode)
+
+
+def load_model(name: str, device: Optional[str] = None) -> nn.Module:
+    """Load a pretrained image classifier in evaluation mode.
+
+    Args:
+        name: Any timm model, 'hf-hub:<user>/<model>' or 'local-dir:<folder>'.
+        device: Device, by default cuda if there is one, else cpu.
+
+    Raises:
+        ValueError: There is no such device, or the model cannot be loaded, or does not classify images.
+    """
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as e:
+        raise ValueError(f'--device {device}: {one_line(e)}; --device cpu works everywhere') from e
+    try:
+        model = create_model(name, pretrained=True)
+    except Exception as e:  # a config of another library is a KeyError, a damaged file one of the reader's own
+        raise ValueError(
+            f'--model {name} cannot be loaded ({one_line(e)}); give a name out of timm.list_pretrained(), '
+            'hf-hub:<user>/<model> or local-dir:<folder with config.json and weights>') from e
+    if model.num_classes < 1:
+        raise ValueError(f'--model {name} has no classifier, only features')
+    channels = resolve_model_data_config(model)['input_size'][0]
+    if channels not in (1, 3):
+        raise ValueError(f'--model {name} takes {channels} channels, images have 1 or 3')
+    if any('question_embed.' in key for key in model.state_dict()):
+        raise ValueError(f'--model {name} answers questions about images, call it as model(images, question=…)')
+    return model.to(device).eval()
