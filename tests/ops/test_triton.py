@@ -7,8 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from timm_ait.layers import GlobalWorkspace
-from timm_ait.ops import naive
+from timm_ait.layers import GlobalWorkspace, balance_loss
+from timm_ait.ops import naive, triton_switch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='Triton is optional')
 
@@ -21,7 +21,7 @@ TOLERANCE = {
 }
 
 # queries, width, tokens, bottleneck
-ATTEND_GRID = [
+POOL_GRID = [
     (6, 24, 20, 7),
     (6, 24, 19, 1),
     (5, 13, 11, 10),
@@ -72,51 +72,28 @@ def check_close(actual, expected, dtype):
     torch.testing.assert_close(actual.double() / scale, expected / scale, **TOLERANCE[dtype])
 
 
-def check_attend(queries, tokens, bottleneck):
-    """Selection against a dense top-k, then values and gradients of the selected tokens against naive.attend."""
-    num_queries, width = queries.shape
-    k = min(bottleneck, tokens.shape[0])
-    pooled, weights, indices = kernels().attend(queries, tokens, bottleneck)
-    assert pooled.dtype == weights.dtype == torch.float32 and indices.dtype == torch.long
-    exact_queries, exact_tokens = exact(queries), exact(tokens)
-
-    scores = (exact_queries @ exact_tokens.T).detach()
-    selected = torch.zeros_like(scores, dtype=torch.bool).scatter(1, indices, True)
-    assert selected.sum(dim=1).eq(k).all()
-    # rounding may swap tokens whose scores are that close
-    slack = torch.finfo(queries.dtype).eps * scores.abs().max()
-    assert (scores.gather(1, indices) >= scores.topk(k).values[:, -1:] - slack).all()
-
-    # each query is a head of one slot, and has its own tokens; naive.attend divides scores by the root of the width
-    own = exact_tokens[indices]
-    expected_pooled, expected_weights = naive.attend(exact_queries.unsqueeze(1) * width ** 0.5, own, own, k)
-    check_close(pooled, expected_pooled.squeeze(1), queries.dtype)
-    check_close(weights, expected_weights.squeeze(1), queries.dtype)
-
-    grad_pooled = randn(num_queries, width, dtype=queries.dtype, seed=1)
-    grad_weights = randn(num_queries, k, seed=2)
-    grads = kernels().attend_backward(grad_pooled, grad_weights, queries, tokens, weights, indices)
-    expected_grads = torch.autograd.grad(
-        (expected_pooled.squeeze(1), expected_weights.squeeze(1)),
-        (exact_queries, exact_tokens),
-        (grad_pooled.double(), grad_weights.double()),
-    )
-    for grad, expected in zip(grads, expected_grads):
-        assert grad.dtype == queries.dtype
-        check_close(grad, expected, queries.dtype)
-
-
-def check_random_attend(num_queries, width, num_tokens, bottleneck, dtype, transposed=False, chunk=None):
+def check_pool(num_queries, width, num_tokens, k, dtype, transposed=False):
+    """Values, and gradients with weights that are exponentials of scores, against the equation in float64."""
     queries = randn(num_queries, width, dtype=dtype, transposed=transposed, seed=3) / width ** 0.5
     tokens = randn(num_tokens, width, dtype=dtype, transposed=transposed, seed=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels(), '_CHUNK', chunk or kernels()._CHUNK)
-        check_attend(queries, tokens, bottleneck)
+    k = min(k, num_tokens)
+    indices = torch.rand(num_queries, num_tokens, generator=torch.Generator().manual_seed(5)).topk(k).indices.to(DEVICE)
+    exact_queries, exact_tokens = exact(queries), exact(tokens)
+    expected_weights = (exact_queries @ exact_tokens.T).gather(1, indices).exp()
+    expected = torch.einsum('rk,rke->re', expected_weights, exact_tokens[indices])
+    weights = expected_weights.detach().float()
+    pooled = kernels().pool(tokens, weights, indices)
+    assert pooled.dtype == torch.float32
+    check_close(pooled, expected.detach(), dtype)
 
-
-def check_tied_attend(dtype):
-    tokens = randn(4, 24, dtype=dtype).repeat(5, 1)
-    check_attend(randn(4, 24, dtype=dtype, seed=1) / 5, tokens, 7)
+    grad_pooled = randn(num_queries, width, dtype=dtype, seed=1)
+    grad_weights = randn(num_queries, k, seed=2)
+    grads = kernels().pool_backward(grad_pooled, grad_weights, queries, tokens, weights, indices)
+    expected_grads = torch.autograd.grad(
+        (expected, expected_weights), (exact_queries, exact_tokens), (grad_pooled.double(), grad_weights.double()))
+    for grad, wanted in zip(grads, expected_grads):
+        assert grad.dtype == dtype
+        check_close(grad, wanted, dtype)
 
 
 def check_read(num_tokens, width, num_slots, dtype, with_residual, transposed=False):
@@ -152,7 +129,7 @@ def check_read_is_naive():
 def check_refusals():
     double = randn(8, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match='float64'):
-        kernels().attend(double, double, 2)
+        kernels().pool(double, double, torch.zeros(8, 4, dtype=torch.long))
     with pytest.raises(TypeError, match='float64'):
         kernels().read(double, double, double)
     with pytest.raises(ValueError, match='at most 512 slots, got 513'):
@@ -161,18 +138,30 @@ def check_refusals():
 
 def check_layer(gated):
     layers = []
-    for backend in ('torch', 'triton'):
-        torch.manual_seed(0)
-        layer = GlobalWorkspace(
-            24, num_slots=8, slot_dim=16, num_heads=4, bottleneck=10, gated=gated, backend=backend).to(DEVICE)
-        if gated:
-            torch.nn.init.ones_(layer.gate)
-        x = randn(4, 9, 24).requires_grad_()
-        output = layer(x)
-        (output.square().sum() + layer.balance_loss).backward()
-        layers.append((output, x.grad, layer.memory, *(parameter.grad for parameter in layer.parameters())))
+    for switch in ('0', '1'):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv('TIMM_AIT_TRITON', switch)
+            torch.manual_seed(0)
+            layer = GlobalWorkspace(24, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=10, gated=gated)
+            layer.to(DEVICE)
+            if gated:
+                torch.nn.init.ones_(layer.gate)
+            x = randn(4, 9, 24).requires_grad_()
+            output = layer(x)
+            (output.square().sum() + balance_loss(layer)).backward()
+            layers.append((output, x.grad, layer.pending, *(parameter.grad for parameter in layer.parameters())))
     for actual, expected in zip(*reversed(layers)):
         check_close(actual, expected.double(), torch.float32)
+
+
+def check_switch():
+    tensors = [torch.zeros(1, device=DEVICE, dtype=dtype) for dtype in (torch.float32, torch.float64)]
+    results = []
+    for switch in ('0', '1'):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv('TIMM_AIT_TRITON', switch)
+            results.append([triton_switch.is_on(x) for x in tensors])
+    assert results == [[False, False], [True, False]]
 
 
 @pytest.mark.parametrize('gated', [False, True])
@@ -180,24 +169,18 @@ def test_layer_with_triton_is_the_layer_with_torch(run, gated):
     run(check_layer, gated)
 
 
-@pytest.mark.parametrize('shape', ATTEND_GRID)
+def test_the_environment_turns_the_kernels_on(run):
+    run(check_switch)
+
+
+@pytest.mark.parametrize('shape', POOL_GRID)
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_attend_matches_naive(run, shape, dtype):
-    run(check_random_attend, *shape, dtype)
+def test_pool_matches_its_equation(run, shape, dtype):
+    run(check_pool, *shape, dtype)
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-def test_tied_scores(run, dtype):
-    run(check_tied_attend, dtype)
-
-
-def test_attend_of_non_contiguous_inputs(run):
-    run(check_random_attend, 5, 13, 11, 4, torch.float32, True)
-
-
-@pytest.mark.parametrize('num_tokens, k', [(20, 3), (20, 10), (24, 8), (13, 16)])
-def test_selection_streams_over_chunks(run, num_tokens, k):
-    run(check_random_attend, 3, 24, num_tokens, k, torch.float32, False, 8)
+def test_pool_of_non_contiguous_inputs(run):
+    run(check_pool, 5, 13, 11, 4, torch.float32, True)
 
 
 @pytest.mark.parametrize('with_residual', [False, True])

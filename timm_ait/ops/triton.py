@@ -1,6 +1,6 @@
-""" Triton kernels of the fused ops, for CUDA. Opt-in, and not yet timed on a GPU.
+""" Triton kernels of the fused ops, for CUDA. Opt-in by TIMM_AIT_TRITON=1, and not yet timed on a GPU.
 
-To time them against plain PyTorch: `python benchmarks/workspace.py --device cuda --backend triton`.
+To time them, run `python benchmarks/workspace.py --device cuda` with that variable and without.
 
 Same contracts as the operators of `bottleneck.py` and `hopfield.py`, forward and backward. Inputs are float32, bfloat16
 or float16; sums are float32. Every output element is written by one program in a fixed order, without atomics, so
@@ -15,12 +15,10 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("backend 'triton' needs Triton: pip install triton") from error
+    raise ImportError("TIMM_AIT_TRITON=1 needs Triton: pip install triton") from error
 
-__all__ = ['attend', 'attend_backward', 'read', 'read_backward']
+__all__ = ['pool', 'pool_backward', 'read', 'read_backward']
 
-# tokens scored at a time
-_CHUNK = 65536
 # selected tokens and channels a program holds at a time
 _BLOCK_K = 32
 _BLOCK_E = 128
@@ -35,45 +33,29 @@ def _interpreting() -> bool:
 def _check(*tensors: torch.Tensor) -> None:
     for x in tensors:
         if not x.is_cuda and not _interpreting():
-            raise RuntimeError(f"backend 'triton' needs CUDA tensors or TRITON_INTERPRET=1, got {x.device}.")
+            raise RuntimeError(f"Triton needs CUDA tensors or TRITON_INTERPRET=1, got {x.device}.")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"backend 'triton' computes in float32, bfloat16 and float16, got {x.dtype}.")
+            raise TypeError(f"Triton computes in float32, bfloat16 and float16, got {x.dtype}.")
 
 
 @triton.jit
-def _softmax_pool_kernel(
-        scores,  # (R, k)
+def _pool_kernel(
+        weights,  # (R, k)
         indices,  # (R, k)
         tokens,  # (T, E)
-        weights,  # out (R, k)
         pooled,  # out (R, E)
         k,
         width,
         BLOCK_K: tl.constexpr,
         BLOCK_E: tl.constexpr,
 ):
-    """Softmax of one query's scores, and a block of channels of the sum of tokens that it weights."""
+    """A block of channels of the weighted sum of what one query selected."""
     query = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    maxima = tl.full((BLOCK_K,), float('-inf'), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        score = tl.load(scores + query * k + j, mask=j < k, other=float('-inf')).to(tl.float32)
-        maxima = tl.maximum(maxima, score)
-    maximum = tl.max(maxima)
-    sums = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        score = tl.load(scores + query * k + j, mask=j < k, other=float('-inf')).to(tl.float32)
-        sums += tl.exp(score - maximum)
-    total = tl.sum(sums)
     result = tl.zeros((BLOCK_E,), tl.float32)
     for start in range(0, k, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
-        score = tl.load(scores + query * k + j, mask=j < k, other=float('-inf')).to(tl.float32)
-        weight = tl.exp(score - maximum) / total
-        if tl.program_id(1) == 0:
-            tl.store(weights + query * k + j, weight, mask=j < k)
+        weight = tl.load(weights + query * k + j, mask=j < k, other=0.)
         index = tl.load(indices + query * k + j, mask=j < k, other=0)
         mask = (j < k)[:, None] & (columns < width)[None, :]
         token = tl.load(tokens + index[:, None] * width + columns[None, :], mask=mask, other=0.).to(tl.float32)
@@ -82,9 +64,10 @@ def _softmax_pool_kernel(
 
 
 @triton.jit
-def _grad_weights_kernel(
+def _grad_scores_kernel(
         grad_pooled,  # (R, E)
         grad_weights,  # (R, k), what reaches the weights directly
+        weights,  # (R, k), exponentials of the scores
         indices,  # (R, k)
         tokens,  # (T, E)
         grad,  # out (R, k)
@@ -93,7 +76,7 @@ def _grad_weights_kernel(
         BLOCK_K: tl.constexpr,
         BLOCK_E: tl.constexpr,
 ):
-    """Dot products of one query's pooled gradient with a block of its selected tokens."""
+    """Gradient of a block of the scores of one query."""
     query = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     index = tl.load(indices + query * k + j, mask=j < k, other=0)
@@ -104,43 +87,8 @@ def _grad_weights_kernel(
         token = tl.load(tokens + index[:, None] * width + columns[None, :], mask=mask, other=0.).to(tl.float32)
         upstream = tl.load(grad_pooled + query * width + columns, mask=columns < width, other=0.).to(tl.float32)
         result += tl.sum(token * upstream[None, :], axis=1)
-    tl.store(grad + query * k + j, result, mask=j < k)
-
-
-@triton.jit
-def _grad_queries_kernel(
-        weights,  # (R, k)
-        grad,  # (R, k), of the weights
-        indices,  # (R, k)
-        tokens,  # (T, E)
-        grad_scores,  # out (R, k)
-        grad_queries,  # out (R, E)
-        k,
-        width,
-        BLOCK_K: tl.constexpr,
-        BLOCK_E: tl.constexpr,
-):
-    """Backward of one query's softmax, and a block of channels of the sum of tokens that it weights."""
-    query = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    sums = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        weight = tl.load(weights + query * k + j, mask=j < k, other=0.)
-        sums += weight * tl.load(grad + query * k + j, mask=j < k, other=0.)
-    mean = tl.sum(sums)
-    result = tl.zeros((BLOCK_E,), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        weight = tl.load(weights + query * k + j, mask=j < k, other=0.)
-        grad_score = weight * (tl.load(grad + query * k + j, mask=j < k, other=0.) - mean)
-        if tl.program_id(1) == 0:
-            tl.store(grad_scores + query * k + j, grad_score, mask=j < k)
-        index = tl.load(indices + query * k + j, mask=j < k, other=0)
-        mask = (j < k)[:, None] & (columns < width)[None, :]
-        token = tl.load(tokens + index[:, None] * width + columns[None, :], mask=mask, other=0.).to(tl.float32)
-        result += tl.sum(grad_score[:, None] * token, axis=0)
-    tl.store(grad_queries + query * width + columns, result.to(grad_queries.dtype.element_ty), mask=columns < width)
+    weight = tl.load(weights + query * k + j, mask=j < k, other=0.)
+    tl.store(grad + query * k + j, weight * result, mask=j < k)
 
 
 @triton.jit
@@ -150,7 +98,7 @@ def _grad_tokens_kernel(
         grad_pooled,  # (R, E)
         queries,  # (R, E)
         order,  # (R * k,), selections sorted by their token
-        offsets,  # (T + 1,), where each token's selections start in it
+        offsets,  # (T + 1,), where the selections of each token start in it
         grad_tokens,  # out (T, E)
         k,
         width,
@@ -175,62 +123,39 @@ def _grad_tokens_kernel(
     tl.store(grad_tokens + token * width + columns, result.to(grad_tokens.dtype.element_ty), mask=columns < width)
 
 
-def _select(queries: torch.Tensor, tokens: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Scores and indices (R, k) of the tokens each query scores highest, a chunk of tokens at a time."""
-    scores = queries.new_empty((queries.shape[0], 0))
-    indices = torch.empty_like(scores, dtype=torch.long)
-    for start in range(0, tokens.shape[0], _CHUNK):
-        chunk = queries @ tokens[start:start + _CHUNK].T
-        more_scores, more_indices = torch.topk(chunk, min(k, chunk.shape[1]), dim=-1, sorted=False)
-        scores = torch.cat([scores, more_scores], dim=1)
-        indices = torch.cat([indices, more_indices + start], dim=1)
-        if scores.shape[1] > k:
-            scores, kept = torch.topk(scores, k, dim=-1, sorted=False)
-            indices = indices.gather(1, kept)
-    return scores, indices
-
-
-def attend(
-        queries: torch.Tensor,
-        tokens: torch.Tensor,
-        bottleneck: int,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Top-k attention of queries to the tokens themselves; as `bottleneck.attend`.
+def pool(tokens: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Weighted sums of the tokens that the queries selected, (R, E) in float32; as `timm_ait::pool`.
 
     Args:
-        queries: Scaled queries in token space, (R, E).
-        tokens: (T, E), T >= 1, of the queries' dtype.
-        bottleneck: Number k of tokens a query keeps; k >= T keeps all.
-
-    Returns:
-        Pooled tokens (R, E) and weights (R, k), both in float32, and indices (R, k) of the kept tokens.
+        tokens: (T, E).
+        weights: (R, k), float32.
+        indices: (R, k).
 
     Raises:
         RuntimeError: Tensors are not on a CUDA device.
         TypeError: Tensors are of another dtype than float32, bfloat16 and float16.
     """
-    _check(queries, tokens)
-    tokens = tokens.contiguous()
-    num_queries, width = queries.shape
-    k = min(bottleneck, tokens.shape[0])
-    scores, indices = _select(queries, tokens, k)
-    weights = torch.empty_like(scores, dtype=torch.float32)
-    pooled = torch.empty_like(queries, dtype=torch.float32, memory_format=torch.contiguous_format)
-    _softmax_pool_kernel[(num_queries, triton.cdiv(width, _BLOCK_E))](
-        scores,
+    _check(tokens, weights)
+    pooled = weights.new_empty((len(weights), tokens.shape[1]))
+    _launch_pool(tokens.contiguous(), weights.contiguous(), indices, pooled)
+    return pooled
+
+
+def _launch_pool(tokens: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, pooled: torch.Tensor) -> None:
+    (num_queries, k), width = weights.shape, tokens.shape[1]
+    _pool_kernel[(num_queries, triton.cdiv(width, _BLOCK_E))](
+        weights,
         indices,
         tokens,
-        weights,
         pooled,
         k,
         width,
         BLOCK_K=_BLOCK_K,
         BLOCK_E=_BLOCK_E,
     )
-    return pooled, weights, indices
 
 
-def attend_backward(
+def pool_backward(
         grad_pooled: torch.Tensor,
         grad_weights: torch.Tensor,
         queries: torch.Tensor,
@@ -238,47 +163,36 @@ def attend_backward(
         weights: torch.Tensor,
         indices: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `attend` for queries (R, E) and tokens (T, E).
+    """Gradients of `pool`, whose weights are exponentials of scores, for queries (R, E) and tokens (T, E).
 
     Args:
         grad_pooled: (R, E).
         grad_weights: (R, k).
-        queries: As given to `attend`.
-        tokens: As given to `attend`.
-        weights: As returned by `attend`.
-        indices: As returned by `attend`.
+        queries: (R, E), whose products with the tokens are the scores.
+        tokens: As given to `pool`.
+        weights: As given to `pool`.
+        indices: As given to `pool`.
     """
     _check(queries, tokens)
     grad_pooled, grad_weights = grad_pooled.contiguous(), grad_weights.contiguous()
-    queries, tokens = queries.contiguous(), tokens.contiguous()
+    queries, tokens, weights = queries.contiguous(), tokens.contiguous(), weights.contiguous()
     num_queries, k = indices.shape
     num_tokens, width = tokens.shape
-    grad = torch.empty_like(weights)
-    _grad_weights_kernel[(num_queries, triton.cdiv(k, _BLOCK_K))](
+    grad_scores = torch.empty_like(weights)
+    _grad_scores_kernel[(num_queries, triton.cdiv(k, _BLOCK_K))](
         grad_pooled,
         grad_weights,
-        indices,
-        tokens,
-        grad,
-        k,
-        width,
-        BLOCK_K=_BLOCK_K,
-        BLOCK_E=_BLOCK_E,
-    )
-    grad_scores = torch.empty_like(weights)
-    grad_queries = torch.empty_like(queries)
-    _grad_queries_kernel[(num_queries, triton.cdiv(width, _BLOCK_E))](
         weights,
-        grad,
         indices,
         tokens,
         grad_scores,
-        grad_queries,
         k,
         width,
         BLOCK_K=_BLOCK_K,
         BLOCK_E=_BLOCK_E,
     )
+    grad_queries = torch.empty_like(queries)
+    _launch_pool(tokens, grad_scores, indices, grad_queries)
     by_token, order = indices.flatten().sort(stable=True)
     offsets = torch.searchsorted(by_token, torch.arange(num_tokens + 1, device=tokens.device))
     grad_tokens = torch.empty_like(tokens)
@@ -430,7 +344,7 @@ def _read_options(keys: torch.Tensor) -> Dict[str, Any]:
     """Launch options that keep a block of tokens by slots in registers."""
     num_slots = keys.shape[0]
     if num_slots > _MAX_SLOTS:
-        raise ValueError(f"backend 'triton' reads from at most {_MAX_SLOTS} slots, got {num_slots}.")
+        raise ValueError(f"Triton reads from at most {_MAX_SLOTS} slots, got {num_slots}.")
     # the interpreter would multiply the bits of bfloat16 as integers
     dtype = torch.float32 if _interpreting() else keys.dtype
     block = 32 if num_slots <= 64 else 16
