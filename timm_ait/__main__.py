@@ -1,15 +1,19 @@
 """ Command line: python -m timm_ait COMMAND …
 
-A command is a module with `add_parser`, which adds its arguments and sets the function that runs it as `main`.
+A command is a module of `timm_ait.cli` with `add_parser`, which adds its arguments and sets the function that runs it.
 """
 import argparse
 import sys
-from typing import List, Optional
+from typing import List, NoReturn, Optional
 
-from timm_ait import __version__, export, predict, push, run, verify
-from timm_ait.data import generate
+from timm_ait import __version__
 
-_COMMANDS = (generate, export, predict, push, run, verify)
+
+class _Parser(argparse.ArgumentParser):
+    """ Says what is wrong in one line, without the usage. """
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {message}\n')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -24,10 +28,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     Raises:
         SystemExit: The arguments are wrong (code 2), or the command ends by itself.
     """
-    parser = argparse.ArgumentParser(prog='python -m timm_ait', description='Associative Transformer (AiT) for timm.')
+    from timm_ait.cli import data, export, predict, run
+
+    parser = _Parser(prog='python -m timm_ait', description='Associative Transformer (AiT) for timm.')
     parser.add_argument('--version', action='version', version=f'timm_ait {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    for command in _COMMANDS:
+    for command in (predict, export, data, run):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     return args.main(args)

@@ -14,13 +14,13 @@ from timm.models import create_model
 
 from . import one_line
 
-__all__ = ['MAX_ASPECT_RATIO', 'MAX_PIXELS', 'find_images', 'load_image', 'load_model']
+__all__ = ['KNOWN_FORMATS', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'find_images', 'load_image', 'load_model']
 
 MAX_PIXELS = 80_000_000
 MAX_ASPECT_RATIO = 1000
 
 # image formats that this Pillow may lack: such a file in a folder is named, any other of an unknown extension is not
-_KNOWN_FORMATS = {
+KNOWN_FORMATS = {
     '.heic', '.heif', '.hif', '.avif', '.jxl', '.jp2', '.webp', '.svg', '.exr', '.hdr', '.raw', '.dng', '.cr2', '.cr3',
     '.nef', '.arw', '.orf', '.raf', '.rw2',
 }
@@ -55,7 +55,7 @@ def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
         found = []
         for file in candidates:
             extension = file.suffix.lower()
-            if file != path and extension not in readable | _KNOWN_FORMATS:
+            if file != path and extension not in readable | KNOWN_FORMATS:
                 continue
             found.append(file)
             real = os.path.realpath(file)

@@ -4,15 +4,17 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from . import sort_of_clevr, triangle
+from timm_ait.data import sort_of_clevr, triangle
+
+from . import one_line
+from .sheet import Tile, check_sheet, contact_sheet, save_sheet
 
 __all__ = ['add_parser']
 
@@ -32,27 +34,18 @@ def _new_folder(out: Path) -> Iterator[Path]:
         os.replace(complete, out)
 
 
-def _contact_sheet(tiles: np.ndarray, captions: list, tile_size: int) -> Image.Image:
-    """Images (n, H, W[, 3]) in rows of five, each enlarged to `tile_size` with lines of text under it."""
-    columns, margin, line = 5, 8, 12
-    height = tile_size + margin + line * max(len(caption) for caption in captions)
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new('RGB', (columns * (tile_size + margin) + margin, rows * (height + margin) + margin), 'white')
-    canvas = ImageDraw.Draw(sheet)
-    for i, (tile, caption) in enumerate(zip(tiles, captions)):
-        x = margin + i % columns * (tile_size + margin)
-        y = margin + i // columns * (height + margin)
-        tile = Image.fromarray(tile).convert('RGB').resize((tile_size, tile_size), Image.NEAREST)
-        sheet.paste(tile, (x, y))
-        canvas.rectangle((x - 1, y - 1, x + tile_size, y + tile_size), outline='lightgrey')
-        for row, text in enumerate(caption):
-            canvas.text((x, y + tile_size + 2 + line * row), text, fill='black')
-    return sheet
+def _sheet(images: np.ndarray, captions: Sequence[Sequence[str]], scale: int) -> Image.Image:
+    """Contact sheet of images (n, S, S[, 3]), each pixel `scale` pixels wide."""
+    size = scale * images.shape[1]
+    return contact_sheet([
+        Tile(Image.fromarray(image).convert('RGB').resize((size, size), Image.Resampling.NEAREST), lines, frame='lightgrey')
+        for image, lines in zip(images, captions)
+    ], size)
 
 
 def _triangle_sheet(seed: int) -> Image.Image:
     images, labels, _ = triangle.triangles(seed, np.arange(20))
-    return _contact_sheet(images, [[triangle.CLASSES[label]] for label in labels], 2 * triangle.IMAGE_SIZE)
+    return _sheet(images, [[triangle.CLASSES[label]] for label in labels], scale=2)
 
 
 def _in_words(question: np.ndarray, answer: int) -> str:
@@ -72,7 +65,7 @@ def _sort_of_clevr_sheet(seed: int) -> Image.Image:
     questions, answers = sort_of_clevr.ask(seed, indices, objects)
     asked = np.concatenate([kind * sort_of_clevr.QUESTIONS_A_KIND + np.arange(4) for kind in range(3)])
     captions = [[_in_words(questions[i, j], answers[i, j]) for j in asked] for i in indices]
-    return _contact_sheet(sort_of_clevr.draw(objects), captions, 3 * sort_of_clevr.IMAGE_SIZE)
+    return _sheet(sort_of_clevr.draw(objects), captions, scale=4)
 
 
 _DATA_SETS = {
@@ -93,7 +86,8 @@ def add_parser(commands) -> None:
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed (default: %(default)s)')
     parser.add_argument('--train', type=int, metavar='N', help='training images (default: 50000 or 9800)')
     parser.add_argument('--validation', type=int, metavar='N', help='validation images (default: 10000 or 200)')
-    parser.add_argument('--sheet', type=Path, metavar='FILE', help='also write a contact sheet of the first samples')
+    parser.add_argument('--sheet', type=Path, metavar='FILE',
+                        help='also write a contact sheet of the first samples, .png or .jpg')
     parser.add_argument('--force', action='store_true', help='replace a data set that is there already')
     parser.set_defaults(main=functools.partial(_main, parser))
 
@@ -104,20 +98,25 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     num_validation = module.NUM_VALIDATION if args.validation is None else args.validation
     minima = (('--train', num_train, 1), ('--validation', num_validation, 1), ('--seed', args.seed, 0))
     for name, value, minimum in minima:
-        if value < minimum:
-            parser.error(f'{name} must be at least {minimum}, got {value}')
-    if args.sheet and args.sheet.suffix.lower() not in ('.png', '.jpg', '.jpeg'):
-        parser.error(f'--sheet must end in .png or .jpg, got {args.sheet}')
+        if not minimum <= value < 2 ** 64:
+            parser.error(f'{name} must be at least {minimum} and less than 2**64, got {value}')
     if args.out.exists():
         if not args.force:
             parser.error(f'--out: {args.out} exists; choose another folder, or replace it with --force')
         if not (args.out / _MARKER).is_file():
             parser.error(f'--out: {args.out} is not a data set of this command, so --force does not replace it')
     about = {'dataset': args.dataset, 'seed': args.seed, 'train': num_train, 'validation': num_validation}
-    with _new_folder(args.out) as folder:
-        write(folder, args.seed, num_train, num_validation)
-        (folder / _MARKER).write_text(json.dumps(about, indent=2) + '\n')
-    print(f'{args.out}: {num_train} training and {num_validation} validation images')
-    if args.sheet:
-        sheet(args.seed).save(args.sheet)
+    try:
+        if args.sheet:
+            check_sheet(args.sheet, 1)
+        with _new_folder(args.out) as folder:
+            write(folder, args.seed, num_train, num_validation)
+            (folder / _MARKER).write_text(json.dumps(about, indent=2) + '\n')
+        print(f'{args.out}: {num_train} training and {num_validation} validation images')
+        if args.sheet:
+            save_sheet(sheet(args.seed), args.sheet)
+    except ValueError as e:
+        parser.error(str(e))
+    except OSError as e:
+        parser.error(f'--out {args.out} cannot be written ({one_line(e)})')
     return 0

@@ -11,9 +11,9 @@ import torch
 from timm.models import save_for_hf
 
 from timm_ait.__main__ import main
-from timm_ait.predict import read_labels
+from timm_ait.cli.predict import read_labels
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 EXAMPLES = REPO / 'examples' / 'images'
 SCRIPTS = Path(os.environ['TIMM_SCRIPTS']).resolve() if 'TIMM_SCRIPTS' in os.environ else None
 

@@ -35,7 +35,7 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         start = sys.path[0]
         sys.path[0] = os.path.dirname(os.path.realpath(script))
         # started from a source checkout, the package is importable from there alone; spawned workers need it too
-        if Path(start).resolve() == Path(__file__).resolve().parents[1]:
+        if Path(start).resolve() == Path(__file__).resolve().parents[2]:
             sys.path.append(start)
     runpy.run_path(script, run_name='__main__')
     return 0

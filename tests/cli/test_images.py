@@ -1,0 +1,186 @@
+import os
+
+import pytest
+from PIL import Image
+
+from timm_ait.cli.images import MAX_ASPECT_RATIO, MAX_PIXELS, find_images, load_image, load_model
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / 'images'
+    (folder / 'sub').mkdir(parents=True)
+    for name in ('b.png', 'a.jpg', 'sub/c.bmp'):
+        Image.new('RGB', (4, 3)).save(folder / name)
+    return folder
+
+
+def files_of(folder):
+    return [folder / 'a.jpg', folder / 'b.png', folder / 'sub/c.bmp']
+
+
+class TestFindImages:
+
+    def test_folders_are_searched_recursively_and_sorted(self, images):
+        assert find_images([images]) == (files_of(images), [])
+
+    def test_files_of_other_kinds_in_a_folder_are_left_out(self, images):
+        (images / 'labels.csv').write_text('file,label\n')
+        assert find_images([images]) == (files_of(images), [])
+
+    def test_a_given_file_needs_no_extension(self, images):
+        (images / 'a.jpg').rename(images / 'a')
+        assert find_images([images / 'a']) == ([images / 'a'], [])
+
+    def test_missing_paths_are_named(self, images):
+        with pytest.raises(ValueError, match='IMAGE: .*nowhere'):
+            find_images([images, images / 'nowhere'])
+
+    def test_a_folder_without_images_is_named(self, images, tmp_path):
+        (tmp_path / 'empty').mkdir()
+        with pytest.raises(ValueError, match='IMAGE: .*empty'):
+            find_images([images, tmp_path / 'empty'])
+
+    @pytest.mark.parametrize('name', ['.hidden.png', '._a.jpg', '.ipynb_checkpoints/a.png', '__MACOSX/a.png'])
+    def test_hidden_files_are_not_images(self, images, name):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / 'b.png').rename(images / name)
+        assert find_images([images]) == ([images / 'a.jpg', images / 'sub/c.bmp'], [])
+
+    def test_a_hidden_folder_that_is_given_is_searched(self, images):
+        assert len(find_images([images.rename(images.with_name('.images'))])[0]) == 3
+
+
+class TestLinks:
+
+    def test_links_to_folders_are_followed(self, images, tmp_path):
+        (tmp_path / 'other').mkdir()
+        (tmp_path / 'other/link').symlink_to(images)
+        assert find_images([tmp_path / 'other']) == (files_of(tmp_path / 'other/link'), [])
+
+    def test_links_to_folders_above_do_not_repeat_files(self, images):
+        (images / 'sub/up').symlink_to('..')
+        (images / 'sub/again').symlink_to('..')
+        assert find_images([images]) == (files_of(images), [])
+
+    def test_links_to_files_do_not_repeat_them(self, images):
+        (images / 'c.jpg').symlink_to('a.jpg')
+        assert find_images([images]) == (files_of(images), [])
+
+    def test_a_path_given_twice_is_read_once(self, images):
+        assert find_images([images / 'a.jpg', images, images / 'sub']) == (files_of(images), [])
+
+    def test_a_link_to_nothing_is_a_problem(self, images):
+        (images / 'c.png').symlink_to('nowhere')
+        files, problems = find_images([images])
+        assert files == files_of(images)
+        assert [file for file, _ in problems] == [images / 'c.png']
+
+
+class TestProblems:
+
+    @pytest.mark.timeout(60)
+    def test_a_pipe_is_not_read(self, images):
+        os.mkfifo(images / 'x.png')
+        for path in (images, images / 'x.png'):
+            assert find_images([path])[1] == [(images / 'x.png', 'not a regular file')]
+
+    def test_a_folder_that_cannot_be_listed(self, images, monkeypatch):
+        def listed(path, scandir=os.scandir):
+            if os.fspath(path) == str(images / 'sub'):
+                raise PermissionError(13, 'Permission denied', str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, 'scandir', listed)
+        assert find_images([images]) == (
+            [images / 'a.jpg', images / 'b.png'], [(images / 'sub', 'Permission denied')])
+
+    def test_a_format_that_pillow_does_not_read(self, images):
+        (images / 'photo.HEIC').write_bytes(b'')
+        files, problems = find_images([images])
+        assert files == files_of(images)
+        assert problems == [(images / 'photo.HEIC', 'Pillow here does not read .heic files')]
+
+    def test_a_format_that_pillow_reads_with_a_plugin(self, images, monkeypatch):
+        (images / 'b.png').rename(images / 'b.heic')
+        monkeypatch.setitem(Image.EXTENSION, '.heic', 'PNG')
+        assert images / 'b.heic' in find_images([images])[0]
+
+
+class TestLoadImage:
+
+    @pytest.mark.parametrize('mode, suffix', [
+        ('1', 'png'), ('L', 'png'), ('LA', 'png'), ('P', 'gif'), ('RGBA', 'webp'), ('I;16', 'png'), ('I;16', 'tif'),
+        ('CMYK', 'jpg'), ('YCbCr', 'jpg'), ('LAB', 'tif'),
+    ])
+    def test_modes(self, tmp_path, mode, suffix):
+        file = tmp_path / f'image.{suffix}'
+        Image.new(mode, (5, 4)).save(file)
+        image = load_image(file)
+        assert (image.mode, image.size) == ('RGB', (5, 4))
+
+    @pytest.mark.parametrize('suffix', ['png', 'tif', 'pgm'])
+    def test_16_bits_keep_their_range(self, tmp_path, suffix):
+        gray = Image.new('I;16', (3, 1))
+        for x, value in enumerate([0, 0x8000, 0xffff]):
+            gray.putpixel((x, 0), value)
+        gray.save(tmp_path / f'gray.{suffix}')
+        image = load_image(tmp_path / f'gray.{suffix}')
+        assert [image.getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
+
+    def test_first_frame_of_an_animation(self, tmp_path):
+        red, blue = Image.new('RGB', (4, 4), 'red'), Image.new('RGB', (4, 4), 'blue')
+        red.save(tmp_path / 'two.gif', save_all=True, append_images=[blue])
+        assert load_image(tmp_path / 'two.gif').getpixel((0, 0)) == (255, 0, 0)
+
+    def test_palette_with_transparency(self, tmp_path):
+        image = Image.new('RGB', (4, 4), 'red').quantize(2)
+        image.save(tmp_path / 'image.png', transparency=0)
+        assert load_image(tmp_path / 'image.png').getpixel((0, 0)) == (255, 0, 0)
+
+    @pytest.mark.parametrize('mode', ['I', 'F'])
+    def test_pixels_without_a_range_are_refused(self, tmp_path, mode):
+        Image.new(mode, (4, 4)).save(tmp_path / 'image.tif')
+        with pytest.raises(ValueError, match='mode'):
+            load_image(tmp_path / 'image.tif')
+
+    @pytest.mark.parametrize('suffix', ['jpg', 'png', 'tif', 'webp'])
+    @pytest.mark.parametrize('orientation, transpose', [
+        (1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270),
+    ])
+    def test_images_are_turned_upright(self, tmp_path, suffix, orientation, transpose):
+        upright = Image.new('L', (32, 16))
+        upright.paste(255, (0, 0, 16, 16))  # its left half is white
+        stored = upright if transpose is None else upright.transpose(transpose)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.convert('RGB').save(tmp_path / f'image.{suffix}', exif=exif)
+        image = load_image(tmp_path / f'image.{suffix}', 'L')
+        assert image.size == (32, 16)
+        assert image.getpixel((4, 8)) > 250 and image.getpixel((28, 8)) < 5
+
+    def test_damaged_exif_data_do_not_matter(self, tmp_path):
+        Image.new('RGB', (5, 4)).save(tmp_path / 'image.jpg', exif=b'Exif\0\0not a header')
+        assert load_image(tmp_path / 'image.jpg').size == (5, 4)
+
+    @pytest.mark.parametrize('width, height', [
+        (1, MAX_ASPECT_RATIO + 1), (10 ** 6, 1), (10_000, MAX_PIXELS // 10_000 + 1), (10 ** 5, 10 ** 5)])
+    def test_extreme_sizes_are_refused_before_decoding(self, tmp_path, width, height):
+        (tmp_path / 'image.ppm').write_bytes(b'P6 %d %d 255\n' % (width, height))  # and no pixels
+        with pytest.raises(Exception, match='pixels'):
+            load_image(tmp_path / 'image.ppm')
+
+    def test_a_long_image_within_the_limit(self, tmp_path):
+        Image.new('RGB', (1, MAX_ASPECT_RATIO)).save(tmp_path / 'image.png')
+        assert load_image(tmp_path / 'image.png').size == (1, MAX_ASPECT_RATIO)
+
+
+class TestLoadModel:
+
+    def test_a_shipped_model(self):
+        model = load_model('ait_small', 'cpu')
+        assert model.num_classes == 10 and not model.training
+
+    def test_an_unknown_device_is_named(self):
+        with pytest.raises(ValueError, match='--device toaster'):
+            load_model('ait_small', 'toaster')

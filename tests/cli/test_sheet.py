@@ -1,0 +1,31 @@
+import pytest
+from PIL import Image
+
+from timm_ait.cli.sheet import Tile, check_sheet, contact_sheet
+
+
+def blue(**kwargs):
+    return Tile(Image.new('RGB', (128, 128), 'blue'), ['cat'], **kwargs)
+
+
+@pytest.mark.parametrize('num', [1, 2, 7])
+def test_shows_every_image(num):
+    sheet = contact_sheet([blue()] * num)
+    assert dict((colour, n) for n, colour in sheet.getcolors(1 << 16))[0, 0, 255] == num * 128 ** 2
+
+
+def test_frame():
+    assert contact_sheet([blue(frame='red')]).getpixel((6, 6)) == (255, 0, 0)
+    assert contact_sheet([blue()]).getpixel((6, 6)) == (255, 255, 255)
+
+
+def test_long_names_stay_in_their_cell():
+    tiles = [Tile(Image.new('RGB', (128, 128)), [text, text]) for text in ('long name ' * 50, '')]
+    sheet = contact_sheet(tiles)
+    assert sheet.crop((140, 140, sheet.width, 156)).getcolors() == [(16 * (sheet.width - 140), (255, 255, 255))]
+
+
+def test_too_many_images_are_refused(tmp_path):
+    check_sheet(tmp_path / 'sheet.png', 1000)
+    with pytest.raises(ValueError, match='--sheet'):
+        check_sheet(tmp_path / 'sheet.png', 1001)
