@@ -184,6 +184,8 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     if not args.checkpoint.is_file():
         parser.error(f'CHECKPOINT: there is no file {args.checkpoint}')
+    if args.num_classes is not None and args.num_classes < 0:
+        parser.error(f'--num-classes must be at least 0, got {args.num_classes}')
     existing = next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         parser.error(f'--out {args.out}: {existing} is not a folder that can be written to')

@@ -1,0 +1,64 @@
+""" Triangle against independent computations from its pixels. """
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+
+from timm_ait.data.triangle import CLASSES, triangles, write_triangle
+
+
+class TestTriangle:
+
+    def test_labels_agree_with_the_pixels(self):
+        images, labels, vertices = triangles(0, np.arange(300))
+        for image, label, centres in zip(images, labels, vertices):
+            dots = np.argwhere(image == 255)[:, ::-1].astype(float)
+            # midpoints of the clusters of pixels, found without the vertices, by single linkage
+            clusters = []
+            for dot in dots:
+                is_near = [min(np.hypot(*(dot - other)) for other in cluster) < 6.5 for cluster in clusters]
+                merged = [dot, *(d for cluster, near in zip(clusters, is_near) if near for d in cluster)]
+                clusters = [cluster for cluster, near in zip(clusters, is_near) if not near] + [merged]
+            assert len(clusters) == 3
+            a, b, c = midpoints = [np.mean(cluster, axis=0) for cluster in clusters]
+            assert all(np.linalg.norm(centres - midpoint, axis=1).min() < 1 for midpoint in midpoints)
+            sides = [np.hypot(*(p - q)) for p, q in ((a, b), (b, c), (c, a))]
+            difference = (max(sides) - min(sides)) / np.mean(sides)
+            assert CLASSES[label] == ('equilateral' if difference < 0.09 else 'other'), (difference, label)
+
+    def test_images_are_white_dots_on_black(self):
+        images, _, _ = triangles(0, np.arange(20))
+        assert images.shape == (20, 64, 64) and images.dtype == np.uint8
+        assert set(np.unique(images)) == {0, 255}
+        counts = (images == 255).sum((1, 2))
+        assert counts.max() <= 24 and counts.min() >= 12
+
+    def test_classes_are_balanced(self):
+        _, labels, _ = triangles(1, np.arange(2000))
+        assert 0.46 < labels.mean() < 0.54
+
+    def test_a_sample_depends_on_seed_and_index_alone(self):
+        images, labels, _ = triangles(3, np.array([7, 1, 40]))
+        alone, label, _ = triangles(3, np.array([40]))
+        assert np.array_equal(images[2], alone[0]) and labels[2] == label[0]
+        assert not np.array_equal(triangles(4, np.array([40]))[0], alone)
+
+    def test_the_folder_is_what_train_py_takes(self, tmp_path):
+        write_triangle(tmp_path / 'triangle', 0, 30, 12)
+        sizes = {}
+        for split in ('train', 'validation'):
+            dataset = create_dataset('', str(tmp_path / 'triangle'), split=split)
+            assert dataset.reader.class_to_idx == {'equilateral': 0, 'other': 1}
+            sizes[split] = len(dataset)
+            assert dataset[0][0].size == (64, 64)
+        assert sizes == {'train': 30, 'validation': 12}
+
+    def test_splits_do_not_overlap(self, tmp_path):
+        write_triangle(tmp_path / 'triangle', 0, 30, 12)
+        names = {split: {f.name for f in (tmp_path / 'triangle' / split).rglob('*.png')}
+                 for split in ('train', 'validation')}
+        assert not names['train'] & names['validation']
+        images, labels, _ = triangles(0, np.arange(42))
+        for file in (tmp_path / 'triangle').rglob('*.png'):
+            index = int(file.stem)
+            assert np.array_equal(np.asarray(Image.open(file)), images[index])
+            assert file.parent.name == CLASSES[labels[index]]
