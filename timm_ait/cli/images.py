@@ -16,7 +16,7 @@ from . import one_line
 
 __all__ = ['KNOWN_FORMATS', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'find_images', 'load_image', 'load_model']
 
-MAX_PIXELS = 80_000_000
+MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
 
 # image formats that this Pillow may lack: such a file in a folder is named, any other of an unknown extension is not
@@ -126,7 +126,7 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
             image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
         elif image.mode in ('I', 'F'):
             raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
-        return image.convert(mode)
+        return image if image.mode == mode else image.convert(mode)  # without a copy, images may be large
 
 
 def load_model(name: str, device: Optional[str] = None) -> nn.Module:

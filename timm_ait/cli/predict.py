@@ -126,7 +126,7 @@ def classify(model: nn.Module, files: Iterable[Path], topk: int = 5, batch_size:
 def _thumbnail(image: Image.Image) -> Image.Image:
     scale = _THUMBNAIL / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
-    return image.convert('RGB').resize(size, Image.Resampling.BICUBIC, reducing_gap=2.)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.).convert('RGB')
 
 
 def _match_labels(labels: Dict[Path, str], names: List[str], descriptions: List[str]) -> Dict[Path, int]:
@@ -207,7 +207,8 @@ def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     images, errors, tiles = [], [], []
     failures = (Prediction(file, error=reason) for file, reason in problems)
     predictions = classify(model, files, args.topk, args.batch_size)
-    for prediction in chain(failures, tqdm(predictions, total=len(files), unit='image', file=sys.stderr)):
+    progress = tqdm(predictions, total=len(files), unit='image', file=sys.stderr, disable=not files)
+    for prediction in chain(failures, progress):
         if prediction.error:
             errors.append({'file': str(prediction.file), 'error': prediction.error})
             tqdm.write(f'{prediction.file}: {prediction.error}', file=sys.stderr)
