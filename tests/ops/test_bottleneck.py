@@ -1,8 +1,10 @@
 """ The fused write against naive.py. """
+import inspect
+
 import pytest
 import torch
 
-from timm_ait.ops import bottleneck, hopfield, naive
+from timm_ait.ops import bottleneck, naive, selection, workspace
 
 TOLERANCE = {
     torch.float64: dict(atol=1e-9, rtol=1e-7),
@@ -46,9 +48,9 @@ def make_inputs(num_tokens, dim, num_slots, slot_dim, num_heads, dtype=torch.flo
     )
 
 
-def run(write, inputs, num_heads, k):
+def run(write, inputs, num_heads, k, token_mask=None):
     inputs = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
-    candidate, balance, coverage = write(**inputs, num_heads=num_heads, bottleneck=k)
+    candidate, balance, coverage = write(**inputs, num_heads=num_heads, bottleneck=k, token_mask=token_mask)
     loss = (candidate * torch.linspace(-1, 1, candidate.numel(), dtype=candidate.dtype).view_as(candidate)).sum()
     (loss + 0.1 * balance).backward()
     return (candidate.detach(), balance.detach(), coverage), {name: value.grad for name, value in inputs.items()}
@@ -68,7 +70,7 @@ def test_top_k_finds_the_largest(scores, n, k):
         'equal': lambda: torch.zeros(6, n),
         'infinite': lambda: torch.randn(6, n).masked_fill(torch.rand(6, n) < 0.9, -torch.inf),
     }[scores]()
-    values, indices = bottleneck._top_k(scores, k)
+    values, indices = selection._top_k(scores, k)
     assert torch.equal(values.sort(descending=True).values, scores.topk(k).values)
     assert torch.equal(scores.gather(1, indices), values)
     assert all(len(set(row)) == k for row in indices.tolist())
@@ -105,8 +107,8 @@ def test_low_precision_write_is_naive_within_rounding(dtype):
 def test_writing_streams_over_chunks(monkeypatch, num_tokens, k):
     inputs = make_inputs(num_tokens, 24, 8, 16, 4)
     expected_outputs, expected_grads = run(bottleneck.write, inputs, 4, k)
-    monkeypatch.setattr(bottleneck, '_SELECTION_CHUNK', 16)
-    monkeypatch.setattr(bottleneck, 'chunk_size', lambda tokens: 5)
+    monkeypatch.setattr(selection, '_SELECTION_CHUNK', 16)
+    monkeypatch.setattr(selection, 'chunk_size', lambda tokens: 5)
     outputs, grads = run(bottleneck.write, inputs, 4, k)
     for output, expected in zip(outputs, expected_outputs):
         torch.testing.assert_close(output, expected)
@@ -114,38 +116,59 @@ def test_writing_streams_over_chunks(monkeypatch, num_tokens, k):
         torch.testing.assert_close(grad, expected_grads[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize('k', [7, 30, 64])
+@pytest.mark.parametrize('chunk', [9, 64])
+def test_masked_tokens_neither_write_nor_count(monkeypatch, chunk, k):
+    monkeypatch.setattr(selection, 'chunk_size', lambda tokens: chunk)
+    inputs = make_inputs(50, 24, 8, 16, 4, dtype=torch.float64)
+    token_mask = torch.arange(50) % 3 > 0
+    inputs['tokens'][~token_mask] *= 100  # they would win
+    outputs, grads = run(bottleneck.write, inputs, 4, k, token_mask)
+    expected_outputs, expected_grads = run(naive.write, inputs, 4, k, token_mask)
+    for output, expected in zip(outputs, expected_outputs):
+        torch.testing.assert_close(output, expected, **TOLERANCE[torch.float64])
+    for name, grad in grads.items():
+        torch.testing.assert_close(
+            grad, expected_grads[name], **TOLERANCE[torch.float64], msg=lambda m: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('gated', [False, True])
 @pytest.mark.parametrize('k', [5, 30])
 @pytest.mark.parametrize('chunk', [7, 64])
-def test_write_and_read_of_unnormed_tokens_are_naive_on_normed_ones(monkeypatch, chunk, k, gated):
-    monkeypatch.setattr(bottleneck, 'chunk_size', lambda tokens: chunk)
+def test_a_step_matches_naive(monkeypatch, chunk, k, gated, masked):
+    monkeypatch.setattr(selection, 'chunk_size', lambda tokens: chunk)
     inputs = make_inputs(50, 24, 8, 16, 4, dtype=torch.float64)
-    inputs.update(x=inputs.pop('tokens') * 3 + 1, gate=torch.linspace(-1, 1, 24, dtype=torch.float64))
-    inputs.update(scale=torch.linspace(0.5, 2, 24, dtype=torch.float64), shift=inputs['gate'].flip(0))
+    inputs.update(x=inputs.pop('tokens') * 3 + 1)
+    inputs.update(token_norm_weight=torch.linspace(0.5, 2, 24, dtype=torch.float64))
+    inputs.update(token_norm_bias=torch.linspace(1, -1, 24, dtype=torch.float64))
+    if gated:
+        inputs.update(gate=torch.linspace(-1, 1, 24, dtype=torch.float64))
     lift = torch.randn(16, 24, dtype=torch.float64)
-    grads, outputs = [], []
-    for fused in (True, False):
+    token_mask = torch.arange(50) % 3 > 0 if masked else None
+    results = []
+    for step in (workspace.write_and_read, naive.write_and_read):
         leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
-        x, scale, shift, gate = (leaves.pop(name) for name in ('x', 'scale', 'shift', 'gate'))
-        if fused:
-            candidate, balance, _, tokens = bottleneck.write_unnormed(
-                x, scale, shift, 1e-5, **leaves, num_heads=4, bottleneck=k)
-            output = hopfield.norm_read(
-                tokens, scale, shift, 1e-5, candidate @ lift, 0.7, gate if gated else None)
-        else:
-            tokens = torch.nn.functional.layer_norm(x, (24,), scale, shift, 1e-5)
-            candidate, balance, _ = naive.write(tokens, **leaves, num_heads=4, bottleneck=k)
-            output = naive.read(
-                tokens, candidate @ lift, 0.7, x if gated else None, gate if gated else None)
-        cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+        outputs = step(
+            **leaves, token_norm_eps=1e-5, num_heads=4, bottleneck=k, lift=lambda memory: memory @ lift, momentum=0.8,
+            rule='orthogonal', beta=0.7, token_mask=token_mask)
+        cotangent = torch.linspace(-1, 1, outputs[0].numel(), dtype=torch.float64).view_as(outputs[0])
         kept = cotangent.clone()
-        torch.autograd.backward((output, balance), (cotangent, torch.tensor(0.1, dtype=torch.float64)))
+        torch.autograd.backward((outputs[0], outputs[3]), (cotangent, torch.tensor(0.1, dtype=torch.float64)))
         assert torch.equal(cotangent, kept)  # gradients are added up in place, but not in this one
-        outputs.append(output.detach())
-        grads.append({name: v.grad for name, v in {'x': x, 'scale': scale, 'shift': shift, **leaves}.items()})
-    torch.testing.assert_close(*outputs, **TOLERANCE[torch.float64])
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grad, grads[1][name], **TOLERANCE[torch.float64], msg=lambda m: f'{name}: {m}')
+        results.append((outputs, {name: leaf.grad for name, leaf in leaves.items()}))
+    (outputs, grads), (expected_outputs, expected_grads) = results
+    for output, expected in zip(outputs, expected_outputs):
+        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-6)  # two ways to the polar factor
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], atol=1e-5, rtol=1e-5, msg=lambda m: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('name', ['write', 'write_and_read'])
+def test_signatures_are_those_of_naive(name):
+    fused = {'write': bottleneck.write, 'write_and_read': workspace.write_and_read}[name]
+    parameters = inspect.signature(getattr(naive, name)).parameters
+    assert list(inspect.signature(fused).parameters)[:len(parameters)] == list(parameters)
 
 
 def test_attend_has_the_gradient_of_its_definition():
@@ -154,9 +177,12 @@ def test_attend_has_the_gradient_of_its_definition():
     assert torch.autograd.gradcheck(lambda q, t: bottleneck.attend(q, t, 4)[:2], (queries, tokens))
 
 
-def test_attend_is_a_well_formed_operator():
-    args = (torch.randn(6, 5), torch.randn(11, 5), None, None, 0., 4, 'torch')
-    torch.library.opcheck(torch.ops.timm_ait.attend, args)
+def test_selection_and_pooling_are_well_formed_operators():
+    queries, tokens, norm = torch.randn(6, 5), torch.randn(11, 5), (torch.ones(5), torch.zeros(5), 1e-5)
+    args = (queries, tokens, None, *norm, 4)
+    torch.library.opcheck(torch.ops.timm_ait.select, args)
+    scores, indices = torch.ops.timm_ait.select(*args)
+    torch.library.opcheck(torch.ops.timm_ait.pool, (tokens, *norm, scores.exp(), indices))
 
 
 def test_non_contiguous_tokens():

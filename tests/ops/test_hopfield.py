@@ -52,13 +52,6 @@ def test_read_matches_naive(shape, dtype, residual, gate):
             grad.double() / scale, expected_grads[name] / scale, **TOLERANCE[dtype], msg=lambda m: f'{name}: {m}')
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-def test_retrieve_matches_naive(dtype):
-    state, attractors = torch.randn(37, 12, dtype=dtype), torch.randn(5, 12, dtype=dtype)
-    torch.testing.assert_close(
-        hopfield.retrieve(state, attractors, 2.), naive.retrieve(state, attractors, 2.), **TOLERANCE[dtype])
-
-
 @pytest.mark.parametrize('residual, gate', [(False, False), (True, True)])
 def test_read_has_the_gradient_of_its_definition(residual, gate):
     inputs = make_inputs(7, 5, 3, torch.float64, residual, gate)
@@ -71,7 +64,7 @@ def test_read_is_a_well_formed_operator():
     inputs = make_inputs(7, 5, 3, torch.float32, residual=True)
     args = (
         inputs['state'], inputs['attractors'], inputs['attractors'].detach().clone(), inputs['residual'], None, None,
-        0., False, 'torch')
+        0., False)
     torch.library.opcheck(torch.ops.timm_ait.read, args)
 
 
@@ -96,7 +89,7 @@ def test_norm_read_is_a_layer_norm_and_the_naive_read(shape, dtype, gated):
 def test_norm_read_is_a_well_formed_operator(gated):
     x, weight, keys = (torch.randn(*shape, requires_grad=True) for shape in ((7, 5), (5,), (3, 5)))
     bias, values = weight.detach().clone().requires_grad_(), keys.detach().clone().requires_grad_()
-    torch.library.opcheck(torch.ops.timm_ait.read, (x, keys, values, None, weight, bias, 1e-5, gated, 'torch'))
+    torch.library.opcheck(torch.ops.timm_ait.read, (x, keys, values, None, weight, bias, 1e-5, gated))
 
 
 @pytest.mark.parametrize('gated', [False, True])
@@ -128,7 +121,7 @@ def test_a_closed_gate_is_the_identity():
 def test_retrieval_never_raises_the_energy(beta):
     state, attractors = 2 * torch.randn(200, 12, dtype=torch.float64), torch.randn(5, 12, dtype=torch.float64)
     for _ in range(5):
-        retrieved = hopfield.retrieve(state, attractors, beta)
+        retrieved = naive.retrieve(state, attractors, beta)
         before, after = (naive.energy(x, attractors, beta) for x in (state, retrieved))
         assert (after <= before + 1e-10).all()
         state = retrieved
@@ -136,4 +129,4 @@ def test_retrieval_never_raises_the_energy(beta):
 
 def test_an_attractor_is_nearly_retrieved_at_large_beta():
     attractors = torch.eye(4)
-    torch.testing.assert_close(hopfield.retrieve(attractors, attractors, 50.), attractors)
+    torch.testing.assert_close(naive.retrieve(attractors, attractors, 50.), attractors)

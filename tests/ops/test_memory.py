@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from timm_ait.ops import naive
-from timm_ait.ops.memory import polar, slot_statistics, update_memory
+from timm_ait.ops.memory import keep_, polar, slot_statistics, update_memory
 
 SHAPES = [(32, 32), (8, 32), (1, 16), (40, 16), (5, 1)]
 
@@ -48,3 +48,13 @@ def test_statistics_of_collapsed_slots():
     statistics = slot_statistics(torch.randn(1, 16).expand(8, 16))
     assert statistics['effective_rank'] == pytest.approx(1., abs=1e-3)
     assert statistics['mean_cosine'] == pytest.approx(1., abs=1e-5)
+
+
+def test_a_forward_inside_of_backward_keeps_what_is_pending():
+    pending = torch.zeros(2)
+    keep_(pending, torch.ones(2))
+    x = torch.zeros(1, requires_grad=True)
+    y = x * 1.
+    y.register_hook(lambda grad: keep_(pending, torch.full((2,), 2.)))
+    y.backward()
+    assert torch.equal(pending, torch.ones(2))

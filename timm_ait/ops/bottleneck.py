@@ -274,6 +274,8 @@ def write_normed(
         As `naive.write`, and the tokens passed on, whose gradient is added to in place.
     """
     num_tokens = tokens.shape[0]
+    if num_tokens == 0:
+        return memory, memory.new_zeros(()), memory.new_zeros(()), tokens
     num_slots, slot_dim = memory.shape
     query = F.linear(memory, query_weight).view(num_slots, num_heads, slot_dim).transpose(0, 1)
     folded = query @ key_weight.view(num_heads, slot_dim, -1) * slot_dim ** -0.5
@@ -299,10 +301,10 @@ def write_normed(
         num_valid = num_valid.clamp_min(1)
     # the weights of a slot sum to one
     means = torch.stack([torch.full_like(counts[:num_heads], num_slots), counts[:num_heads]]) / num_valid
-    deviations = torch.stack([importance, load]) - means.unsqueeze(-1)
+    deviations = [x - mean.unsqueeze(-1) for x, mean in zip((importance, load), means)]
     if token_mask is not None:
-        deviations = deviations * token_mask
-    squares = deviations.square().sum(dim=-1)
+        deviations = [x * token_mask for x in deviations]
+    squares = torch.stack([x.square().sum(dim=-1) for x in deviations])
     if global_batch:
         reduced = _all_reduce(torch.cat([written.flatten(), squares.flatten().to(written.dtype)]))
         written, squares = reduced[:written.numel()].view_as(written), reduced[written.numel():].view_as(squares)
