@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from timm_ait.__main__ import main
 from timm_ait.cli.export import export
-from timm_ait.cli.predict import class_names
+from timm_ait.cli.labels import class_names
 from timm_ait.weights import weights_dir
 
 IMAGE_FOLDERS = ('ait_small.cifar10', 'ait_small_patch32_64.triangle')

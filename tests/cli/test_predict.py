@@ -15,7 +15,6 @@ from timm.models import save_for_hf
 import timm_ait
 from timm_ait.__main__ import main
 from timm_ait.cli.images import find_images
-from timm_ait.cli.predict import class_names, read_labels
 
 EXAMPLES = Path(__file__).parents[2] / 'examples' / 'images'
 NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
@@ -65,72 +64,6 @@ def error_of(capsys, *args):
     assert exit_.value.code == 2
     assert captured.out == ''
     return captured.err
-
-
-class TestClassNames:
-
-    @pytest.mark.parametrize('label_names', [['cat', 'dog'], {'0': 'cat', '1': 'dog'}])
-    def test_from_the_config(self, tmp_path, label_names):
-        label_descriptions = {'cat': 'tom', 'dog': 'rex'}
-        name = save_model(tmp_path, num_classes=2, label_names=label_names, label_descriptions=label_descriptions)
-        assert class_names(timm.create_model(name)) == (['cat', 'dog'], ['tom', 'rex'])
-
-    def test_descriptions_default_to_names(self, tmp_path):
-        name = save_model(tmp_path, num_classes=2, label_names=['cat', 'dog'])
-        assert class_names(timm.create_model(name)) == (['cat', 'dog'], ['cat', 'dog'])
-
-    def test_a_class_without_a_name_goes_by_its_index(self, tmp_path):
-        name = save_model(tmp_path, num_classes=3, label_names={'1': 'dog'})
-        assert class_names(timm.create_model(name))[0] == ['0', 'dog', '2']
-
-    @pytest.mark.parametrize('num_classes', [1, 3])
-    def test_names_of_another_number_of_classes_are_not_used(self, tmp_path, num_classes):
-        name = save_model(tmp_path, num_classes=num_classes, label_names=['cat', 'dog'])
-        assert class_names(timm.create_model(name))[0] == [str(i) for i in range(num_classes)]
-
-    def test_without_names_in_the_config(self):
-        assert class_names(timm.create_model('test_ait'))[0] == [str(i) for i in range(10)]
-
-    def test_imagenet_classes(self):
-        names, descriptions = class_names(timm.create_model('test_ait', num_classes=1000))
-        assert names[0] == 'n01440764'
-        assert descriptions[0].startswith('tench')
-
-
-class TestReadLabels:
-
-    def test_files_are_relative_to_the_csv_file(self, tmp_path):
-        labels = read_labels(write_labels(tmp_path / 'labels.csv', [('a/b.png', 'cat')]))
-        assert labels == {(tmp_path / 'a/b.png').resolve(): 'cat'}
-
-    def test_other_columns_and_a_byte_order_mark_are_fine(self, tmp_path):
-        (tmp_path / 'labels.csv').write_text('\ufeffid,label,file\n1,cat,a.png\n', encoding='utf-8')
-        assert list(read_labels(tmp_path / 'labels.csv').values()) == ['cat']
-
-    @pytest.mark.parametrize('text', [
-        'file,label\na.png,cat\nb.png,\nc.png\n,\n',
-        'file,label,\na.png,cat,\nb.png,,\n,,\n',
-        'file,label,,\na.png,cat\n',
-    ])
-    def test_images_without_a_label_and_trailing_commas(self, tmp_path, text):
-        (tmp_path / 'labels.csv').write_text(text)
-        assert read_labels(tmp_path / 'labels.csv') == {(tmp_path / 'a.png').resolve(): 'cat'}
-
-    @pytest.mark.parametrize('text, message', [
-        ('name,class\na.png,cat\n', 'columns file and label'),
-        ('', 'columns file and label'),
-        ('file,label\n,cat\n', 'line 2 lacks a file'),
-        ('file,label\na.png,cat\na.png,dog\n', 'another label'),
-    ])
-    def test_bad_contents(self, tmp_path, text, message):
-        (tmp_path / 'labels.csv').write_text(text)
-        with pytest.raises(ValueError, match=f'--labels .*{message}'):
-            read_labels(tmp_path / 'labels.csv')
-
-    def test_not_text(self, tmp_path):
-        (tmp_path / 'labels.csv').write_bytes(b'\xff\xfe\x00')
-        with pytest.raises(ValueError, match='--labels'):
-            read_labels(tmp_path / 'labels.csv')
 
 
 class TestPredict:
@@ -201,13 +134,6 @@ class TestAccuracy:
         assert '  right' in lines[0] and f'  wrong (is {other})' in lines[1]
         assert lines[-1] == 'top-1 accuracy 50.0% (1 of 2 labelled images)'
 
-    def test_labels_may_be_descriptions(self, capsys, images, tmp_path):
-        model = save_model(
-            tmp_path / 'model', num_classes=2, label_names=['n1', 'n2'], label_descriptions={'n1': 'cat', 'n2': 'dog'})
-        labels = write_labels(tmp_path / 'labels.csv', [('images/a.jpg', 'cat'), ('images/b.png', 'n1')])
-        _, document = predict_json(capsys, images, '--model', model, '--labels', labels)
-        assert [image['label'] and image['label']['index'] for image in document['images']] == [0, 0, None]
-
     def test_unknown_class(self, capsys, model, images, tmp_path):
         labels = write_labels(tmp_path / 'labels.csv', [('images/a.jpg', 'zebra')])
         error = error_of(capsys, images, '--model', model, '--labels', labels)
@@ -216,11 +142,6 @@ class TestAccuracy:
     def test_labels_of_other_images(self, capsys, model, images, tmp_path):
         labels = write_labels(tmp_path / 'labels.csv', [('a.jpg', 'cat')])
         assert '--labels' in error_of(capsys, images, '--model', model, '--labels', labels)
-
-    def test_the_examples_have_four_images_a_class(self):
-        labels = read_labels(EXAMPLES / 'labels.csv')
-        assert sorted(labels) == [file.resolve() for file in find_images([EXAMPLES])[0]]
-        assert sorted(labels.values()) == sorted(NAMES * 4)
 
 
 class TestSheet:

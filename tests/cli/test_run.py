@@ -11,7 +11,7 @@ import torch
 from timm.models import save_for_hf
 
 from timm_ait.__main__ import main
-from timm_ait.cli.predict import read_labels
+from timm_ait.cli.labels import read_labels
 
 REPO = Path(__file__).parents[2]
 EXAMPLES = REPO / 'examples' / 'images'

@@ -1,28 +1,27 @@
 """ Classify image files with a pretrained model: python -m timm_ait predict IMAGE … """
 import argparse
-import csv
 import functools
 import json
 import math
 import os
 import sys
-from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 
 from . import one_line
 from .images import KNOWN_FORMATS, MAX_ASPECT_RATIO, MAX_PIXELS, find_images, load_image, load_model
+from .labels import class_names, match_labels, read_labels
 from .sheet import Tile, check_sheet, contact_sheet, save_sheet
 
-__all__ = ['Prediction', 'add_parser', 'class_names', 'classify', 'read_labels']
+__all__ = ['Prediction', 'add_parser', 'classify']
 
 _THUMBNAIL = 128  # pixels
 _COLOURS = {True: '#137333', False: '#c5221f'}
@@ -35,54 +34,6 @@ class Prediction(NamedTuple):
     probabilities: Sequence[float] = ()
     thumbnail: Optional[Image.Image] = None
     error: Optional[str] = None
-
-
-def read_labels(file: Path) -> Dict[Path, str]:
-    """Read a CSV file with the columns `file`, relative to the CSV file's folder, and `label`.
-
-    Returns:
-        Labels by resolved path, without those of images that have none.
-
-    Raises:
-        ValueError: The file cannot be read, lacks a column, has a label without a file, or gives one image two.
-    """
-    labels = {}
-    try:
-        with open(file, newline='', encoding='utf-8-sig') as stream:
-            reader = csv.DictReader(stream)
-            if not {'file', 'label'} <= set(reader.fieldnames or ()):
-                raise ValueError(f'the columns file and label are needed, found {reader.fieldnames or "none"}')
-            for row in reader:
-                if not row['label']:
-                    continue
-                if not row['file']:
-                    raise ValueError(f'line {reader.line_num} lacks a file')
-                path = (file.parent / row['file']).resolve()
-                if labels.setdefault(path, row['label']) != row['label']:
-                    raise ValueError(f'line {reader.line_num} gives {row["file"]} another label, {row["label"]!r}')
-    except (OSError, ValueError, csv.Error) as e:
-        raise ValueError(f'--labels {file}: {e}') from e
-    return labels
-
-
-def class_names(model: nn.Module) -> Tuple[List[str], List[str]]:
-    """Names and descriptions of a classifier's classes, each of length num_classes.
-
-    As in timm's inference.py they come from the model's config, else from the ImageNet subset with that many classes.
-    Names that are not those of all classes are not used, unless given by index. A class without a name goes by its
-    index, one without a description by its name.
-    """
-    names = model.pretrained_cfg.get('label_names') or ()
-    descriptions = model.pretrained_cfg.get('label_descriptions') or {}
-    subset = infer_imagenet_subset(model)
-    if not names and subset:
-        info = ImageNetInfo(subset)
-        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
-    if not isinstance(names, dict):
-        names = dict(enumerate(names)) if len(names) == model.num_classes else {}
-    by_index = {int(index): name for index, name in names.items()}  # JSON has strings for keys
-    names = [by_index.get(index, str(index)) for index in range(model.num_classes)]
-    return names, [descriptions.get(name, name) for name in names]
 
 
 def classify(model: nn.Module, files: Iterable[Path], topk: int = 5, batch_size: int = 64) -> Iterator[Prediction]:
@@ -127,19 +78,6 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     scale = _THUMBNAIL / max(image.size)
     size = tuple(max(1, round(length * scale)) for length in image.size)
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.).convert('RGB')
-
-
-def _match_labels(labels: Dict[Path, str], names: List[str], descriptions: List[str]) -> Dict[Path, int]:
-    """Class indices of labels, which are names of classes or descriptions that only one class has."""
-    counts = Counter(descriptions)
-    indices = {text: i for i, text in enumerate(descriptions) if counts[text] == 1}
-    indices.update({name: i for i, name in enumerate(names)})
-    unknown = sorted(set(labels.values()) - indices.keys())
-    if unknown:
-        raise ValueError(
-            f'--labels: the model has no class {", ".join(map(repr, unknown[:5]))}; its {len(names)} classes are '
-            f'{", ".join(names[:20])}{", …" if len(names) > 20 else ""}')
-    return {path: indices[label] for path, label in labels.items()}
 
 
 def _positive_int(text: str) -> int:
@@ -196,7 +134,7 @@ def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             check_sheet(args.sheet, len(files))
         model = load_model(args.model, args.device)
         names, descriptions = class_names(model)
-        targets = _match_labels(labels, names, descriptions)
+        targets = match_labels(labels, names, descriptions)
     except ValueError as e:
         parser.error(str(e))
 

@@ -1,0 +1,76 @@
+""" Names of classes, and the true classes of images. """
+import csv
+from collections import Counter
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import torch.nn as nn
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+__all__ = ['class_names', 'match_labels', 'read_labels']
+
+
+def read_labels(file: Path) -> Dict[Path, str]:
+    """Read a CSV file with the columns `file`, relative to the CSV file's folder, and `label`.
+
+    Returns:
+        Labels by resolved path, without those of images that have none.
+
+    Raises:
+        ValueError: The file cannot be read, lacks a column, has a label without a file, or gives one image two.
+    """
+    labels = {}
+    try:
+        with open(file, newline='', encoding='utf-8-sig') as stream:
+            reader = csv.DictReader(stream)
+            if not {'file', 'label'} <= set(reader.fieldnames or ()):
+                raise ValueError(f'the columns file and label are needed, found {reader.fieldnames or "none"}')
+            for row in reader:
+                if not row['label']:
+                    continue
+                if not row['file']:
+                    raise ValueError(f'line {reader.line_num} lacks a file')
+                path = (file.parent / row['file']).resolve()
+                if labels.setdefault(path, row['label']) != row['label']:
+                    raise ValueError(f'line {reader.line_num} gives {row["file"]} another label, {row["label"]!r}')
+    except (OSError, ValueError, csv.Error) as e:
+        raise ValueError(f'--labels {file}: {e}') from e
+    return labels
+
+
+def class_names(model: nn.Module) -> Tuple[List[str], List[str]]:
+    """Names and descriptions of a classifier's classes, each of length num_classes.
+
+    As in timm's inference.py they come from the model's config, else from the ImageNet subset with that many classes.
+    Names that are not those of all classes are not used, unless given by index. A class without a name goes by its
+    index, one without a description by its name.
+    """
+    names = model.pretrained_cfg.get('label_names') or ()
+    descriptions = model.pretrained_cfg.get('label_descriptions') or {}
+    subset = infer_imagenet_subset(model)
+    if not names and subset:
+        info = ImageNetInfo(subset)
+        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+    if not isinstance(names, dict):
+        names = dict(enumerate(names)) if len(names) == model.num_classes else {}
+    by_index = {int(index): name for index, name in names.items()}  # JSON has strings for keys
+    names = [by_index.get(index, str(index)) for index in range(model.num_classes)]
+    return names, [descriptions.get(name, name) for name in names]
+
+
+def match_labels(labels: Dict[Path, str], names: List[str], descriptions: List[str]) -> Dict[Path, int]:
+    """Class indices of labels, which are names of classes or descriptions that only one class has.
+
+    Raises:
+        ValueError: There is no such class.
+    """
+    counts = Counter(descriptions)
+    indices = {text: i for i, text in enumerate(descriptions) if counts[text] == 1}
+    indices.update({name: i for i, name in enumerate(names)})
+    unknown = sorted(set(labels.values()) - indices.keys())
+    if unknown:
+        raise ValueError(
+            f'--labels: the model has no class {", ".join(map(repr, unknown[:5]))}; its {len(names)} classes are '
+            f'{", ".join(names[:20])}{", …" if len(names) > 20 else ""}')
+    return {path: indices[label] for path, label in labels.items()}
