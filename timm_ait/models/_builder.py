@@ -4,9 +4,10 @@ from typing import Any, Dict, Type, TypeVar
 import torch.nn as nn
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from timm_ait.weights import create_pretrained
+from timm_ait.weights import check_weights
 
 __all__ = ['cifar_cfg', 'create_with_grids']
 
@@ -33,13 +34,13 @@ def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
 
 
 def create_with_grids(model_cls: Type[ModelT], variant: str, pretrained: bool = False, **kwargs) -> ModelT:
-    """As `create_pretrained`, for models with a grid of features after each of their `depth` blocks."""
+    """timm's `build_model_with_cfg`, for models with a grid of features after each of their `depth` blocks."""
     out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
-    return create_pretrained(
+    return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **kwargs,
     )

@@ -17,10 +17,11 @@ from typing import Dict
 
 import torch
 
-from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
+from timm.models import (
+    PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model)
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
-from timm_ait.weights import create_pretrained
+from timm_ait.weights import check_weights, shipped_weights
 
 from .associative_transformer import AssociativeTransformer
 from .from_timm import add_fresh_workspaces
@@ -28,6 +29,7 @@ from .from_timm import add_fresh_workspaces
 __all__ = []
 
 
+@check_weights
 def checkpoint_filter_fn(
         state_dict: Dict[str, torch.Tensor],
         model: AssociativeTransformer,
@@ -51,7 +53,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_ait_vit(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
-    return create_pretrained(
+    return build_model_with_cfg(
         AssociativeTransformer,
         variant,
         pretrained,

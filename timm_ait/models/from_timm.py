@@ -11,18 +11,24 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 import torch
 import torch.nn as nn
 
+from timm.layers import Mlp
 from timm.models import (
     PretrainedCfg,
+    build_model_with_cfg,
     create_model,
     generate_default_cfgs,
     get_pretrained_cfg,
     is_model,
     register_model,
-    resolve_pretrained_cfg,
 )
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import Block
 
-from timm_ait.layers import GlobalWorkspace
-from timm_ait.weights import weight_file, create_pretrained, explain_loading_errors
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
+from timm_ait.layers.workspace import split_workspace_kwargs
+from timm_ait.weights import check_weights
+
+from .associative_transformer import AssociativeBlock
 
 __all__ = ['add_workspace']
 
@@ -35,6 +41,11 @@ _BLOCK_MLP = re.compile(r'(^|\.)blocks(\.\d+)+\.mlp$')
 def _end_in_workspace(self: nn.Module, inputs: Tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
     # forward hook of an MLP; TorchScript compiles it as a method, hence the names and types
     return self.workspace(output)
+
+
+def _takes_masks(block: nn.Module) -> bool:
+    """Whether a block can become one that tells the workspace what tokens the attention leaves out."""
+    return type(block) is Block and type(block.mlp) is Mlp
 
 
 def _select_blocks(mlps: List[Tuple[str, nn.Module]], blocks: Sequence[int]) -> List[Tuple[str, nn.Module]]:
@@ -64,7 +75,7 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
             ViT, DeiT, BEiT, EVA and Swin families. Its device and dtype are those of the workspaces.
         blocks: Numbers of the blocks that get a workspace, counted through all stages, negative from the end. None for
             all.
-        **workspace_kwargs: Arguments of `GlobalWorkspace`.
+        **workspace_kwargs: Arguments of `GlobalWorkspace`, except `gated`.
 
     Returns:
         The same model.
@@ -85,23 +96,33 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
     chosen = mlps if blocks is None else _select_blocks(mlps, blocks)
     workspaces = []
     for name, mlp in chosen:
+        block = model.get_submodule(name.rpartition('.')[0])
         last = getattr(mlp, 'fc2', None)
         if not isinstance(last, nn.Linear):
             found = 'none' if last is None else f'a {type(last).__name__}'
             raise ValueError(
                 f'{name} of {architecture}, a {type(mlp).__name__}, does not compute tokens that a workspace can take: '
                 f'add_workspace looked for a last linear layer named fc2 and found {found}. Select others by blocks=.')
+        if isinstance(model, NaFlexVit) and not _takes_masks(block):
+            raise ValueError(
+                f'{name} of {architecture} would write padding: add_workspace can mask it in a Block with an Mlp, found '
+                f'a {type(block).__name__} with a {type(mlp).__name__}.')
         workspaces.append(GlobalWorkspace(
             last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs))
 
-    for (_, mlp), workspace in zip(chosen, workspaces):
+    for (name, mlp), workspace in zip(chosen, workspaces):
+        block = model.get_submodule(name.rpartition('.')[0])
         mlp.workspace = workspace.train(mlp.training)
-        # the handle is kept since it reserves its id where the model is unpickled: another hook cannot take its place
-        mlp.workspace_hook = mlp.register_forward_hook(_end_in_workspace)
+        if _takes_masks(block):
+            block.__class__, mlp.__class__ = AssociativeBlock, WorkspaceMlp
+        else:
+            # the handle is kept since it reserves its id where the model is unpickled: another hook cannot take its
+            # place
+            mlp.workspace_hook = mlp.register_forward_hook(_end_in_workspace)
 
     pretrained_cfg = getattr(model, 'pretrained_cfg', None) or {}
     if 'architecture' in pretrained_cfg:
-        arguments = dict(model=pretrained_cfg['architecture'], workspace=workspace_kwargs)
+        arguments = dict(model=pretrained_cfg['architecture'], **workspace_kwargs)
         if blocks is not None:
             arguments['blocks'] = list(blocks)
         model._model_args = {**getattr(model, '_model_args', {}), **arguments}
@@ -124,6 +145,7 @@ def add_fresh_workspaces(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return {**state_dict, **fresh}
 
 
+@check_weights
 def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """As the body's own, by timm's convention a function of this name beside its class, and then workspaces."""
     filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
@@ -142,10 +164,8 @@ def ait_from_timm(
         pretrained: bool = False,
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        cache_dir: Optional[str] = None,
         model: str = '',
         blocks: Optional[Sequence[int]] = None,
-        workspace: Optional[Dict[str, Any]] = None,
         **kwargs,
 ) -> nn.Module:
     """ Any timm transformer with gated workspaces, see `add_workspace`.
@@ -156,48 +176,35 @@ def ait_from_timm(
     Args:
         model: Architecture of the transformer, with or without a tag: 'vit_tiny_patch16_224.augreg_in21k'.
         blocks: As `add_workspace`.
-        workspace: Arguments of `GlobalWorkspace`.
-        **kwargs: Arguments of the transformer.
+        **kwargs: Arguments of `GlobalWorkspace` and of the transformer.
     """
     if not isinstance(model, str) or not is_model(model):
         raise ValueError(
             f"ait_from_timm needs model=, the name of an architecture of timm such as 'vit_tiny_patch16_224', "
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
-    cfg = resolve_pretrained_cfg('ait_from_timm', pretrained_cfg, pretrained_cfg_overlay)
-    own_weights = bool(cfg.has_weights or cfg.state_dict)
-    overlay = {}
-    if cfg.source not in ('local-dir', 'hf-hub'):
-        # the cfg is not from a config.json, which is complete: what was not asked for is as timm has it for the body
-        default = get_pretrained_cfg('ait_from_timm')
-        names = [field.name for field in dataclasses.fields(cfg)]
-        overlay = {name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(default, name)}
-        overlay.update(pretrained_cfg_overlay or {})
-        cfg = dataclasses.replace(get_pretrained_cfg(model) or PretrainedCfg(), architecture='ait_from_timm')
-        if own_weights:
-            cfg = dataclasses.replace(cfg, url=None, file=None, hf_hub_id=None, hf_hub_filename=None, custom_load=False)
-        cfg = dataclasses.replace(cfg, **overlay)
+    workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
+    overlay = pretrained_cfg_overlay or {}
+    cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
+    is_saved = isinstance(cfg, PretrainedCfg) and cfg.source in ('local-dir', 'hf-hub')
+    if not is_saved and not overlay.keys() & {'file', 'state_dict', 'url', 'hf_hub_id'}:
+        body = create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+        return add_workspace(body, blocks, **workspace_kwargs)
 
-    def build(num_classes: Optional[int] = None, **kwargs) -> nn.Module:
-        if own_weights or not pretrained:
-            body = create_model(model, pretrained_cfg_overlay=overlay, num_classes=num_classes, **kwargs)
-        else:
-            with explain_loading_errors(model, cfg.hf_hub_id):
-                file = weight_file(cfg, cache_dir)
-                if file is not None:
-                    overlay.update(file=str(file), custom_load=False)
-                # with its own classifier first: once timm adapts that, it no longer minds what else does not fit
-                body = create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-            if num_classes not in (None, body.num_classes):
-                body.reset_classifier(num_classes)
-        return add_workspace(body, blocks, **(workspace or {}))
+    def build(**kwargs) -> nn.Module:
+        return add_workspace(create_model(model, **kwargs), blocks, **workspace_kwargs)
 
-    return create_pretrained(
+    if not is_saved:
+        # what a file does not say of itself is as timm has it for the body
+        cfg = get_pretrained_cfg(model) or PretrainedCfg()
+        cfg = dataclasses.replace(
+            cfg, architecture='ait_from_timm', url=None, file=None, hf_hub_id=None, custom_load=False)
+    return build_model_with_cfg(
         build,
         'ait_from_timm',
-        pretrained and own_weights,
+        pretrained,
         pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_checkpoint_filter_fn,
-        cache_dir=cache_dir,
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
         **kwargs,
     )

@@ -22,12 +22,12 @@ import torch
 import torch.nn as nn
 
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer, get_norm_layer
-from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
 from timm_ait.layers.cross_attention import CrossAttention
-from timm_ait.weights import create_pretrained
+from timm_ait.weights import check_weights
 
 from ._builder import cifar_cfg
 from ._token_set import TokenSetModel
@@ -283,7 +283,8 @@ def _create_perceiver(variant: str, pretrained: bool = False, **kwargs) -> Perce
         raise RuntimeError(
             'features_only is not implemented for Perceiver models, whose features are latents and not grids: use '
             'forward_intermediates.')
-    return create_pretrained(Perceiver, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model_with_cfg(
+        Perceiver, variant, pretrained, pretrained_filter_fn=check_weights(checkpoint_filter_fn), **kwargs)
 
 
 @register_model

@@ -1,0 +1,173 @@
+""" A vision transformer that answers questions: what AiT, Coordination, Centroid and Set Transformer share. """
+from typing import Any, Dict, List, Optional, Tuple, Union
+
+import torch
+
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import VisionTransformer
+
+from timm_ait.layers import QuestionEmbed
+
+__all__ = ['QuestionViT']
+
+
+class QuestionViT(VisionTransformer):
+    """timm's `VisionTransformer` that takes a question about each image, which is added to the class token.
+
+    With `question_dim`, the model has a class token. Without, it is the plain ViT and takes no question.
+    """
+
+    def __init__(self, *args, question_dim: int = 0, **kwargs) -> None:
+        """
+        Args:
+            *args: As `VisionTransformer`.
+            question_dim: Width Q of the question vector that `forward` takes; 0 for none.
+            **kwargs: As `VisionTransformer`.
+
+        Raises:
+            ValueError: `question_dim` is out of its range.
+        """
+        if question_dim:
+            kwargs['class_token'] = True
+        super().__init__(*args, **kwargs)
+        self.question_embed = QuestionEmbed(
+            question_dim, self.embed_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
+        """Create regex patterns for parameter grouping."""
+        matcher = super().group_matcher(coarse)
+        return {**matcher, 'stem': matcher['stem'] + '|question_embed'}
+
+    def _embed(self, x: torch.Tensor, question: Optional[torch.Tensor]) -> torch.Tensor:
+        """Tokens (B, N, E) of images, the first of them with the question."""
+        x = self._pos_embed(self.patch_embed(x))
+        asked = self.question_embed(question, x.shape[0])
+        if self.question_embed.proj is not None:
+            assert asked is not None
+            x = torch.cat([x[:, :1] + asked, x[:, 1:]], dim=1)
+        return self.norm_pre(self.patch_drop(x))
+
+    def _forward_blocks(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor],
+            is_causal: bool,
+            num_blocks: int,
+            take_indices: Optional[List[int]] = None,
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Output of the first blocks for the tokens x (B, N, E), and that of each block that is to be taken."""
+        taken: List[torch.Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if i < num_blocks:  # torchscript can neither slice the blocks nor leave their loop
+                if attn_mask is not None or is_causal:
+                    x = block(x, attn_mask=attn_mask, is_causal=is_causal)
+                elif self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x)
+                else:
+                    x = block(x)
+                if take_indices is not None and i in take_indices:
+                    taken.append(x)
+        return x, taken
+
+    def _feature_size(self, index: int, height: int, width: int) -> Tuple[int, int]:
+        """Size of the grid of features after a block, for images of a size."""
+        return self.patch_embed.dynamic_feat_size((height, width))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+            question: Optional[torch.Tensor] = None,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """As `VisionTransformer`, with a question (B, Q) for models that take one."""
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        B, _, height, width = x.shape
+        num_blocks = max_index + 1 if stop_early else len(self.blocks)
+        x, taken = self._forward_blocks(self._embed(x, question), attn_mask, is_causal, num_blocks, take_indices)
+        if norm:
+            taken = [self.norm(y) for y in taken]
+        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in taken]
+        intermediates = [y[:, self.num_prefix_tokens:] for y in taken]
+        if output_fmt == 'NCHW':
+            sizes = [self._feature_size(i, height, width) for i in sorted(take_indices)]
+            intermediates = [
+                y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() for y, (H, W) in zip(intermediates, sizes)]
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result = {'image_intermediates': intermediates}
+            if return_prefix_tokens:
+                result['image_intermediates_prefix'] = prefix_tokens
+            if not intermediates_only:
+                result['image_features'] = self.norm(x)
+            return result
+        if return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefix_tokens))
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    @torch.jit.ignore
+    def get_intermediate_layers(
+            self,
+            x: torch.Tensor,
+            n: Union[int, List[int], Tuple[int]] = 1,
+            reshape: bool = False,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            attn_mask: Optional[torch.Tensor] = None,
+            question: Optional[torch.Tensor] = None,
+    ) -> List[torch.Tensor]:
+        """Intermediate layer outputs by the interface of DINO, see `forward_intermediates`."""
+        return self.forward_intermediates(
+            x, n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt='NCHW' if reshape else 'NLC',
+            intermediates_only=True,
+            attn_mask=attn_mask,
+            question=question,
+        )
+
+    def forward_features(
+            self,
+            x: torch.Tensor,
+            question: Optional[torch.Tensor] = None,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Features (B, N, E) after all blocks and the norm; arguments as `forward`."""
+        x, _ = self._forward_blocks(self._embed(x, question), attn_mask, is_causal, len(self.blocks))
+        return self.norm(x)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            question: Optional[torch.Tensor] = None,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Classify images, or answer questions about them.
+
+        Args:
+            x: Images (B, C, H, W).
+            question: (B, Q), for models with questions.
+            attn_mask: As `VisionTransformer`.
+            is_causal: As `VisionTransformer`.
+
+        Returns:
+            Logits (B, num_classes).
+
+        Raises:
+            ValueError: The question is missing, misshapen or not wanted.
+        """
+        return self.forward_head(self.forward_features(x, question, attn_mask, is_causal))
