@@ -1,0 +1,390 @@
+""" Every command and Python block of the README, the model cards and the recipes' headers, run from the text itself.
+
+The commands of a document run in its order, in a folder of their own that shows the files of the checkout, since later
+ones use what earlier ones wrote. What the texts take for granted is made small: `RULES` say for every program how it is
+run and shortened, `NAMES` and `BLOCKS` what Python blocks are given. A command that no rule covers fails.
+"""
+import ast
+import csv
+import functools
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import timm_ait  # noqa: F401, registers the models
+from timm_ait.data.sort_of_clevr import write_sort_of_clevr
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = os.environ.get('TIMM_SCRIPTS')
+
+
+class Rule(NamedTuple):
+    """How commands of a program are run."""
+    run: bool = True  # else its options are looked up in its --help
+    shorten: str = ''  # appended
+    skip: str = ''  # reason not to run it here
+    slow: bool = False
+    scripts: bool = False  # one of timm's scripts
+
+
+# the first that is found at the beginning of a command
+RULES = {
+    r'python -m venv|pip |python -m pip ': Rule(skip='what .ci/run does, with a network'),
+    r'git clone |cd ': Rule(skip='prepares a machine'),
+    r'hf auth ': Rule(skip='needs an account'),
+    r'hf |python benchmarks/|python -m benchmarks\.(?!compare|validate)': Rule(run=False),  # an account, or minutes
+    r'python -m timm_ait data ': Rule(shorten='--train 520 --validation 20'),
+    r'python -m timm_ait run validate.py ': Rule(shorten='--workers 0 --batch-size 8', scripts=True),
+    r'python -m timm_ait run ': Rule(scripts=True),
+    r'python -m timm_ait (predict|explain|export) ': Rule(),
+    r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0'),
+    r'python -m benchmarks\.validate': Rule(),
+    r'python -m pytest': Rule(shorten='--collect-only -q'),
+    r'(python|torchrun( -\S+)*) train.py ': Rule(
+        shorten='--epochs 1 --batch-size 8 --validation-batch-size 8 --workers 0', slow=True, scripts=True),
+    r'torchrun ': Rule(run=False),
+}
+# in prose, where only the options are looked up
+INLINE = re.compile(r'(?<!`)`((?:python3?|hf|torchrun|pip|\w+\.py) [^`]+)`(?!`)')
+PLACEHOLDERS = {'N': '12', 'USER/NAME': 'somebody/something', 'CHECKOUT': str(ROOT)}
+
+# what Python blocks may use without having made it
+NAMES = {
+    'timm': timm,
+    'timm_ait': timm_ait,
+    'torch': torch,
+    'images': torch.zeros(2, 3, 32, 32),
+}
+# what is replaced in Python blocks
+BLOCKS = {
+    r"'sort_of_clevr'": '{sort_of_clevr!r}',
+    r"'hf-hub:USER/NAME(@\w+)?'": repr(f"local-dir:{ROOT / 'weights' / 'ait_tiny_hybrid_75.sort_of_clevr'}"),
+}
+
+
+class Snippet(NamedTuple):
+    document: str
+    kind: str  # 'sh', 'python' or 'inline'
+    text: str
+
+
+def snippets_of_markdown(document: str, text: str) -> List[Snippet]:
+    """Blocks of shell (a snippet per command) and Python, and commands in prose, in their order."""
+    snippets = []
+    for i, part in enumerate(re.split(r'^```', text, flags=re.MULTILINE)):
+        language, _, body = part.partition('\n')
+        if i % 2 == 0:
+            snippets += [Snippet(document, 'inline', command) for command in INLINE.findall(part)]
+        elif language in ('sh', 'bash', 'shell', 'console'):
+            snippets += [Snippet(document, 'sh', command) for command in commands_of(body)]
+        elif language == 'python':
+            snippets.append(Snippet(document, 'python', body))
+    return snippets
+
+
+def snippets_of_recipe(document: str, text: str) -> List[Snippet]:
+    """Indented commands of the comment that a recipe begins with."""
+    header = re.match(r'(#.*\n)*', text)[0]
+    body = ''.join(line[4:] for line in header.splitlines(keepends=True) if line.startswith('#   '))
+    return [Snippet(document, 'sh', command) for command in commands_of(body)]
+
+
+def commands_of(text: str) -> List[str]:
+    lines = re.sub(r'\s*\\\n\s*', ' ', text).splitlines()
+    return [command.strip() for line in lines for command in line.split(' && ')
+            if command.strip() and not line.strip().startswith('#')]
+
+
+def all_snippets() -> List[Snippet]:
+    snippets = []
+    for file in sorted((ROOT / 'examples').glob('*.yaml')):
+        snippets += snippets_of_recipe(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
+    for file in [*sorted((ROOT / 'weights').glob('*/README.md')), ROOT / 'README.md']:
+        snippets += snippets_of_markdown(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
+    return snippets
+
+
+def arguments_of(command: str) -> List[str]:
+    """Arguments of a command, without variables before it, python in whatever environment being `python`."""
+    arguments = shlex.split(command, comments=True)
+    while re.match(r'\w+=', arguments[0]):
+        arguments = arguments[1:]
+    program = arguments[0].split('/')[-1]
+    arguments[0] = 'python' if program == 'python3' else program
+    if arguments[0].endswith('.py'):
+        arguments = ['python', *arguments]
+    return [PLACEHOLDERS.get(argument, argument) for argument in arguments]
+
+
+def rule_of(command: str) -> Optional[Rule]:
+    line = ' '.join(arguments_of(command)) + ' '
+    return next((rule for pattern, rule in RULES.items() if re.match(pattern, line)), None)
+
+
+def marks_of(snippet: Snippet) -> List[pytest.MarkDecorator]:
+    if snippet.kind == 'python':
+        return []
+    rule = rule_of(snippet.text) or Rule()
+    marks = [pytest.mark.slow] if rule.slow and snippet.kind == 'sh' else []
+    if rule.scripts and SCRIPTS is None:
+        marks.append(pytest.mark.skip(reason="set TIMM_SCRIPTS to the folder with timm's train.py and validate.py"))
+    if rule.skip:
+        marks.append(pytest.mark.skip(reason=rule.skip))
+    return marks
+
+
+def parameters(kinds):
+    snippets = [snippet for snippet in all_snippets() if snippet.kind in kinds]
+    return [
+        pytest.param(snippet, marks=marks_of(snippet), id=f'{snippet.document}-{" ".join(snippet.text.split())[:60]}')
+        for snippet in snippets]
+
+
+def option(arguments: List[str], name: str) -> Optional[str]:
+    """Value of an option, or None."""
+    return arguments[arguments.index(name) + 1] if name in arguments else None
+
+
+def write_image_folder(folder: Path, num_classes: int) -> Path:
+    """The photographs of examples/images, 13 a class for training and 2 for validation."""
+    with open(ROOT / 'examples' / 'images' / 'labels.csv') as file:
+        rows = sorted((row[1], ROOT / 'examples' / 'images' / row[0]) for row in csv.reader(file)
+                      if (ROOT / 'examples' / 'images' / row[0]).is_file())
+    for split, count in (('train', 13), ('validation', 2)):
+        for i in range(num_classes):
+            (folder / split / f'class{i:03}').mkdir(parents=True)
+            for j in range(count):
+                (folder / split / f'class{i:03}' / f'{j}.jpg').symlink_to(rows[(i * 4 + j) % len(rows)][1])
+    return folder
+
+
+def write_weights(path: Path, model: str, kwargs: Dict) -> None:
+    """Weights of a model as it is initialised, in the place of those that a text has trained."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state_dict = timm.create_model(model, **kwargs).state_dict()
+    if path.suffix == '.safetensors':
+        save_file(state_dict, path)
+    else:
+        torch.save({'state_dict': state_dict}, path)
+
+
+def comes_with_a_file(model: str, kwargs: Dict) -> bool:
+    """Whether pretrained weights of a model are on this machine."""
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    return model.startswith('local-dir:') or 'file' in overlay or bool(timm.get_pretrained_cfg_value(model, 'file'))
+
+
+class Workplace:
+    """A document's folder and namespace."""
+
+    def __init__(self, folder: Path, document: str, sort_of_clevr: Path) -> None:
+        self.folder, self.document, self.sort_of_clevr = folder, document, sort_of_clevr
+        self.names = dict(NAMES)
+        self.written = set()  # folders and experiments that commands have written
+        left_out = shutil.ignore_patterns('.*', '__pycache__', 'output', 'build', 'dist', '*.egg-info')
+        shutil.copytree(ROOT, folder, copy_function=os.symlink, ignore=left_out)
+        if document.startswith('weights/'):  # a card's commands speak of the files beside it
+            for file in (ROOT / document).parent.iterdir():
+                if not (folder / file.name).exists():
+                    (folder / file.name).symlink_to(file)
+
+    def exists(self, path: str) -> bool:
+        return (self.folder / path).exists()
+
+    def prepare(self, arguments: List[str]) -> List[str]:
+        """Make what a command reads and no command before it has written."""
+        arguments = list(arguments)
+        config = option(arguments, '--config') or next((a for a in arguments if a.endswith('.yaml')), None)
+        config = yaml.safe_load((self.folder / config).read_text()) if config and self.exists(config) else {}
+        for i, argument in enumerate(arguments):
+            if arguments[i - 1] == '--data-dir' and not self.exists(argument):
+                if config.get('dataset') == 'sort_of_clevr' or 'benchmarks.validate_sort_of_clevr' in arguments:
+                    arguments[i] = str(self.sort_of_clevr)
+                else:
+                    write_image_folder(self.folder / argument, int(option(arguments, '--num-classes') or 10))
+        self.prepare_weights(arguments, config)
+        written = (option(arguments, name) for name in ('--experiment', '--output', '--out'))
+        self.written |= {name for name in written if name}
+        return arguments
+
+    def prepare_weights(self, arguments: List[str], config: Dict) -> None:
+        model = option(arguments, '--model') or config.get('model')
+        kwargs = dict(config.get('model_kwargs') or {})
+        if 'runs' in config:
+            model = next(iter(config['runs'].values()))['model']
+            kwargs['img_size'] = config['image_size']
+        for argument in arguments:
+            key, equals, value = argument.partition('=')
+            if equals and key.isidentifier():
+                try:
+                    kwargs[key] = ast.literal_eval(value)
+                except (SyntaxError, ValueError):
+                    kwargs[key] = value
+        overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
+        kwargs.pop('pretrained', None)
+        num_classes = overlay.get('num_classes') or option(arguments, '--num-classes')
+        if num_classes:
+            kwargs['num_classes'] = int(num_classes)
+        for path in [overlay.get('file', ''), *arguments]:
+            if not path.endswith(('.pth.tar', '.safetensors')) or '=' in path or self.exists(path):
+                continue
+            # where a command of this document has written, paths have to be right
+            if not any(name in path.split('/') or path.startswith(f'{name}/') for name in self.written):
+                write_weights(self.folder / path, model, kwargs)
+
+    def shorten(self, arguments: List[str], rule: Rule) -> List[str]:
+        arguments = [*arguments, *rule.shorten.split()]
+        if 'benchmarks.compare' in arguments and '--runs' not in arguments:
+            recipe = yaml.safe_load((self.folder / arguments[3]).read_text())
+            arguments += ['--runs', *list(recipe['runs'])[:2]]
+        if 'data' in arguments[:4] and self.exists(option(arguments, '--out') or ''):
+            arguments.append('--force')
+        if '--pretrained' in arguments and '--config' in arguments:
+            config = yaml.safe_load((self.folder / option(arguments, '--config')).read_text())
+            model = option(arguments, '--model') or config['model']
+            if not any('pretrained_cfg_overlay' in a for a in arguments) and not comes_with_a_file(model, {}):
+                arguments.remove('--pretrained')  # there is no network
+        return arguments
+
+
+def run(arguments: List[str], folder: Path, monkeypatch, capfd) -> str:
+    """Run a command; modules of the checkout in this process, as `python -m` does, for the sake of time.
+
+    Returns:
+        What it printed.
+    """
+    if arguments[:2] == ['python', '-m'] and arguments[2].split('.')[0] in ('timm_ait', 'benchmarks'):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, 'argv', arguments[2:])
+        monkeypatch.setattr(sys, 'path', sys.path[:])
+        try:
+            runpy.run_module(arguments[2], run_name='__main__', alter_sys=True)
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
+        printed = ''.join(capfd.readouterr())
+    else:
+        programs = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run'],
+                    'hf': [sys.executable, '-m', 'huggingface_hub.cli.hf']}
+        command = [*programs[arguments[0]], *arguments[1:]]
+        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'COLUMNS': '200'}
+        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+        code, printed = result.returncode, result.stdout + result.stderr
+    assert code == 0, f'{shlex.join(arguments)} ended with {code}:\n{printed[-3000:]}'
+    return printed
+
+
+def with_scripts(arguments: List[str]) -> List[str]:
+    return [str(Path(SCRIPTS).resolve() / argument) if SCRIPTS and re.fullmatch(r'\w+\.py', argument) else argument
+            for argument in arguments]
+
+
+def program_of(arguments: List[str]) -> List[str]:
+    """The arguments that name the program and its command."""
+    count = 1 if arguments[0] != 'python' else 2 if arguments[1] != '-m' else 3
+    if arguments[0] == 'hf' or 'timm_ait' in arguments[:count]:
+        count += 1
+    return arguments[:count]
+
+
+_helps: Dict[str, str] = {}
+
+
+def check_options(arguments: List[str], folder: Path, monkeypatch, capfd) -> None:
+    """Look up the options of a command, or of a synopsis with […], in the program's help."""
+    program = program_of(arguments)
+    key = ' '.join(program)
+    if key not in _helps:
+        _helps[key] = run(with_scripts([*program, '--help']), folder, monkeypatch, capfd)
+    if 'run' in program:  # the rest is the script's
+        return
+    for name in re.findall(r'(?:^|[\s\[])(-{1,2}[a-zA-Z][\w-]*)', ' '.join(arguments[len(program):])):
+        assert re.search(rf'(?<![\w-]){name}(?![\w-])', _helps[key]), f'{key} has no option {name}'
+
+
+@pytest.fixture(scope='module')
+def workplace(tmp_path_factory):
+    sort_of_clevr = tmp_path_factory.mktemp('data') / 'sort_of_clevr'
+    sort_of_clevr.mkdir()
+    write_sort_of_clevr(sort_of_clevr, seed=0, num_train=20, num_validation=4)
+
+    @functools.lru_cache(maxsize=None)
+    def of(document: str) -> Workplace:
+        return Workplace(tmp_path_factory.mktemp('document') / 'checkout', document, sort_of_clevr)
+
+    return of
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+
+
+@pytest.mark.parametrize('snippet', parameters(('sh', 'python')))
+def test_text(snippet, workplace, monkeypatch, capfd):
+    place = workplace(snippet.document)
+    if snippet.kind == 'python':
+        run_block(snippet.text, place, monkeypatch)
+        return
+    rule = rule_of(snippet.text)
+    assert rule is not None, f'{snippet.document}: no rule covers: {snippet.text}'
+    arguments = arguments_of(snippet.text)
+    if rule.run:
+        arguments = place.shorten(place.prepare(arguments), rule)
+        run(with_scripts(arguments), place.folder, monkeypatch, capfd)
+    else:
+        check_options(arguments, place.folder, monkeypatch, capfd)
+
+
+def run_block(text: str, place: Workplace, monkeypatch) -> None:
+    create_model = timm.create_model
+
+    def create_model_offline(model_name, pretrained=False, **kwargs):
+        return create_model(model_name, pretrained=pretrained and comes_with_a_file(model_name, kwargs), **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', create_model_offline)
+    monkeypatch.chdir(place.folder)
+    for pattern, replacement in BLOCKS.items():
+        replacement = replacement.format(sort_of_clevr=str(place.sort_of_clevr))
+        text = re.sub(pattern, lambda match: replacement, text)
+    exec(compile(text, place.document, 'exec'), place.names)
+
+
+@pytest.mark.parametrize('snippet', parameters(('inline',)))
+def test_options_in_prose(snippet, workplace, monkeypatch, capfd):
+    assert rule_of(snippet.text) is not None, f'{snippet.document}: no rule covers: {snippet.text}'
+    check_options(arguments_of(snippet.text), workplace(snippet.document).folder, monkeypatch, capfd)
+
+
+class TestExtraction:
+
+    def test_markdown(self):
+        text = 'Say `python a.py --x` and `model.b`.\n```sh\na && b \\\n    c\n# why\nd\n```\n```python\ne\nf\n```\n'
+        assert [(snippet.kind, snippet.text) for snippet in snippets_of_markdown('x', text)] == [
+            ('inline', 'python a.py --x'), ('sh', 'a'), ('sh', 'b c'), ('sh', 'd'), ('python', 'e\nf\n')]
+
+    def test_recipe(self):
+        text = '# Title.\n#\n#   a \\\n#       b\n#   c\n#\n# More.\nkey: 1\n#   no\n'
+        assert [snippet.text for snippet in snippets_of_recipe('x', text)] == ['a b', 'c']
+
+    def test_a_command_without_a_rule_is_told(self):
+        assert rule_of('rm -rf output') is None
+
+    def test_every_document_has_something_to_run(self):
+        documents = {snippet.document for snippet in all_snippets()}
+        recipes = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'examples').glob('*.yaml')}
+        cards = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'weights').glob('*/README.md')}
+        assert documents == recipes | cards | {'README.md'}
