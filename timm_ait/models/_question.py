@@ -1,21 +1,63 @@
-""" A vision transformer that answers questions: what AiT, Coordination, Centroid and Set Transformer share. """
-from typing import Any, Dict, List, Optional, Tuple, Union
+""" What the models share: questions about images, and the pretrained cfg of models for small images. """
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers import QuestionEmbed
 
-__all__ = ['QuestionViT']
+__all__ = ['QuestionViT', 'cifar_cfg', 'refuse_arguments', 'refuse_masks']
+
+
+def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    """Pretrained cfg of a model for images of 32 px in 10 classes."""
+    return {
+        'url': url,
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': None,
+        'crop_pct': 1.0,
+        'interpolation': 'bicubic',
+        'fixed_input_size': True,
+        'mean': IMAGENET_INCEPTION_MEAN,
+        'std': IMAGENET_INCEPTION_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+def refuse_arguments(kwargs: Dict[str, Any], names: Iterable[str], reason: str) -> Dict[str, Any]:
+    """Keyword arguments without those of a ViT that a model has no use for.
+
+    Raises:
+        ValueError: One of them is set.
+    """
+    for name in names:
+        if kwargs.get(name):
+            raise ValueError(f'{name}={kwargs[name]!r} cannot be had: {reason}.')
+    return {name: value for name, value in kwargs.items() if name not in names}
+
+
+def refuse_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
+    """Called by blocks without self-attention.
+
+    Raises:
+        ValueError: There is a mask.
+    """
+    if attn_mask is not None or is_causal:
+        raise ValueError('attn_mask and is_causal are of self-attention, which this model does not have throughout.')
 
 
 class QuestionViT(VisionTransformer):
     """timm's `VisionTransformer` that takes a question about each image, which is added to the class token.
 
-    With `question_dim`, the model has a class token. Without, it is the plain ViT and takes no question.
+    With `question_dim` the model has a class token. Without, it is the plain ViT and takes no question.
     """
 
     def __init__(self, *args, question_dim: int = 0, **kwargs) -> None:
@@ -75,7 +117,6 @@ class QuestionViT(VisionTransformer):
         """Size of the grid of features after a block, for images of a size."""
         return self.patch_embed.dynamic_feat_size((height, width))
 
-    @torch.jit.ignore
     def forward_intermediates(
             self,
             x: torch.Tensor,
@@ -101,9 +142,10 @@ class QuestionViT(VisionTransformer):
         prefix_tokens = [y[:, :self.num_prefix_tokens] for y in taken]
         intermediates = [y[:, self.num_prefix_tokens:] for y in taken]
         if output_fmt == 'NCHW':
-            sizes = [self._feature_size(i, height, width) for i in sorted(take_indices)]
+            sizes = [self._feature_size(i, height, width) for i in sorted(set(take_indices))]
             intermediates = [
                 y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() for y, (H, W) in zip(intermediates, sizes)]
+
         return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
             result = {'image_intermediates': intermediates}
@@ -116,7 +158,6 @@ class QuestionViT(VisionTransformer):
             intermediates = list(zip(intermediates, prefix_tokens))
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
-    @torch.jit.ignore
     def get_intermediate_layers(
             self,
             x: torch.Tensor,
@@ -158,16 +199,19 @@ class QuestionViT(VisionTransformer):
     ) -> torch.Tensor:
         """Classify images, or answer questions about them.
 
+        The question comes second here, as in every model of the package, and the mask, which is second in timm's ViT,
+        by keyword.
+
         Args:
             x: Images (B, C, H, W).
             question: (B, Q), for models with questions.
-            attn_mask: As `VisionTransformer`.
-            is_causal: As `VisionTransformer`.
+            attn_mask: As `VisionTransformer`, for models with self-attention throughout.
+            is_causal: As `VisionTransformer`, likewise.
 
         Returns:
             Logits (B, num_classes).
 
         Raises:
-            ValueError: The question is missing, misshapen or not wanted.
+            ValueError: The question is missing, misshapen or not wanted, or a mask is not.
         """
         return self.forward_head(self.forward_features(x, question, attn_mask, is_causal))

@@ -17,38 +17,42 @@ import torch
 import torch.nn as nn
 
 from timm.layers import HybridEmbed, Mlp
-from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block
+from timm.models import (
+    build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function)
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.data.sort_of_clevr import ANSWERS, QUESTION_DIM
 from timm_ait.data.triangle import CLASSES as TRIANGLE_CLASSES
 from timm_ait.layers import WorkspaceMlp
 from timm_ait.layers.workspace import split_workspace_kwargs
-from timm_ait.weights import shipped_weights
+from timm_ait.weights import check_weights, shipped_weights
 
-from ._builder import cifar_cfg, create_with_grids
-from ._question import QuestionViT
+from ._question import QuestionViT, cifar_cfg
 
 __all__ = ['AssociativeTransformer']
 
 
-@torch.jit.unused  # in training alone, which is not scripted
-def unmasked_tokens(attn_mask: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Tokens (B, N) that any token may attend to.
+@torch.fx.wrap
+@register_notrace_function
+def attended_tokens(attn_mask: Optional[torch.Tensor], batch_size: int) -> Optional[torch.Tensor]:
+    """Tokens (B, N) that some token may attend to, None for all.
 
     Args:
-        attn_mask: Mask of the attention, boolean or additive, that broadcasts to (B, heads, N, N).
+        attn_mask: Boolean or additive mask that broadcasts to (B, heads, N, N).
         batch_size: Number of images B.
     """
-    allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min
-    if allowed.ndim < 4:
-        return allowed.flatten(0, -2).any(dim=0).expand(batch_size, -1)
-    return allowed.flatten(1, 2).any(dim=1).expand(batch_size, -1)
+    if attn_mask is None:
+        return None
+    # what the softmax makes of -inf, of the dtype's lowest number, or of -1e4
+    attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask.float().exp() > 0
+    if attended.ndim < 4:  # the same for all images
+        return attended.flatten(0, -2).any(dim=0).expand(batch_size, -1)
+    return attended.flatten(1, 2).any(dim=1).expand(batch_size, -1)
 
 
 class AssociativeBlock(Block):
-    """timm's block, which tells the workspace at the end of its MLP what tokens the attention leaves out."""
+    """timm's block with a `WorkspaceMlp`, which it tells in training what tokens no other attends to: padding."""
 
     def forward(
             self,
@@ -57,9 +61,7 @@ class AssociativeBlock(Block):
             is_causal: bool = False,
     ) -> torch.Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
-        token_mask: Optional[torch.Tensor] = None
-        if attn_mask is not None and self.training:
-            token_mask = unmasked_tokens(attn_mask, x.shape[0])
+        token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
         return x
 
@@ -78,9 +80,7 @@ class AttentionFreeBlock(AssociativeBlock):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
-        token_mask: Optional[torch.Tensor] = None
-        if attn_mask is not None and self.training:
-            token_mask = unmasked_tokens(attn_mask, x.shape[0])
+        token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
 
 
@@ -137,7 +137,16 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_associative_transformer = partial(create_with_grids, AssociativeTransformer)
+def _create_associative_transformer(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
+    return build_model_with_cfg(
+        AssociativeTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
 
 
 # the paper's input: 32 px images in 64 patches, average pooling

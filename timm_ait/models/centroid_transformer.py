@@ -10,7 +10,6 @@ Parameters without the classifier: base 85.1M, ViT-Base with the seventh of its 
 attention, which has the same parameters. Small 14.8M, near AiT-Small's 15.1M, but three blocks 640 wide in place of two
 768 wide: one before, one of centroid attention and one after are the least that make the family.
 """
-from functools import partial
 from typing import Any, Optional, Tuple
 
 import torch
@@ -18,13 +17,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm.layers import Attention
-from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
-from timm_ait.layers import QuestionEmbed
+from timm_ait.weights import check_weights
 
-from ._builder import cifar_cfg, create_with_grids
-from ._question_token import QuestionTokenViT
+from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['CentroidTransformer']
 
@@ -120,7 +118,13 @@ class CentroidBlock(Block):
         x = F.avg_pool2d(x, self.pool_size, ceil_mode=True)
         return torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        refuse_masks(attn_mask, is_causal)
         centroids = self.init_centroids(x)
         x = self.norm1(x)
         for _ in range(self.num_steps):
@@ -128,13 +132,11 @@ class CentroidBlock(Block):
         return centroids + self.drop_path2(self.ls2(self.mlp(self.norm2(centroids))))
 
 
-class CentroidTransformer(QuestionTokenViT):
+class CentroidTransformer(QuestionViT):
     """ Centroid Transformer
 
-    timm's `VisionTransformer` with one block of centroid attention; keys of a plain ViT checkpoint match one to one.
-
-    A question is one more token and, in the centroid block, a centroid of its own that starts from that token; so it
-    competes for the image's tokens, and they for it. It is dropped after the last block, before the pooling.
+    timm's `VisionTransformer` with one block of centroid attention; keys of a plain ViT checkpoint match one to one. A
+    question, in the class token, is a centroid of its own, and so competes for the image's tokens.
     """
 
     def __init__(
@@ -143,26 +145,24 @@ class CentroidTransformer(QuestionTokenViT):
             centroid_index: int = 6,
             centroid_pool: int = 2,
             centroid_steps: int = 1,
-            question_dim: int = 0,
             **kwargs,
     ) -> None:
         """
         Args:
-            *args: As `VisionTransformer`.
+            *args: As `QuestionViT`.
             centroid_index: Index of the block of centroid attention, the number of blocks over all tokens before it.
             centroid_pool: Side of the square of tokens that a centroid starts from: M = N / side^2.
             centroid_steps: Number of steps of the centroids within their block.
-            question_dim: Width of the question vector, 0 for a model without questions.
-            **kwargs: As `VisionTransformer`, except for other blocks and what leaves no full grid of one size.
+            **kwargs: As `QuestionViT`, except for other blocks and what leaves no full grid of one size.
 
         Raises:
             ValueError: An option of other blocks, or a size that is not possible.
         """
-        for name in ('attn_layer', 'block_fn', 'dynamic_img_size', 'dynamic_img_pad', 'patch_drop_rate'):
-            if kwargs.get(name):
-                raise ValueError(
-                    f'{name}={kwargs[name]!r} does not go with centroids, which start from the means of a full grid of '
-                    'tokens of one size.')
+        kwargs = refuse_arguments(
+            kwargs,
+            ('attn_layer', 'block_fn', 'dynamic_img_size', 'dynamic_img_pad', 'patch_drop_rate'),
+            'centroids start from the means of a full grid of tokens of one size',
+        )
         for name, value, low in (
                 ('centroid_index', centroid_index, 0),
                 ('centroid_pool', centroid_pool, 1),
@@ -170,14 +170,13 @@ class CentroidTransformer(QuestionTokenViT):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f'{name} must be an integer of at least {low}, got {value!r}.')
-        num_question_tokens = 1 if question_dim else 0
 
         def block_fn(depth: int, attn_layer: Any, **block_kwargs) -> nn.Module:
             if depth != centroid_index:
                 return Block(depth=depth, attn_layer=attn_layer, **block_kwargs)
             return CentroidBlock(
                 grid_size=self.patch_embed.grid_size,
-                num_prefix_tokens=self.num_prefix_tokens + num_question_tokens,
+                num_prefix_tokens=self.num_prefix_tokens,
                 pool_size=centroid_pool,
                 num_steps=centroid_steps,
                 depth=depth,
@@ -191,9 +190,6 @@ class CentroidTransformer(QuestionTokenViT):
             info['reduction'] *= centroid_pool
         self.centroid_index = centroid_index
         self.centroid_pool = centroid_pool
-        self.question_embed = QuestionEmbed(
-            question_dim, self.embed_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
-        self.num_question_tokens = num_question_tokens
 
     def set_input_size(
             self,
@@ -225,7 +221,17 @@ default_cfgs = generate_default_cfgs({
     'test_centroid_transformer.untrained': cifar_cfg(),
 })
 
-_create_centroid_transformer = partial(create_with_grids, CentroidTransformer)
+
+def _create_centroid_transformer(variant: str, pretrained: bool = False, **kwargs) -> CentroidTransformer:
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
+    return build_model_with_cfg(
+        CentroidTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
 
 
 # 32 px images in 64 patches, 16 centroids, average pooling

@@ -18,13 +18,13 @@ import torch
 import torch.nn as nn
 
 from timm.layers import use_fused_attn
-from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_function
-from timm.models.vision_transformer import Block
+from timm.models import (
+    build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, register_notrace_function)
+from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
-from timm_ait.layers import QuestionEmbed
+from timm_ait.weights import check_weights
 
-from ._builder import cifar_cfg, create_with_grids
-from ._question_token import QuestionTokenViT
+from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['Coordination']
 
@@ -212,13 +212,11 @@ class CoordinationBlock(Block):
         return x, memory
 
 
-class Coordination(QuestionTokenViT):
+class Coordination(QuestionViT):
     """ Vision transformer coordinated through a shared global workspace
 
-    timm's `VisionTransformer` with other blocks, and a memory an image that they hand on.
-
-    A question is one more token: it writes into the memory if it wins the competition, and is dropped after the last
-    block, before the pooling.
+    timm's `VisionTransformer` with other blocks, and a memory per image that they hand on. A question, in the class token,
+    writes into the memory if it wins the competition.
     """
 
     def __init__(
@@ -228,34 +226,28 @@ class Coordination(QuestionTokenViT):
             slot_dim: int = 320,
             slot_heads: int = 5,
             bottleneck: int = 5,
-            question_dim: int = 0,
             **kwargs,
     ) -> None:
         """
         Args:
-            *args: As `VisionTransformer`.
+            *args: As `QuestionViT`.
             num_slots: Number of slots M of the memory.
             slot_dim: Slot width D.
             slot_heads: Heads of the write; `num_heads` are those of the broadcast.
             bottleneck: Tokens k that write into a slot, for each head.
-            question_dim: Width of the question vector, 0 for a model without questions.
-            **kwargs: As `VisionTransformer`, except for the options of its attention and of its blocks.
+            **kwargs: As `QuestionViT`, except for the options of its attention and of its blocks.
 
         Raises:
             ValueError: An option of self-attention, or a size that is not possible.
         """
-        for name in ('qk_norm', 'scale_attn_norm', 'attn_layer', 'block_fn'):
-            if kwargs.get(name):
-                raise ValueError(f'{name}={kwargs[name]!r} is an option of self-attention, which this model has not.')
+        kwargs = refuse_arguments(
+            kwargs, ('qk_norm', 'scale_attn_norm', 'attn_layer', 'block_fn'), 'this model has no self-attention')
         if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
             raise ValueError(f'num_slots must be an integer of at least 1, got {num_slots!r}.')
         block_fn = partial(CoordinationBlock, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
         super().__init__(*args, block_fn=block_fn, **kwargs)
         self.blocks = nn.ModuleList(self.blocks)  # not a sequence of one tensor
-        dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
-        self.memory = LearnedSlots(num_slots, slot_dim, **dd)
-        self.question_embed = QuestionEmbed(question_dim, self.embed_dim, **dd)
-        self.num_question_tokens = 1 if question_dim else 0
+        self.memory = LearnedSlots(num_slots, slot_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -266,17 +258,19 @@ class Coordination(QuestionTokenViT):
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
         """Create regex patterns for parameter grouping."""
         matcher = super().group_matcher(coarse)
-        matcher['stem'] += '|memory'
-        return matcher
+        return {**matcher, 'stem': matcher['stem'] + '|memory'}
 
-    def _run_blocks(
+    def _forward_blocks(
             self,
             x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor],
+            is_causal: bool,
             num_blocks: int,
             take_indices: Optional[List[int]] = None,
-    ) -> Tuple[torch.Tensor, List[Tuple[int, torch.Tensor]]]:
-        """As `QuestionTokenViT`, with the memory that the blocks hand on."""
-        taken: List[Tuple[int, torch.Tensor]] = []
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """As `QuestionViT`, with the memory that the blocks hand on."""
+        refuse_masks(attn_mask, is_causal)
+        taken: List[torch.Tensor] = []
         memory = self.memory(x.shape[0])
         for i, block in enumerate(self.blocks):
             if i < num_blocks:
@@ -285,7 +279,7 @@ class Coordination(QuestionTokenViT):
                 else:
                     x, memory = block(x, memory)
                 if take_indices is not None and i in take_indices:
-                    taken.append((i, x))
+                    taken.append(x)
         return x, taken
 
 
@@ -295,7 +289,17 @@ default_cfgs = generate_default_cfgs({
     'test_coordination.untrained': cifar_cfg(),
 })
 
-_create_coordination = partial(create_with_grids, Coordination)
+
+def _create_coordination(variant: str, pretrained: bool = False, **kwargs) -> Coordination:
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
+    return build_model_with_cfg(
+        Coordination,
+        variant,
+        pretrained,
+        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
 
 
 # 32 px images in 64 patches, average pooling

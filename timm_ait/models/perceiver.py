@@ -16,12 +16,12 @@ Parameters without the classifier: small 14.3M, in AiT-Small's width and number 
 the paper's ImageNet model, 1024, with 12 blocks as AiT-Base. Shared blocks count once, so the number of iterations is
 free: 3 in small and 2 in base, about the multiplications of the AiT of that name.
 """
-from typing import Any, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 
-from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer, get_norm_layer
+from timm.layers import DropPath, LayerNorm, LayerType, Mlp, get_act_layer, get_norm_layer, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
@@ -29,8 +29,7 @@ from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from timm_ait.layers.cross_attention import CrossAttention
 from timm_ait.weights import check_weights
 
-from ._builder import cifar_cfg
-from ._token_set import TokenSetModel
+from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['Perceiver']
 
@@ -79,10 +78,11 @@ class CrossAttentionBlock(nn.Module):
         return latents
 
 
-class Perceiver(TokenSetModel):
+class Perceiver(QuestionViT):
     """ Perceiver
 
-    With `question_dim`, it answers a question about each image: the embedded question is one more token to read.
+    Before and after its layers it is timm's `VisionTransformer`: patches, position embedding, pooling and classifier. Its
+    features are the latents. A question, in a class token, is one more token to read.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Perceiver(TokenSetModel):
             embed_dim: int = 768,
             depth: int = 2,
             num_heads: int = 12,
+            *,
             num_cross_heads: int = 1,
             mlp_ratio: float = 1.,
             num_latents: int = 32,
@@ -103,8 +104,8 @@ class Perceiver(TokenSetModel):
             proj_drop_rate: float = 0.,
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            norm_layer: Optional[Union[str, Type[nn.Module]]] = None,
-            act_layer: Optional[Union[str, Type[nn.Module]]] = None,
+            norm_layer: Optional[LayerType] = None,
+            act_layer: Optional[LayerType] = None,
             device=None,
             dtype=None,
             **kwargs,
@@ -130,21 +131,43 @@ class Perceiver(TokenSetModel):
             drop_path_rate: Stochastic depth rate, the same in all blocks, since a shared block has no depth.
             norm_layer: Normalization layer.
             act_layer: Activation of the dense blocks, GELU by default.
-            **kwargs: As `TokenSetModel`.
+            **kwargs: As `QuestionViT`, except for what its blocks do not have.
 
         Raises:
-            ValueError: An argument is out of its range.
+            ValueError: An argument is out of its range, or one of other blocks.
         """
-        dd = {'device': device, 'dtype': dtype}
         for name, value in dict(depth=depth, num_latents=num_latents, num_iterations=num_iterations).items():
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}.')
         if share_weights not in ('none', 'after_first', 'all'):
             raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
-        super().__init__(img_size, patch_size, in_chans, global_pool, embed_dim, **dd, **kwargs)
+        self._check_global_pool(global_pool)
+        kwargs = refuse_arguments(
+            kwargs,
+            ('qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'init_values', 'class_token',
+             'no_embed_class', 'reg_tokens', 'final_norm', 'fc_norm', 'weight_init', 'fix_init', 'block_fn', 'mlp_layer',
+             'attn_layer'),
+            'tokens are the patches and the question, and the blocks are those of the paper',
+        )
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans,
+            num_classes,
+            global_pool,
+            embed_dim,
+            depth=0,  # the blocks are below
+            class_token=False,
+            no_embed_class=True,
+            final_norm=False,
+            norm_layer=norm_layer,
+            weight_init='skip',
+            **dd,
+            **kwargs,
+        )
+        self.num_prefix_tokens = 0  # of the features
         self.num_iterations = num_iterations
-        norm_layer = get_norm_layer(norm_layer) or LayerNorm
-        act_layer = get_act_layer(act_layer) or nn.GELU
 
         self.latents = nn.Parameter(torch.empty(1, num_latents, embed_dim, **dd))
         block_args = dict(
@@ -152,8 +175,8 @@ class Perceiver(TokenSetModel):
             proj_drop=proj_drop_rate,
             attn_drop=attn_drop_rate,
             drop_path=drop_path_rate,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
+            act_layer=get_act_layer(act_layer) or nn.GELU,
+            norm_layer=get_norm_layer(norm_layer) or LayerNorm,
             **dd,
         )
         # iterations beyond the length of a list use its last module
@@ -164,23 +187,37 @@ class Perceiver(TokenSetModel):
         self.latent_transformers = nn.ModuleList([
             nn.Sequential(*[Block(embed_dim, num_heads=num_heads, qkv_bias=True, **block_args) for _ in range(depth)])
             for _ in range(num_iterations if share_weights == 'none' else 1)])
-
-        self.reset_classifier(num_classes)
+        # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
         self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
+        """As `VisionTransformer`; latents as the position embedding."""
+        super().init_weights(mode, needs_reset)
+        trunc_normal_(self.latents, std=.02)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Set of parameters that should not use weight decay."""
+        return super().no_weight_decay() | {'latents'}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Patterns that group the parameters by depth, shared ones by their first use."""
         return dict(
-            stem=r'^latents|pos_embed|patch_embed|question_embed',
+            stem=r'^latents|cls_token|pos_embed|patch_embed|norm_pre|question_embed',
             blocks=[(r'^cross_attns\.(\d+)', None), (r'^latent_transformers\.(\d+)\.(\d+)', None)],
         )
 
-    def _check_global_pool(self, global_pool: str) -> str:
+    def _check_global_pool(self, global_pool: Optional[str]) -> None:
         pools = ('', 'avg', 'avgmax', 'max')
-        if global_pool not in pools:
+        if global_pool is not None and global_pool not in pools:
             raise ValueError(f'global_pool must be one of {pools}, got {global_pool!r}.')
-        return global_pool
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """As `VisionTransformer`, with the poolings of latents."""
+        self._check_global_pool(global_pool)
+        super().reset_classifier(num_classes, global_pool)
 
     def _iterate(self, latents: torch.Tensor, tokens: torch.Tensor, iteration: int) -> torch.Tensor:
         """One iteration, counted from 0: latents (B, M, E) read the tokens (B, N, E), then each other."""
@@ -203,27 +240,36 @@ class Perceiver(TokenSetModel):
             self,
             x: torch.Tensor,
             indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NLC',
             intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
             question: Optional[torch.Tensor] = None,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """Latents after the last iteration and after those before it; there are no grids.
 
         Args:
             x: Images (B, C, H, W).
             indices: Take the last n iterations if an int, all if None, those of the sequence otherwise.
+            return_prefix_tokens: Changes nothing, since latents are no prefix tokens.
             norm: Changes nothing, since there is no norm after the iterations.
             stop_early: Stop at the last iteration that is asked for.
             output_fmt: 'NLC', latents (B, M, E).
             intermediates_only: Return the intermediates alone.
-            question: (B, question_dim), for models with questions.
+            output_dict: Return them as 'image_features' and 'image_intermediates' of a dictionary.
+            attn_mask: Refused, like `is_causal`.
+            is_causal: See `attn_mask`.
+            question: (B, Q), for models with questions.
 
         Returns:
             (final latents, intermediates), or the intermediates.
         """
         assert output_fmt == 'NLC', 'Output format must be NLC: latents are not on a grid.'
+        refuse_masks(attn_mask, is_causal)
         intermediates = []
         take_indices, max_index = feature_take_indices(self.num_iterations, indices)
 
@@ -234,9 +280,10 @@ class Perceiver(TokenSetModel):
             if i in take_indices:
                 intermediates.append(x)
 
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
+        if output_dict:
+            features = {} if intermediates_only else {'image_features': x}
+            return {**features, 'image_intermediates': intermediates}
+        return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
             self,
@@ -262,8 +309,15 @@ class Perceiver(TokenSetModel):
             self.reset_classifier(0, '')
         return take_indices
 
-    def forward_features(self, x: torch.Tensor, question: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward_features(
+            self,
+            x: torch.Tensor,
+            question: Optional[torch.Tensor] = None,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
         """Perceive images (B, C, H, W) in latents (B, M, E)."""
+        refuse_masks(attn_mask, is_causal)
         tokens = self._embed(x, question)
         x = self.latents.expand(tokens.shape[0], -1, -1)
         for i in range(self.num_iterations):

@@ -16,19 +16,19 @@ blocks; base 90.6M as AiT-Base's, but 8 blocks 1024 wide instead of 12 blocks 76
 blocks, and norms after the residual sums are hard to train in a deeper stack.
 """
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple, Type, Union
+from typing import Dict, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 
-from timm.layers import DropPath, LayerNorm, calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, LayerNorm, LayerType, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from timm_ait.layers.cross_attention import CrossAttention
+from timm_ait.weights import check_weights
 
-from ._builder import cifar_cfg, create_with_grids
-from ._token_set import TokenSetModel
+from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['SetTransformer']
 
@@ -86,26 +86,52 @@ class MultiheadAttentionBlock(nn.Module):
 class InducedSetAttentionBlock(nn.Module):
     """ISAB_m(X) = MAB(X, H) with H = MAB(I, X), I the m inducing points; equations 9 and 10."""
 
-    def __init__(self, dim: int, num_heads: int, num_inducing: int, device=None, dtype=None, **kwargs) -> None:
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            num_inducing: int,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: float = 0.,
+            act_layer: Type[nn.Module] = nn.ReLU,
+            norm_layer: Type[nn.Module] = LayerNorm,
+            device=None,
+            dtype=None,
+            **unused,
+    ) -> None:
         """
         Args:
             dim: Width d.
             num_heads: Number of heads.
             num_inducing: Number of inducing points m.
-            **kwargs: As `MultiheadAttentionBlock`.
+            proj_drop: As `MultiheadAttentionBlock`, like the following.
+            attn_drop: Dropout rate of the attention weights.
+            drop_path: Stochastic depth rate.
+            act_layer: Activation of the rFF.
+            norm_layer: Normalization layer.
+            **unused: What else timm's ViT hands to its blocks; `SetTransformer` refuses to have it set.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        mab = partial(
+            MultiheadAttentionBlock, dim, num_heads, proj_drop, attn_drop, drop_path, act_layer, norm_layer, **dd)
         self.inducing_points = nn.Parameter(torch.empty(num_inducing, dim, **dd))
-        self.induce = MultiheadAttentionBlock(dim, num_heads, **kwargs, **dd)
-        self.attend = MultiheadAttentionBlock(dim, num_heads, **kwargs, **dd)
+        self.induce = mab()
+        self.attend = mab()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.inducing_points)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Update the set x (B, N, d)."""
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Update the set x (B, N, d); there is no self-attention to mask."""
+        refuse_masks(attn_mask, is_causal)
         h = self.induce(self.inducing_points.expand(x.shape[0], -1, -1), x)
         return self.attend(x, h)
 
@@ -153,10 +179,11 @@ class PoolingByMultiheadAttention(nn.Module):
         return x.mean(dim=1)
 
 
-class SetTransformer(TokenSetModel):
+class SetTransformer(QuestionViT):
     """ Set Transformer
 
-    With `question_dim`, it answers a question about each image: the embedded question is one more element of the set.
+    timm's `VisionTransformer` with other blocks and its own pooling. A question, in the class token, is one more element
+    of the set.
     """
 
     def __init__(
@@ -169,15 +196,13 @@ class SetTransformer(TokenSetModel):
             embed_dim: int = 768,
             depth: int = 2,
             num_heads: int = 12,
+            *,
             num_inducing: int = 32,
             num_seeds: int = 1,
-            proj_drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            norm_layer: Optional[Union[str, Type[nn.Module]]] = None,
-            act_layer: Optional[Union[str, Type[nn.Module]]] = None,
-            device=None,
-            dtype=None,
+            class_token: bool = False,
+            no_embed_class: bool = True,
+            norm_layer: Optional[LayerType] = None,
+            act_layer: Optional[LayerType] = None,
             **kwargs,
     ) -> None:
         """
@@ -186,152 +211,77 @@ class SetTransformer(TokenSetModel):
             patch_size: Patch size.
             in_chans: Number of image input channels.
             num_classes: Number of classes for the classification head; 0 for none.
-            global_pool: 'map' pools by multihead attention (PMA), the paper's decoder; 'avg', 'avgmax' and 'max' take
-                the patches, 'token' the question, '' pools nothing.
+            global_pool: 'map' pools by multihead attention (PMA), the paper's decoder; the others are those of timm's
+                ViT, where 'token' is the question's.
             embed_dim: Width d.
             depth: Number of induced set attention blocks.
             num_heads: Number of attention heads.
             num_inducing: Number of inducing points m of each block.
             num_seeds: Number of seeds k of the pooling by attention.
-            proj_drop_rate: Dropout rate after the attentions' output projections and in the rFFs.
-            attn_drop_rate: Attention dropout rate.
-            drop_path_rate: Stochastic depth rate.
+            class_token: As `VisionTransformer`.
+            no_embed_class: As `VisionTransformer`.
             norm_layer: Normalization layer.
             act_layer: Activation of the rFFs, ReLU by default.
-            **kwargs: As `TokenSetModel`.
+            **kwargs: As `QuestionViT`, except for what its blocks do not have.
 
         Raises:
-            ValueError: An argument is out of its range.
+            ValueError: An argument is out of its range, or one of other blocks.
         """
-        dd = {'device': device, 'dtype': dtype}
         for name, value in dict(depth=depth, num_inducing=num_inducing, num_seeds=num_seeds).items():
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}.')
-        super().__init__(img_size, patch_size, in_chans, global_pool, embed_dim, **dd, **kwargs)
-        self.num_prefix_tokens = self.num_question_tokens
-        norm_layer = get_norm_layer(norm_layer) or LayerNorm
-        act_layer = get_act_layer(act_layer) or nn.ReLU
-
-        block_args = dict(
-            num_heads=num_heads,
-            proj_drop=proj_drop_rate,
-            attn_drop=attn_drop_rate,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
-            **dd,
+        kwargs = refuse_arguments(
+            kwargs,
+            ('mlp_ratio', 'qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'init_values',
+             'final_norm', 'fc_norm', 'weight_init', 'fix_init', 'block_fn', 'mlp_layer', 'attn_layer'),
+            'the blocks are induced set attention blocks, with the norms, layers and initialisation of their paper',
         )
-        self.blocks = nn.Sequential(*[
-            InducedSetAttentionBlock(embed_dim, num_inducing=num_inducing, drop_path=rate, **block_args)
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)])
-        reduction = self.patch_embed.feat_ratio() if hasattr(self.patch_embed, 'feat_ratio') else patch_size
-        self.feature_info = [
-            dict(module=f'blocks.{i}', num_chs=embed_dim, reduction=reduction) for i in range(depth)]
-
+        act_layer = act_layer or nn.ReLU
+        super().__init__(
+            img_size,
+            patch_size,
+            in_chans,
+            num_classes,
+            global_pool,
+            embed_dim,
+            depth,
+            num_heads,
+            class_token=class_token,
+            no_embed_class=no_embed_class,
+            final_norm=False,
+            norm_layer=norm_layer,
+            act_layer=act_layer,
+            block_fn=partial(InducedSetAttentionBlock, num_inducing=num_inducing),
+            weight_init='skip',
+            **kwargs,
+        )
         if global_pool == 'map':
-            self.attn_pool = PoolingByMultiheadAttention(embed_dim, num_seeds=num_seeds, **block_args)
-        self.reset_classifier(num_classes)
+            self.attn_pool = PoolingByMultiheadAttention(
+                embed_dim,
+                num_heads,
+                num_seeds=num_seeds,
+                proj_drop=kwargs.get('proj_drop_rate', 0.),
+                attn_drop=kwargs.get('attn_drop_rate', 0.),
+                act_layer=get_act_layer(act_layer),
+                norm_layer=get_norm_layer(norm_layer) or LayerNorm,
+                device=kwargs.get('device'),
+                dtype=kwargs.get('dtype'),
+            )
+            self.pool_include_prefix = True
+        # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns that group the parameters by depth."""
-        return dict(
-            stem=r'^pos_embed|patch_embed|question_embed',
-            blocks=r'^blocks\.(\d+)',
-        )
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
+        """Create regex patterns for parameter grouping."""
+        return {**super().group_matcher(coarse), 'blocks': r'^blocks\.(\d+)'}
 
-    def _check_global_pool(self, global_pool: str) -> str:
-        pools = ('', 'avg', 'avgmax', 'max', 'map') + (('token',) if self.num_question_tokens else ())
-        if global_pool not in pools:
-            raise ValueError(f"global_pool must be one of {pools}, 'token' with question_dim; got {global_pool!r}.")
-        return global_pool
-
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            question: Optional[torch.Tensor] = None,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Features of the last block and of those before it.
-
-        Args:
-            x: Images (B, C, H, W).
-            indices: Take the last n blocks if an int, all if None, those of the sequence otherwise.
-            return_prefix_tokens: Return (intermediate, question token) pairs where there is a question.
-            norm: Changes nothing, since each block ends in a norm.
-            stop_early: Stop at the last block that is asked for.
-            output_fmt: 'NCHW' for grids of patches, 'NLC' for sequences of them; neither has the question's token.
-            intermediates_only: Return the intermediates alone.
-            question: (B, question_dim), for models with questions.
-
-        Returns:
-            (final features, intermediates), or the intermediates.
-        """
-        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
-        intermediates = []
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-
-        B, _, height, width = x.shape
-        x = self._embed(x, question)
-        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
-            blocks = self.blocks
-        else:
-            blocks = self.blocks[:max_index + 1]
-        for i, block in enumerate(blocks):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-            if i in take_indices:
-                intermediates.append(x)
-
-        prefix_tokens = [y[:, :self.num_prefix_tokens] for y in intermediates]
-        intermediates = [y[:, self.num_prefix_tokens:] for y in intermediates]
-        if output_fmt == 'NCHW':
-            H, W = self.patch_embed.dynamic_feat_size((height, width))
-            intermediates = [y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() for y in intermediates]
-        if not torch.jit.is_scripting() and return_prefix_tokens and self.num_prefix_tokens:
-            intermediates = list(zip(intermediates, prefix_tokens))
-
-        if intermediates_only:
-            return intermediates
-        return x, intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Remove what the intermediates do not need.
-
-        Args:
-            indices: Intermediates to keep, as `forward_intermediates`.
-            prune_norm: Changes nothing, since there is no norm after the blocks.
-            prune_head: Remove pooling and classifier.
-
-        Returns:
-            Indices of the intermediates that are kept.
-        """
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:max_index + 1]
-        if prune_head:
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def forward_features(self, x: torch.Tensor, question: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Encode images (B, C, H, W) to sets of tokens (B, N, E), the question's first."""
-        x = self._embed(x, question)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """As `VisionTransformer`; other poolings than the one by attention leave out the question."""
+        had_pool = self.attn_pool is not None
+        super().reset_classifier(num_classes, global_pool)
+        if had_pool and self.attn_pool is None:
+            self.pool_include_prefix = False
 
 
 default_cfgs = generate_default_cfgs({
@@ -340,7 +290,17 @@ default_cfgs = generate_default_cfgs({
     'test_set_transformer.untrained': cifar_cfg(),
 })
 
-_create_set_transformer = partial(create_with_grids, SetTransformer)
+
+def _create_set_transformer(variant: str, pretrained: bool = False, **kwargs) -> SetTransformer:
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
+    return build_model_with_cfg(
+        SetTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
 
 
 @register_model
