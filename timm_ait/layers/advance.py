@@ -68,7 +68,9 @@ def _average_over_ranks(workspaces: List[nn.Module]) -> None:
     for workspace, written, num_ranks in zip(workspaces, sums[::2], sums[1::2]):
         # not finite where no rank wrote
         mean = (written / num_ranks).view_as(workspace.pending)
-        workspace.pending.copy_(project_memory(mean, workspace.memory_update))
+        if not workspace.global_batch:  # else all ranks wrote the same, and a second projection may move it (M > D)
+            mean = project_memory(mean, workspace.memory_update)
+        workspace.pending.copy_(mean)
 
 
 def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:

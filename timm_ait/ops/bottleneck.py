@@ -8,7 +8,6 @@ from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 import torch.nn.functional as F
 
 from . import triton_switch
@@ -161,21 +160,35 @@ class _Pool(torch.autograd.Function):
         return grad_queries, grad_tokens, grad_norm[0], grad_norm[1], None, None, None
 
 
+class _AllReduce(torch.autograd.Function):
+    """Sum over the ranks. So is its gradient, since the loss of every rank depends on what each of them gave."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllReduce.apply(grad)
+
+
 def _all_reduce(x: torch.Tensor) -> torch.Tensor:
-    return torch.distributed.nn.functional.all_reduce(x)
+    return _AllReduce.apply(x)
 
 
-def _keep_global_best(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Scores (R, n) of this rank, minus infinity where they are not among the k best of all ranks."""
-    num_offered = k - scores.shape[1]
-    offered = F.pad(scores, (0, num_offered), value=float('-inf')) if num_offered > 0 else scores
+def _keep_global_best(scores: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Scores (R, n) of this rank, minus infinity where not among the k best of all ranks, and the best of all (R, 1)."""
+    # ranks may have different numbers of tokens
+    offered = F.pad(scores, (0, k - scores.shape[1]), value=float('-inf'))
     all_offered = [torch.empty_like(offered) for _ in range(dist.get_world_size())]
-    dist.all_gather(all_offered, offered.contiguous())
+    dist.all_gather(all_offered, offered)
     all_offered = torch.cat(all_offered, dim=1)
-    best = all_offered.topk(k, dim=-1).indices
-    kept = torch.zeros_like(all_offered, dtype=torch.bool).scatter_(1, best, True)
-    first = dist.get_rank() * offered.shape[1]
-    return scores.masked_fill(~kept[:, first:first + scores.shape[1]], float('-inf'))
+    best, indices = all_offered.topk(k, dim=-1)
+    kept = torch.zeros_like(all_offered, dtype=torch.bool).scatter_(1, indices, True)
+    first = dist.get_rank() * k
+    return scores.masked_fill(~kept[:, first:first + scores.shape[1]], float('-inf')), best[:, :1]
 
 
 def _attend(
@@ -191,10 +204,9 @@ def _attend(
     with torch.no_grad():
         scores, indices = _select(queries, tokens, token_mask, *norm, k)
         if global_batch:
-            scores = _keep_global_best(scores, bottleneck)
-        shift = scores.amax(dim=-1, keepdim=True)
-        if global_batch:
-            dist.all_reduce(shift, op=dist.ReduceOp.MAX)
+            scores, shift = _keep_global_best(scores, bottleneck)
+        else:
+            shift = scores.amax(dim=-1, keepdim=True)
         # where nothing may be selected there is no finite score
         weights = (scores - shift.clamp_min(torch.finfo(shift.dtype).min)).exp()
     pooled, weights, tokens = _Pool.apply(queries, tokens, *norm, weights, indices)
@@ -259,9 +271,9 @@ def write_normed(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`write` of the normed tokens, which are never there as a whole.
 
-    With a global batch, ranks offer their k best scores per query, A * M * k numbers each; what they pool adds up where
-    it is smallest, after the output projection: A * M, A + 2 and M * D + 2 * A numbers per rank are summed, and the
-    gradients of the first and the last.
+    With a global batch, every rank sends its k best scores per query to all others, A * M * k numbers, and what ranks
+    pool adds up where it is smallest, after the output projection: sums of A * M, of A + 2 and of M * D + 2 * A numbers
+    in the forward, and of the first and the last again in its backward.
 
     Args:
         tokens: Tokens ahead of their norm, (T, E).

@@ -1,0 +1,207 @@
+""" Training with a global batch, by one process or by each of several ranks. """
+import contextlib
+from functools import partial
+from typing import Callable, Dict
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import ClassificationTask
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_ait
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
+from timm_ait.ops.bottleneck import _all_reduce
+
+SMALL = dict(num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=20, global_batch=True)
+
+# images; tokens of one are 16
+BATCH_SIZE = 6
+
+
+def vit(**kwargs) -> nn.Module:
+    return timm.create_model('test_ait', img_size=16, depth=2, num_classes=5, **{**SMALL, **kwargs})
+
+
+class SynchronizedBatchNorm(nn.BatchNorm2d):
+    """What train.py's --sync-bn converts batch norms into; PyTorch's own refuses CPUs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), torch.full_like(x[0, :, 0, 0], x[:, 0].numel())])
+        total, squares, count = (_all_reduce(sums) if dist.is_initialized() else sums).view(3, 1, -1, 1, 1)
+        mean = total / count
+        normed = (x - mean) / (squares / count - mean.square() + self.eps).sqrt()
+        return normed * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+def vit_behind_batch_norm(**kwargs) -> nn.Module:
+    return nn.Sequential(SynchronizedBatchNorm(3), vit(**kwargs))
+
+
+class MaskedClassifier(nn.Module):
+    """Classifies images by those patches that are not black; the others are masked."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 24, 4, 4)
+        self.mlp = WorkspaceMlp(24, **{**SMALL, **kwargs})
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = F.max_pool2d(x.abs().amax(dim=1), 4).flatten(1) > 0
+        tokens = self.mlp(self.embed(x).flatten(2).transpose(1, 2), mask) * mask.unsqueeze(-1)
+        return self.head(tokens.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1))
+
+
+def images(seed: int, batch_size: int, black: bool = False):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch_size, 3, 16, 16, generator=generator, dtype=torch.float64)
+    if black:
+        visible = torch.rand(batch_size, 1, 4, 4, generator=generator) > 0.4
+        visible[-1] = False
+        x = x * visible.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    return x, torch.randint(5, (batch_size,), generator=generator)
+
+
+def train(
+        rank: int = 0,
+        num_ranks: int = 1,
+        make_model: Callable[..., nn.Module] = vit,
+        batch_size: int = BATCH_SIZE,
+        num_batches: int = 1,
+        black: bool = False,
+        checkpointing: bool = False,
+        task: bool = False,
+        gate: float = 0.,
+        **model_kwargs,
+) -> Dict[str, torch.Tensor]:
+    """Three steps of SGD in float64, on the rank's share of the images.
+
+    Args:
+        rank: This rank.
+        num_ranks: Number of ranks, one for a process without a group.
+        make_model: Makes the model from the workspace's arguments.
+        batch_size: Images of all ranks; where it does not divide, the last ranks get one less.
+        num_batches: Batches per step, whose gradients are accumulated.
+        black: Make some patches black.
+        checkpointing: Checkpoint gradients.
+        task: Take the loss from timm's task.
+        gate: Initial gate of gated workspaces.
+        **model_kwargs: Of the workspace.
+
+    Returns:
+        'loss' per step, of this rank, 'gradient', 'memory' and 'coverage' (flat) of all steps.
+    """
+    torch.manual_seed(0)
+    model = make_model(**model_kwargs).double()
+    workspaces = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
+    for workspace in workspaces:
+        if workspace.gate is not None:
+            nn.init.constant_(workspace.gate, gate)
+    if checkpointing:
+        model.set_grad_checkpointing()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False) if task else None
+    net = model
+    if num_ranks > 1 and task:
+        task.prepare_distributed()
+    elif num_ranks > 1:
+        net = DistributedDataParallel(model)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    results = {'loss': [], 'gradient': [], 'memory': [], 'coverage': []}
+    for step in range(3):
+        for i in range(num_batches):
+            x, y = (tensor.tensor_split(num_ranks)[rank] for tensor in images(10 * step + i, batch_size, black))
+            is_last = i + 1 == num_batches
+            with contextlib.nullcontext() if is_last or num_ranks == 1 else net.no_sync():
+                if task:
+                    loss = task(x, y)['loss']
+                else:
+                    # a rank's images count as much as any other's
+                    criterion = F.cross_entropy(net(x), y, reduction='sum') * num_ranks / batch_size
+                    loss = criterion + timm_ait.balance_loss(model)
+                (loss / num_batches).backward()
+        results['loss'].append(loss.detach())
+        # what nothing depends on has no gradient
+        results['gradient'] += [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+        results['memory'] += [workspace.memory.flatten() for workspace in workspaces]
+        results['coverage'] += [workspace.coverage for workspace in workspaces]
+    return {
+        'loss': torch.stack(results['loss']),
+        'gradient': torch.cat(results['gradient']),
+        'memory': torch.cat(results['memory']),
+        'coverage': torch.stack(results['coverage']),
+    }
+
+
+# arguments of `train`
+TRAININGS = {
+    'count': dict(),
+    'fraction': dict(bottleneck=0.2),
+    'more than a rank has': dict(bottleneck=60),
+    'more than all have': dict(bottleneck=1000),
+    'all': dict(bottleneck=1.),
+    'uneven shares': dict(batch_size=5),
+    'uneven shares, fraction': dict(batch_size=5, bottleneck=0.2),
+    'accumulation': dict(num_batches=2),
+    'checkpointing': dict(checkpointing=True),
+    'masks': dict(make_model=MaskedClassifier, black=True),
+    'masks, fraction': dict(make_model=MaskedClassifier, black=True, bottleneck=0.3),
+    'gated': dict(gated=True, gate=0.5),
+    'gated, masks': dict(make_model=MaskedClassifier, black=True, gated=True, gate=0.5),
+    'more slots than their width': dict(num_slots=24),
+    'normalize': dict(memory_update='normalize'),
+    'two retrieval steps': dict(retrieval_steps=2),
+    'batch norm': dict(make_model=vit_behind_batch_norm),
+    'task': dict(task=True),
+    'without': dict(global_batch=False),
+}
+
+
+def record_traffic(rank: int, num_ranks: int) -> Dict[str, int]:
+    """Bytes that a rank hands to collectives in a step of one workspace, by its phase and a bottleneck's kind."""
+    sent = 0
+    collectives = {name: getattr(dist, name) for name in ('all_reduce', 'all_gather')}
+
+    def record(collective, *args, **kwargs):
+        nonlocal sent
+        tensor = args[-1] if collective is collectives['all_gather'] else args[0]
+        sent += tensor.numel() * tensor.element_size()
+        return collective(*args, **kwargs)
+
+    traffic = {}
+    for name, collective in collectives.items():
+        setattr(dist, name, partial(record, collective))
+    try:
+        for kind, kwargs in {
+            'count': dict(bottleneck=20),
+            'fraction': dict(bottleneck=10 / (48 * num_ranks)),
+            'without': dict(global_batch=False),
+        }.items():
+            workspace = GlobalWorkspace(24, **{**SMALL, **kwargs})
+            optimizer = torch.optim.SGD(workspace.parameters(), lr=0.1)
+            bytes_of = traffic[kind] = {}
+            for phase in ('forward', 'backward', 'step'):
+                sent = 0
+                if phase == 'forward':
+                    output = workspace(torch.randn(3, 16, 24))
+                    loss = output.square().mean() + timm_ait.balance_loss(workspace)
+                elif phase == 'backward':
+                    loss.backward()
+                else:
+                    optimizer.step()
+                bytes_of[phase] = sent
+    finally:
+        for name, collective in collectives.items():
+            setattr(dist, name, collective)
+    return traffic
+
+
+SCENARIOS = {
+    **{name: partial(train, **kwargs) for name, kwargs in TRAININGS.items()},
+    'traffic': record_traffic,
+}

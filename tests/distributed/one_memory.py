@@ -1,0 +1,145 @@
+""" Training steps of each of several ranks, whose workspaces compete among themselves only. """
+from functools import partial
+from typing import Dict, List
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_ait
+from timm_ait.layers import GlobalWorkspace
+
+
+def make_model(depth: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model('test_ait', img_size=16, depth=depth, num_classes=5)
+
+
+def images(rank: int, step: int = 0):
+    """Those of one rank."""
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(3, 3, 16, 16, generator=generator), torch.randint(5, (3,), generator=generator)
+
+
+def workspaces(model: nn.Module) -> List[GlobalWorkspace]:
+    return [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
+
+
+def memory(model: nn.Module) -> torch.Tensor:
+    """(L, M, D) of L layers."""
+    return torch.stack([workspace.memory for workspace in workspaces(model)])
+
+
+def written(model: nn.Module) -> torch.Tensor:
+    """What waits for the parameters to move, (L, M, D)."""
+    return torch.stack([workspace.pending for workspace in workspaces(model)])
+
+
+def backward(net: nn.Module, rank: int, step: int = 0) -> torch.Tensor:
+    x, y = images(rank, step)
+    loss = F.cross_entropy(net(x), y) + timm_ait.balance_loss(net)
+    loss.backward()
+    return loss.detach()
+
+
+def train(
+        rank: int,
+        num_ranks: int,
+        wrapper: str = 'ddp',
+        optimizer: str = 'sgd',
+        broadcast_buffers: bool = True,
+        num_batches: int = 1,
+        depth: int = 2,
+) -> Dict[str, torch.Tensor]:
+    """Three steps: 'loss', and per step 'written' and 'memory', what is pending before it and stored after it.
+
+    'ema' is an averaged copy's state (flat).
+    """
+    model = make_model(depth)
+    ema = ModelEmaV3(model, decay=0.5)
+    net = model
+    if wrapper == 'ddp':
+        net = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
+    elif wrapper == 'task':
+        task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+        task.prepare_distributed(broadcast_buffers=broadcast_buffers)
+    elif wrapper == 'fsdp':
+        mesh = init_device_mesh('cpu', (num_ranks,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if optimizer == 'sgd':
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    else:
+        optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1)
+    results = {'loss': [], 'written': [], 'memory': []}
+    for step in range(3):
+        for i in range(num_batches):
+            if wrapper == 'task':
+                loss = task(*images(rank, 10 * i + step))['loss']
+                loss.backward()
+            else:
+                loss = backward(net, rank, 10 * i + step)
+        results['loss'].append(loss.detach())
+        results['written'].append(written(model))
+        optimizer.step()
+        optimizer.zero_grad()
+        results['memory'].append(memory(model))
+        if wrapper != 'fsdp':  # an average of sharded parameters is of shards
+            ema.update(model)
+    results = {name: torch.stack(values) for name, values in results.items()}
+    return {**results, 'ema': torch.cat([value.flatten() for value in ema.module.state_dict().values()])}
+
+
+def write_not_finite(rank: int, num_ranks: int, ranks: str, by_optimizer: bool) -> Dict[str, torch.Tensor]:
+    """A step in which one rank's ('last'), or all ranks' images are not finite."""
+    model = make_model()
+    before = memory(model)
+    x, _ = images(rank)
+    model(x if ranks == 'last' and rank < num_ranks - 1 else x * float('nan'))
+    results = {'before': before, 'written': written(model)}
+    if by_optimizer:
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    else:
+        timm_ait.advance_memory(model)
+    return {**results, 'memory': memory(model)}
+
+
+def skip_step(rank: int, num_ranks: int, **kwargs) -> Dict[str, torch.Tensor]:
+    """A step that the gradient scaler skips, since the last rank's loss is beyond float32, and one that it does not."""
+    model = make_model()
+    net = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, **kwargs)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 10)
+    results = {'before': memory(model), 'weight': model.head.weight.detach().clone()}
+    for name, factor in (('skipped', 3e38 if rank == num_ranks - 1 else 1.), ('stepped', 1.)):
+        x, y = images(rank)
+        scaler.scale(factor * F.cross_entropy(net(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        results[name], results[f'{name} weight'] = memory(model), model.head.weight.detach().clone()
+        results[f'{name} scale'] = torch.tensor(scaler.get_scale())
+    return results
+
+
+SCENARIOS = {
+    'ddp': train,
+    'ddp without buffers': partial(train, broadcast_buffers=False),
+    'ddp, accumulation': partial(train, num_batches=2),
+    'task': partial(train, wrapper='task'),
+    'fsdp': partial(train, wrapper='fsdp'),
+    'zero': partial(train, optimizer='zero', depth=3),
+    'last not finite': partial(write_not_finite, ranks='last', by_optimizer=True),
+    'last not finite, advance_memory': partial(write_not_finite, ranks='last', by_optimizer=False),
+    'all not finite': partial(write_not_finite, ranks='all', by_optimizer=True),
+    'skipped': skip_step,
+    'skipped, fused': partial(skip_step, fused=True),
+}
