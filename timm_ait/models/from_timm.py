@@ -4,6 +4,7 @@ Gated global workspaces are added to the MLPs of a transformer that was trained 
 as they start, the model computes exactly what it did before; fine-tuning opens them.
 """
 import dataclasses
+import inspect
 import re
 import sys
 from typing import Any, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
@@ -17,12 +18,13 @@ from timm.models import (
     build_model_with_cfg,
     create_model,
     generate_default_cfgs,
+    get_model_input_config,
     get_pretrained_cfg,
     is_model,
     register_model,
 )
-from timm.models.naflexvit import NaFlexVit
-from timm.models.vision_transformer import Block
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers.workspace import split_workspace_kwargs
@@ -43,9 +45,35 @@ def _end_in_workspace(self: nn.Module, inputs: Tuple[torch.Tensor], output: torc
     return self.workspace(output)
 
 
-def _takes_masks(block: nn.Module) -> bool:
-    """Whether a block can become one that tells the workspace what tokens the attention leaves out."""
-    return type(block) is Block and type(block.mlp) is Mlp
+class _Unmasked:
+    """A block that cannot tell its MLP what tokens are masked, and so is not trained on masked ones."""
+
+    def __call__(self, *args, **kwargs):
+        if self.training and kwargs.get('attn_mask') is not None:
+            raise ValueError(
+                f'attn_mask does not reach the workspaces of this model, which would write the masked tokens: only a Block '
+                f'with an Mlp hands it on, not a {type(self).__bases__[1].__name__} with a {type(self.mlp).__name__}.')
+        return super().__call__(*args, **kwargs)
+
+
+class UnmaskedBlock(_Unmasked, Block):
+    pass
+
+
+class UnmaskedResPostBlock(_Unmasked, ResPostBlock):
+    pass
+
+
+class UnmaskedEvaBlock(_Unmasked, EvaBlock):
+    pass
+
+
+class UnmaskedEvaBlockPostNorm(_Unmasked, EvaBlockPostNorm):
+    pass
+
+
+# timm's blocks that take masks
+_UNMASKED = {cls.__bases__[1]: cls for cls in _Unmasked.__subclasses__()}
 
 
 def _select_blocks(mlps: List[Tuple[str, nn.Module]], blocks: Sequence[int]) -> List[Tuple[str, nn.Module]]:
@@ -96,26 +124,27 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
     chosen = mlps if blocks is None else _select_blocks(mlps, blocks)
     workspaces = []
     for name, mlp in chosen:
-        block = model.get_submodule(name.rpartition('.')[0])
         last = getattr(mlp, 'fc2', None)
         if not isinstance(last, nn.Linear):
             found = 'none' if last is None else f'a {type(last).__name__}'
             raise ValueError(
                 f'{name} of {architecture}, a {type(mlp).__name__}, does not compute tokens that a workspace can take: '
                 f'add_workspace looked for a last linear layer named fc2 and found {found}. Select others by blocks=.')
-        if isinstance(model, NaFlexVit) and not _takes_masks(block):
+        block = model.get_submodule(name.rpartition('.')[0])
+        if type(block) not in _UNMASKED and 'attn_mask' in inspect.signature(block.forward).parameters:
             raise ValueError(
-                f'{name} of {architecture} would write padding: add_workspace can mask it in a Block with an Mlp, found '
-                f'a {type(block).__name__} with a {type(mlp).__name__}.')
+                f'{name} of {architecture} is in a {type(block).__name__}, which takes an attn_mask: add_workspace does '
+                'not know how to keep masked tokens from being written.')
         workspaces.append(GlobalWorkspace(
             last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs))
 
     for (name, mlp), workspace in zip(chosen, workspaces):
         block = model.get_submodule(name.rpartition('.')[0])
         mlp.workspace = workspace.train(mlp.training)
-        if _takes_masks(block):
+        if type(block) is Block and type(mlp) is Mlp:
             block.__class__, mlp.__class__ = AssociativeBlock, WorkspaceMlp
         else:
+            block.__class__ = _UNMASKED.get(type(block), type(block))
             # the handle is kept since it reserves its id where the model is unpickled: another hook cannot take its
             # place
             mlp.workspace_hook = mlp.register_forward_hook(_end_in_workspace)
@@ -126,7 +155,10 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         if blocks is not None:
             arguments['blocks'] = list(blocks)
         model._model_args = {**getattr(model, '_model_args', {}), **arguments}
-        model.pretrained_cfg = model.default_cfg = {**pretrained_cfg, 'architecture': 'ait_from_timm'}
+        # train.py takes the image size from here, not from what the model was built for
+        input_size = get_model_input_config(model)['input_size']
+        model.pretrained_cfg = model.default_cfg = {
+            **pretrained_cfg, 'architecture': 'ait_from_timm', 'input_size': input_size}
     return model
 
 
@@ -183,28 +215,31 @@ def ait_from_timm(
             f"ait_from_timm needs model=, the name of an architecture of timm such as 'vit_tiny_patch16_224', "
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
     workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
-    overlay = pretrained_cfg_overlay or {}
-    cfg = PretrainedCfg(**pretrained_cfg) if isinstance(pretrained_cfg, dict) else pretrained_cfg
-    is_saved = isinstance(cfg, PretrainedCfg) and cfg.source in ('local-dir', 'hf-hub')
-    if not is_saved and not overlay.keys() & {'file', 'state_dict', 'url', 'hf_hub_id'}:
-        body = create_model(model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
-        return add_workspace(body, blocks, **workspace_kwargs)
 
     def build(**kwargs) -> nn.Module:
         return add_workspace(create_model(model, **kwargs), blocks, **workspace_kwargs)
 
+    overlay = pretrained_cfg_overlay or {}
+    if isinstance(pretrained_cfg, dict):
+        pretrained_cfg = PretrainedCfg(**pretrained_cfg)
+    is_saved = isinstance(pretrained_cfg, PretrainedCfg) and pretrained_cfg.source in ('local-dir', 'hf-hub')
+    if not is_saved and not overlay.keys() & {'file', 'state_dict', 'url', 'hf_hub_id'}:
+        return build(pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+
     if not is_saved:
         # what a file does not say of itself is as timm has it for the body
-        cfg = get_pretrained_cfg(model) or PretrainedCfg()
-        cfg = dataclasses.replace(
-            cfg, architecture='ait_from_timm', url=None, file=None, hf_hub_id=None, custom_load=False)
-    return build_model_with_cfg(
+        pretrained_cfg = dataclasses.replace(
+            get_pretrained_cfg(model) or PretrainedCfg(),
+            architecture='ait_from_timm', url=None, file=None, hf_hub_id=None, custom_load=False)
+    built = build_model_with_cfg(
         build,
         'ait_from_timm',
         pretrained,
-        pretrained_cfg=cfg,
+        pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=_checkpoint_filter_fn,
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
         **kwargs,
     )
+    built.pretrained_cfg['input_size'] = get_model_input_config(built)['input_size']
+    return built
