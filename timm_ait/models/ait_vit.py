@@ -11,6 +11,7 @@ turns it off.
 Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `An Image is Worth 16x16 Words` - https://arxiv.org/abs/2010.11929
     `How to train your ViT?` - https://arxiv.org/abs/2106.10270
+    `DINOv2: Learning Robust Visual Features without Supervision` - https://arxiv.org/abs/2304.07193
 """
 import dataclasses
 from typing import Dict
@@ -46,8 +47,24 @@ def _cfgs(*vits: str) -> Dict[str, PretrainedCfg]:
     }
 
 
+# Oxford-IIIT Pet, in the order of timm's folders
+_PET_BREEDS = (
+    'Abyssinian', 'american_bulldog', 'american_pit_bull_terrier', 'basset_hound', 'beagle', 'Bengal', 'Birman',
+    'Bombay', 'boxer', 'British_Shorthair', 'chihuahua', 'Egyptian_Mau', 'english_cocker_spaniel', 'english_setter',
+    'german_shorthaired', 'great_pyrenees', 'havanese', 'japanese_chin', 'keeshond', 'leonberger', 'Maine_Coon',
+    'miniature_pinscher', 'newfoundland', 'Persian', 'pomeranian', 'pug', 'Ragdoll', 'Russian_Blue', 'saint_bernard',
+    'samoyed', 'scottish_terrier', 'shiba_inu', 'Siamese', 'Sphynx', 'staffordshire_bull_terrier', 'wheaten_terrier',
+    'yorkshire_terrier')
+
+_dinov2_cfgs = _cfgs('vit_small_patch14_dinov2')
+
 default_cfgs = generate_default_cfgs({
     **_cfgs('vit_tiny_patch16_224', 'vit_small_patch16_224', 'vit_base_patch16_224'),
+    **_dinov2_cfgs,
+    'ait_vit_small_patch14_dinov2.pets': dataclasses.replace(
+        _dinov2_cfgs['ait_vit_small_patch14_dinov2.lvd142m'],
+        **shipped_weights('ait_vit_small_patch14_dinov2.pets'),
+        input_size=(3, 196, 196), num_classes=len(_PET_BREEDS), label_names=_PET_BREEDS),
     'test_ait_vit.r160_in1k': _cfgs('test_vit')['ait_test_vit.r160_in1k'],
 })
 
@@ -82,6 +99,13 @@ def ait_vit_base_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeT
     """ AiT in the body of ViT-Base, 12 blocks, 768 wide. """
     model_args = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
     return _create_ait_vit('ait_vit_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def ait_vit_small_patch14_dinov2(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
+    """ AiT in the body of DINOv2's ViT-Small, 12 blocks, 384 wide, with layer scale. """
+    model_args = dict(patch_size=14, embed_dim=384, depth=12, num_heads=6, init_values=1e-5)
+    return _create_ait_vit('ait_vit_small_patch14_dinov2', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
