@@ -1,4 +1,6 @@
 """ What holds for every family of models: a timm model of images, and of questions about them. """
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,7 @@ from tests.models.equations import randomize
 from timm_ait.models import CentroidTransformer, Coordination, Perceiver, SetTransformer
 
 SETS = ['test_set_transformer', 'test_perceiver']
-VITS = ['test_coordination', 'test_centroid_transformer']
+VITS = ['test_coordination', 'test_centroid_transformer']  # with what a ViT's blocks have
 BASELINES = SETS + VITS
 FAMILIES = ['test_ait', *BASELINES]
 WITH_GRIDS = ['test_set_transformer', *VITS]
@@ -17,6 +19,7 @@ SHARING = [('test_perceiver', dict(share_weights=share_weights)) for share_weigh
 
 # tokens after each block, or latents after each iteration, of images of 32 px
 NUM_FEATURES = {
+    'test_ait': [64, 64, 64],
     'test_set_transformer': [64, 64, 64],
     'test_perceiver': [8, 8, 8],
     'test_coordination': [64, 64, 64],
@@ -120,6 +123,35 @@ class TestRegistry:
 
 class TestOptions:
 
+    @pytest.mark.parametrize('name, argument, value', [
+        ('test_coordination', 'qk_norm', True),
+        ('test_coordination', 'attn_layer', 'diff'),
+        ('test_centroid_transformer', 'dynamic_img_size', True),
+        ('test_centroid_transformer', 'patch_drop_rate', 0.5),
+        ('test_set_transformer', 'init_values', 1e-4),
+        ('test_set_transformer', 'mlp_ratio', 2.),
+        ('test_perceiver', 'reg_tokens', 2),
+        ('test_perceiver', 'qk_norm', True),
+    ])
+    def test_arguments_of_a_vit_without_a_use_are_refused(self, name, argument, value):
+        with pytest.raises(ValueError, match=argument):
+            make_model(name, **{argument: value})
+
+    @pytest.mark.parametrize('name', FAMILIES)
+    def test_an_unknown_argument_is_named(self, name):
+        with pytest.raises(TypeError, match='num_slotz'):
+            make_model(name, num_slotz=4)
+
+    @pytest.mark.parametrize('name', BASELINES)
+    @pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(64, 64, dtype=torch.bool)), dict(is_causal=True)])
+    def test_masks_are_refused_without_self_attention_throughout(self, name, mask):
+        model, x = make_model(name), images()
+        for call in (model, model.forward_features):
+            with pytest.raises(ValueError, match='attn_mask'):
+                call(x, **mask)
+        with pytest.raises(ValueError, match='attn_mask'):
+            model.forward_intermediates(x, output_fmt='NLC', **mask)
+
     @pytest.mark.parametrize('name, kwargs', [
         (name, kwargs) for name in BASELINES for kwargs in OPTIONS + OWN_OPTIONS[name]])
     def test_options_train_every_parameter(self, name, kwargs):
@@ -154,39 +186,59 @@ class TestOptions:
         assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
 
 
+@pytest.mark.parametrize('name', FAMILIES)
 class TestQuestions:
 
-    @pytest.mark.parametrize('name', BASELINES)
-    def test_answers_depend_on_the_question(self, name):
+    def test_answers_depend_on_the_question_which_comes_second(self, name):
         model = randomize(make_model(name, question_dim=5))
         x, question = images(dtype=torch.float64), torch.randn(4, 5)
-        assert (model(x, question) - model(x, question=-question)).abs().min() > 1e-6
+        answer = model(x, question)
+        assert torch.equal(model(x, question=question), answer)
+        assert (model(x, -question) - answer).abs().min() > 1e-6
 
-    @pytest.mark.parametrize('name', BASELINES)
-    @pytest.mark.parametrize('question_dim, shape, message', [
-        (5, None, 'model answers questions'),
-        (5, (4, 6), r'question must have the shape \(4, 5\)'),
-        (5, (3, 5), r'question must have the shape \(4, 5\)'),
-        (5, (4, 1, 5), r'question must have the shape \(4, 5\)'),
-        (0, (4, 5), 'takes no question'),
-    ])
-    def test_a_missing_misshapen_or_unwanted_question_raises(self, name, question_dim, shape, message):
+    def test_the_question_is_added_to_the_class_token(self, name):
+        model = randomize(make_model(name, question_dim=5))
+        x, question = images(dtype=torch.float64), torch.randn(1, 5)
+        answer = model(x, question.expand(4, -1))
+        with torch.no_grad():
+            model.cls_token += model.question_embed.proj(question.double())
+            model.question_embed.proj.bias.zero_()
+        torch.testing.assert_close(model(x, torch.zeros(4, 5)), answer)
+
+    @pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.float64])
+    def test_questions_of_any_dtype(self, name, dtype):
+        model, x, question = make_model(name, question_dim=5).eval(), images(), torch.eye(5)[:4]
+        assert torch.equal(model(x, question.to(dtype)), model(x, question))
+
+    @pytest.mark.parametrize('question_dim, shape', [
+        (5, None), (5, (5,)), (5, (4, 6)), (5, (3, 5)), (5, (4, 1, 5)), (0, (4, 5))])
+    def test_a_missing_misshapen_or_unwanted_question_raises(self, name, question_dim, shape):
         model, question = make_model(name, question_dim=question_dim), None if shape is None else torch.randn(shape)
-        with pytest.raises(ValueError, match=message):
-            model(images(), question=question)
+        with pytest.raises(ValueError, match='question'):
+            model(images(), question)
 
-    @pytest.mark.parametrize('name', BASELINES)
-    def test_a_bad_width_is_named(self, name):
-        with pytest.raises(ValueError, match='question_dim must be .* got -1'):
-            make_model(name, question_dim=-1)
+    @pytest.mark.parametrize('question_dim', [-1, 2.5, True])
+    def test_a_bad_width_is_named(self, name, question_dim):
+        with pytest.raises(ValueError, match='question_dim'):
+            make_model(name, question_dim=question_dim)
 
-    @pytest.mark.parametrize('name', BASELINES)
-    def test_the_question_is_in_no_intermediate(self, name):
+    def test_intermediates_take_the_question_and_do_not_return_it(self, name):
         model = make_model(name, question_dim=5).eval()
         x, question = images(), torch.randn(4, 5)
         final, intermediates = model.forward_intermediates(x, output_fmt='NLC', question=question)
         assert [tuple(y.shape) for y in intermediates] == [(4, n, 64) for n in NUM_FEATURES[name]]
         assert torch.equal(final, model.forward_features(x, question))
+
+    def test_threads_do_not_mix_their_questions(self, name):
+        model, x = make_model(name, question_dim=5).eval(), images(1)
+        questions = torch.randn(40, 1, 5)
+
+        def answer(question):
+            return model.forward_intermediates(x, output_fmt='NLC', question=question)[0]
+
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(answer, questions))
+        assert all(torch.equal(answer(question), given) for question, given in zip(questions, answers))
 
 
 class TestTokens:
@@ -230,13 +282,22 @@ class TestIntermediates:
         assert all(torch.equal(actual, expected) for actual, expected in zip(intermediates, blocks, strict=True))
         assert torch.equal(final, getattr(model, 'norm', torch.nn.Identity())(blocks[-1]))
 
-    @pytest.mark.parametrize('name', VITS)
+    @pytest.mark.parametrize('name', FAMILIES)
+    def test_as_a_dictionary(self, name):
+        model, x = make_model(name).eval(), images()
+        final, intermediates = model.forward_intermediates(x, output_fmt='NLC')
+        result = model.forward_intermediates(x, output_fmt='NLC', output_dict=True)
+        assert torch.equal(result['image_features'], final)
+        assert all(torch.equal(a, b) for a, b in zip(result['image_intermediates'], intermediates, strict=True))
+
+    @pytest.mark.parametrize('name', ['test_ait', 'test_set_transformer', *VITS])
     def test_prefix_tokens_are_returned_beside_the_grid(self, name):
-        model = make_model(name, class_token=True, reg_tokens=2, global_pool='token', question_dim=5).eval()
+        model = make_model(name, reg_tokens=2, global_pool='token', question_dim=5).eval()
         x, question = images(), torch.randn(4, 5)
         layers = model.get_intermediate_layers(
             x, 3, reshape=True, return_prefix_tokens=True, norm=True, question=question)
         assert [tuple(grid.flatten(2).shape) for grid, _ in layers] == [(4, 64, n) for n in NUM_FEATURES[name]]
+        assert [prefix.shape[1] for _, prefix in layers] == [3, 3, 3]
         last = torch.cat([layers[-1][1], layers[-1][0].flatten(2).transpose(1, 2)], dim=1)
         assert torch.equal(last, model.forward_features(x, question))
 
@@ -295,7 +356,7 @@ class TestState:
     def test_set_input_size(self, name):
         model = make_model(name, question_dim=5).eval()
         model.set_input_size(img_size=(48, 48), patch_size=(8, 8))
-        assert model.pos_embed.shape == (1, 36, 64)
+        assert model.pos_embed.shape[1] in (36, 37)  # with the class token
         assert model(images(size=48), torch.randn(4, 5)).shape == (4, 10)
 
     @pytest.mark.parametrize('name', BASELINES)
@@ -333,14 +394,14 @@ class TestTraining:
         for (key, p), q in zip(plain.named_parameters(), checkpointed.parameters()):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{key}: {m}')
 
-    @pytest.mark.parametrize('name', BASELINES)
+    @pytest.mark.parametrize('name', FAMILIES)
     def test_layer_decay_takes_the_question_for_the_stem(self, name):
         model = make_model(name, question_dim=5)
         groups = param_groups_layer_decay(
             model, layer_decay=0.5, weight_decay=0.1, no_weight_decay_list=model.no_weight_decay())
         group_of = {id(p): group for group in groups for p in group['params']}
         stem = min(group['lr_scale'] for group in groups)
-        for parameter in (model.pos_embed, model.patch_embed.proj.weight, model.question_embed.proj.weight):
+        for parameter in (model.cls_token, model.patch_embed.proj.weight, model.question_embed.proj.weight):
             assert group_of[id(parameter)]['lr_scale'] == stem
         assert group_of[id(model.head.weight)]['lr_scale'] == 1
         assert group_of[id(model.pos_embed)]['weight_decay'] == 0
@@ -357,6 +418,7 @@ class TestTraining:
 class TestCompilers:
 
     @pytest.mark.parametrize('name, kwargs', [
+        ('test_ait', dict(depth=2)),
         ('test_set_transformer', dict(depth=1)),
         ('test_perceiver', dict(depth=1, num_iterations=2)),
         ('test_coordination', dict(depth=2)),
@@ -371,15 +433,16 @@ class TestCompilers:
 
     @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
     @pytest.mark.parametrize('question_dim', [0, 5])
-    @pytest.mark.parametrize('name, kwargs', [(name, {}) for name in BASELINES] + SHARING)
+    @pytest.mark.parametrize('name, kwargs', [(name, {}) for name in FAMILIES] + SHARING)
     def test_scripted(self, name, kwargs, question_dim):
         model = make_model(name, question_dim=question_dim, **kwargs).eval()
         inputs = (images(), torch.randn(4, 5)) if question_dim else (images(),)
         torch.testing.assert_close(torch.jit.script(model)(*inputs), model(*inputs), atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
-    @pytest.mark.parametrize('name', WITH_GRIDS)
-    def test_features_only_scripted(self, name):
-        model, x = make_model(name, features_only=True).eval(), images()
-        for actual, expected in zip(torch.jit.script(model)(x), model(x), strict=True):
-            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    @pytest.mark.parametrize('name', ['test_ait', *WITH_GRIDS])
+    def test_features_only_compiled_without_graph_breaks(self, name):
+        torch._dynamo.reset()
+        model, x = make_model(name, depth=2, features_only=True).eval(), images()
+        compiled = torch.compile(model, fullgraph=True, backend='eager')
+        for actual, expected in zip(compiled(x), model(x), strict=True):
+            torch.testing.assert_close(actual, expected)
