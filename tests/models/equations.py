@@ -1,5 +1,6 @@
 """ Comparison of a model with its equations, transcribed. """
 import torch
+import torch.nn.functional as F
 
 
 def randomize(model, scale=0.1):
@@ -28,14 +29,25 @@ class Equations:
         return (x - mean) / (variance + eps).sqrt() * self.p[f'{name}.weight'] + self.p[f'{name}.bias']
 
     def tokens(self, x, question=None, patch=4):
-        """Patches with their position embeddings, after the question."""
+        """Patches with their position embeddings, after the class token with the question."""
         x = torch.einsum(
             'bcyixj,dcij->byxd', x.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 1, 2, 4, 3, 5),
             self.p['patch_embed.proj.weight'])
         x = x.flatten(1, 2) + self.p['patch_embed.proj.bias'] + self.p['pos_embed']
         if question is None:
             return x
-        return torch.cat([self.linear('question_embed.proj', question[:, None]), x], 1)
+        return torch.cat([self.p['cls_token'] + self.linear('question_embed.proj', question[:, None]), x], 1)
+
+
+def vit_tokens(model, x, question=None):
+    """Patches, after the class token with the question, all with their position embeddings."""
+    patches = F.unfold(x, model.patch_embed.patch_size, stride=model.patch_embed.patch_size).transpose(1, 2)
+    x = patches @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
+    if question is not None:
+        embed = model.question_embed.proj
+        asked = model.cls_token + torch.einsum('bi,oi->bo', question, embed.weight)[:, None] + embed.bias
+        x = torch.cat([asked, x], dim=1)
+    return x + model.pos_embed
 
 
 def assert_same(actual, expected, inputs):

@@ -3,7 +3,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from tests.models.equations import assert_same
+from tests.models.equations import assert_same, vit_tokens
 from timm_ait.models.centroid_transformer import CentroidAttention, CentroidBlock
 
 
@@ -52,11 +52,7 @@ def reference_centroids(x, num_prefix_tokens, grid_size, pool):
 
 def reference_model(model, x, question=None):
     """The model's features before the norm."""
-    patches = F.unfold(x, model.patch_embed.patch_size, stride=model.patch_embed.patch_size).transpose(1, 2)
-    x = patches @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias + model.pos_embed
-    if question is not None:
-        embed = model.question_embed.proj
-        x = torch.cat([linear(embed.weight, embed.bias, question)[:, None], x], dim=1)
+    x = vit_tokens(model, x, question)
     for i, block in enumerate(model.blocks):
         if i == model.centroid_index:
             tokens = x
@@ -67,7 +63,7 @@ def reference_model(model, x, question=None):
             x = x + reference_attention(block.attn, block.norm1(x), block.norm1(x), 'tokens')
         hidden = F.gelu(linear(block.mlp.fc1.weight, block.mlp.fc1.bias, block.norm2(x)))
         x = x + linear(block.mlp.fc2.weight, block.mlp.fc2.bias, hidden)
-    return x if question is None else x[:, 1:]
+    return x
 
 
 class TestEquations:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-from tests.models.equations import assert_same
+from tests.models.equations import assert_same, vit_tokens
 from timm_ait.models.coordination import SharedWorkspace, topk_softmax
 
 
@@ -55,16 +55,13 @@ def reference_workspace(layer, x, memory):
 
 def reference_model(model, x, question=None):
     """The model's features, with the reference workspace in every block."""
-    patches = F.unfold(x, model.patch_embed.patch_size, stride=model.patch_embed.patch_size).transpose(1, 2)
-    x = patches @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias + model.pos_embed
-    if question is not None:
-        x = torch.cat([linear(model.question_embed.proj, question)[:, None], x], dim=1)
+    x = vit_tokens(model, x, question)
     memory = model.memory.slots.expand(x.shape[0], -1, -1)
     for block in model.blocks:
         received, memory, _ = reference_workspace(block.attn, block.norm1(x), memory)
         x = x + received
         x = x + linear(block.mlp.fc2, F.gelu(linear(block.mlp.fc1, block.norm2(x))))
-    return x if question is None else x[:, 1:]
+    return x
 
 
 class TestEquations:

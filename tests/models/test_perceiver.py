@@ -148,7 +148,6 @@ class TestModel:
         (dict(num_latents=0), 'num_latents must be at least 1, got 0'),
         (dict(num_iterations=0), 'num_iterations must be at least 1, got 0'),
         (dict(share_weights=True), "share_weights must be 'none', 'after_first' or 'all', got True"),
-        (dict(pos_embed='fourier'), "pos_embed must be 'learn' or 'none', got 'fourier'"),
         (dict(global_pool='token'), "global_pool must be one of .* got 'token'"),
     ])
     def test_a_bad_argument_is_named(self, kwargs, message):
