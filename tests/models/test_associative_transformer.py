@@ -1,12 +1,12 @@
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import ModelEmaV3
 
-from timm_ait import AssociativeTransformer
+from timm_ait import AssociativeTransformer, balance_loss, memory_statistics
 from timm_ait.layers import WorkspaceMlp
+from timm_ait.models.associative_transformer import attended_tokens
 
 
 def make_model(**kwargs):
@@ -21,7 +21,7 @@ def images(batch_size=4, size=32, in_chans=3):
 class TestRegistry:
 
     @pytest.mark.parametrize('name', [
-        'ait_small', 'ait_medium', 'ait_base',
+        'ait_small', 'ait_small_patch32_64', 'ait_medium', 'ait_base',
         'ait_small_patch16_224', 'ait_medium_patch16_224', 'ait_base_patch16_224', 'test_ait',
     ])
     def test_registered(self, name):
@@ -44,7 +44,7 @@ class TestRegistry:
 
     @pytest.mark.parametrize('kwargs, patches', [({}, 4), ({'patch_size': 16}, 16), ({'img_size': 96}, 9)])
     def test_the_weights_of_triangle_have_their_own_input(self, kwargs, patches):
-        model = timm.create_model('ait_small.triangle', device='meta', **kwargs)
+        model = timm.create_model('ait_small_patch32_64.triangle', device='meta', **kwargs)
         assert model.patch_embed.num_patches == patches
         assert model.num_classes == 2
 
@@ -85,47 +85,19 @@ class TestLikeAnyTimmViT:
         x = images(size=kwargs.get('img_size', 32), in_chans=kwargs.get('in_chans', 3))
         output = model(x)
         assert output.shape == (4, model.num_classes or model.num_features)
-        (output.square().sum() + model.balance_loss()).backward()
+        (output.square().sum() + balance_loss(model)).backward()
         assert all(p.grad is not None for p in model.parameters())
 
     def test_dynamic_image_size(self):
         model = make_model(dynamic_img_size=True).eval()
         assert model(images(size=48)).shape == (4, 10)
 
-    def test_two_block_model_returns_both_intermediates(self):
-        # timm's own test of intermediates asks for three levels
-        model = make_model(depth=2).eval()
-        x = images()
-        blocks = []
-        hooks = [block.register_forward_hook(lambda m, i, output: blocks.append(output)) for block in model.blocks]
-        features = model.forward_features(x)
-        for hook in hooks:
-            hook.remove()
-        final, intermediates = model.forward_intermediates(x, output_fmt='NLC')
-        assert torch.equal(final, features)
-        assert len(intermediates) == 2
-        assert all(torch.equal(actual, expected) for actual, expected in zip(intermediates, blocks))
-
-    def test_features_only_of_a_two_block_model(self):
-        model = make_model(depth=2, features_only=True).eval()
-        assert [tuple(f.shape) for f in model(images())] == [(4, 64, 8, 8)] * 2
-
-    def test_set_input_size(self):
-        model = make_model()
-        model.set_input_size(img_size=(48, 48), patch_size=(8, 8))
-        assert model(images(size=48)).shape == (4, 10)
-
-    def test_reset_classifier(self):
-        model = make_model()
-        model.reset_classifier(3)
-        assert model(images()).shape == (4, 3)
-
     def test_pruning_keeps_the_balance_loss_of_what_is_left(self):
         model = make_model()
         model.prune_intermediate_layers([0])
         model.train()(images())
-        assert len(model.memory_statistics()) == 1
-        assert model.balance_loss() > 0
+        assert len(memory_statistics(model)) == 1
+        assert balance_loss(model) > 0
 
     def test_layer_decay_orders_the_workspace_with_its_block(self):
         model = make_model()
@@ -143,19 +115,6 @@ class TestLikeAnyTimmViT:
         for parameter in (workspace.norm.weight, workspace.slot_norm.bias, workspace.attractors.bias, workspace.gate):
             assert id(parameter) in undecayed
 
-    def test_a_checkpoint_is_resampled_to_another_size(self, tmp_path):
-        source = make_model().eval()
-        save_file(source.state_dict(), tmp_path / 'source.safetensors')
-        overlay = dict(file=str(tmp_path / 'source.safetensors'))
-        model = make_model(
-            pretrained=True, pretrained_cfg_overlay=overlay, img_size=48, patch_size=8, in_chans=1, num_classes=5)
-        assert model.eval()(images(size=48, in_chans=1)).shape == (4, 5)
-        torch.testing.assert_close(model.blocks[1].mlp.workspace.memory, source.blocks[1].mlp.workspace.memory)
-
-    def test_unknown_arguments_raise(self):
-        with pytest.raises(TypeError, match='not_an_argument'):
-            make_model(not_an_argument=1)
-
     def test_a_bad_workspace_argument_is_named(self):
         with pytest.raises(ValueError, match='num_slots'):
             make_model(num_slots=0)
@@ -165,7 +124,7 @@ class TestLikeAnyTimmViT:
             num_slots=4, slot_dim=8, bottleneck=0.5, beta=2., retrieval_steps=2, memory_init='identity',
             memory_update='normalize', balance_weight=0.1)
         workspace = make_model(workspace_heads=2, memory_momentum=0.5, **kwargs).blocks[0].mlp.workspace
-        for name, value in dict(kwargs, num_heads=2, momentum=0.5).items():
+        for name, value in dict(kwargs, workspace_heads=2, memory_momentum=0.5).items():
             assert getattr(workspace, name) == value, name
 
     def test_initialisation_does_not_depend_on_the_vit_weight_init(self):
@@ -197,7 +156,7 @@ class TestState:
         checkpointed.set_grad_checkpointing()
         x = images()
         for model in (plain, checkpointed):
-            (model.train()(x).square().sum() + model.balance_loss()).backward()
+            (model.train()(x).square().sum() + balance_loss(model)).backward()
         for (name, p), q in zip(plain.named_parameters(), checkpointed.parameters()):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{name}: {m}')
         for (name, p), q in zip(plain.named_buffers(), checkpointed.buffers()):
@@ -208,9 +167,9 @@ class TestState:
         eager, compiled = make_model().double().train(), make_model().double().train()
         compiled.set_grad_checkpointing()
         x = images().double()
-        (eager(x).square().sum() + eager.balance_loss()).backward()
+        (eager(x).square().sum() + balance_loss(eager)).backward()
         output = torch.compile(compiled, backend='aot_eager')(x)
-        (output.square().sum() + compiled.balance_loss()).backward()
+        (output.square().sum() + balance_loss(compiled)).backward()
         for (name, p), q in zip(eager.named_parameters(), compiled.parameters()):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{name}: {m}')
         for (name, p), q in zip(eager.named_buffers(), compiled.buffers()):
@@ -227,91 +186,82 @@ class TestState:
     def test_memory_statistics_by_block(self):
         model = make_model().train()
         model(images())
-        statistics = model.memory_statistics()
+        statistics = memory_statistics(model)
         assert list(statistics) == [f'blocks.{i}.mlp.workspace' for i in range(3)]
         for layer in statistics.values():
             assert layer['effective_rank'] == pytest.approx(8., rel=1e-3)
             assert 0 < layer['coverage'] <= 1
 
-    @pytest.mark.parametrize('training', [True, False])
-    def test_compiled_without_graph_breaks(self, training):
-        torch._dynamo.reset()
-        model = make_model().train(training)
-        compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-        twin = make_model().train(training)
-        x = images()
-        torch.testing.assert_close(compiled(x), twin(x), atol=1e-4, rtol=1e-4)
+
+class TestMasks:
+    """Tokens that no other may attend to are padding."""
+    kept = torch.tensor([[True] * 64, [True] * 40 + [False] * 24])
+
+    def masks(self):
+        """The same mask in the forms that timm's attention takes."""
+        keys = self.kept[:, None, None, :]
+        pairs = keys & self.kept[:, None, :, None]
+        lowest = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)
+        return {
+            'keys': keys,
+            'keys of every query': keys.expand(-1, 1, 64, -1),
+            'keys of every head': keys.expand(-1, 2, 64, -1),
+            'additive': torch.zeros(keys.shape).masked_fill(~keys, float('-inf')),
+            'additive pairs': lowest,  # as NaFlexVit makes them
+            'additive in half precision': lowest.half(),
+            'a large number': torch.zeros(keys.shape).masked_fill(~keys, -1e4),
+        }
+
+    @pytest.mark.parametrize('form', [
+        'keys', 'keys of every query', 'keys of every head', 'additive', 'additive pairs',
+        'additive in half precision', 'a large number'])
+    def test_tokens_are_attended_to_in_every_form_of_mask(self, form):
+        assert torch.equal(attended_tokens(self.masks()[form], 2), self.kept)
+
+    @pytest.mark.parametrize('shape', [(64, 64), (1, 64, 64), (2, 64, 64), (1, 1, 64, 64)])
+    def test_a_mask_for_all_images(self, shape):
+        mask = torch.ones(shape, dtype=torch.bool)
+        mask[..., 40:] = False
+        assert torch.equal(attended_tokens(mask, 2), self.kept[1:].expand(2, -1))
+
+    def test_a_causal_mask_leaves_out_no_token(self):
+        assert attended_tokens(torch.ones(64, 64, dtype=torch.bool).tril(), 2).all()
+
+    @pytest.mark.parametrize('kwargs', [dict(), dict(attention=False)])
+    def test_masked_tokens_neither_write_nor_count(self, kwargs):
+        model, x = make_model(**kwargs).train(), images(2)
+        changed = x.clone()
+        changed[1, :, 20:] += 1.  # the last 24 patches of the second image
+        mask, written = self.masks()['keys'], []
+        for y in (x, changed):
+            features = model.forward_features(y, attn_mask=mask)[self.kept]
+            written.append([features, balance_loss(model), *(b.mlp.workspace.pending for b in model.blocks)])
+            written[-1] = [value.detach().clone() for value in written[-1]]
+        assert all(torch.equal(a, b) for a, b in zip(*written))
+        assert not torch.equal(model.forward_features(changed)[self.kept], written[0][0])
+        assert not torch.equal(model.blocks[0].mlp.workspace.pending, written[0][2])
+
+    def test_gradient_checkpointing_of_a_block_with_a_mask(self):
+        block, mask = make_model().blocks[0].double().train(), self.masks()['keys']
+        x = torch.randn(2, 64, 64, dtype=torch.float64)
+        gradients = []
+        for run in (block, lambda x, attn_mask: timm.models.checkpoint(block, x, attn_mask=attn_mask)):
+            block.zero_grad()
+            (run(x, attn_mask=mask).square().sum() + balance_loss(block)).backward()
+            gradients.append([p.grad.clone() for p in block.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+    @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
+    def test_scripted(self):
+        model, x, mask = make_model().eval(), images(2), self.masks()['keys']
+        torch.testing.assert_close(torch.jit.script(model)(x, attn_mask=mask), model(x, attn_mask=mask))
 
 
 class TestQuestions:
 
-    def make(self, **kwargs):
-        return make_model(question_dim=5, **kwargs).eval()
-
-    @pytest.mark.parametrize('global_pool', ['avg', 'token'])
-    def test_the_answer_depends_on_the_question(self, global_pool):
-        model, x = self.make(global_pool=global_pool), images()
-        first, second = torch.eye(5)[[0, 1]].unsqueeze(1).expand(-1, 4, -1)
-        assert (model(x, question=first) - model(x, question=second)).abs().amax(1).min() > 1e-4
-
-    def test_the_question_is_added_to_the_class_token(self):
-        model, x = self.make(), images()
-        question = torch.eye(5)[[2]].expand(4, -1)
-        answer = model(x, question=question)
-        with torch.no_grad():
-            model.cls_token += model.question_embed.proj(question[:1])
-            model.question_embed.proj.bias.zero_()
-        torch.testing.assert_close(model(x, question=torch.zeros(4, 5)), answer)
-
-    @pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.float64])
-    def test_questions_of_any_dtype(self, dtype):
-        model, x, question = self.make(), images(), torch.eye(5)[:4]
-        assert torch.equal(model(x, question=question.to(dtype)), model(x, question=question))
-
-    def test_the_gradient_reaches_the_embedding(self):
-        model = self.make().train()
-        model(images(), question=torch.ones(4, 5)).sum().backward()
-        assert model.question_embed.proj.weight.grad.abs().min() > 0
-
-    def test_a_missing_question_raises(self):
-        with pytest.raises(ValueError, match=r'question=….*\(4, 5\)'):
-            self.make()(images())
-
-    @pytest.mark.parametrize('shape', [(5,), (4, 4), (3, 5), (4, 1, 5)])
-    def test_a_misshapen_question_raises(self, shape):
-        with pytest.raises(ValueError, match=r'shape \(4, 5\).*got'):
-            self.make()(images(), question=torch.zeros(shape))
-
-    def test_a_question_to_a_model_without_raises(self):
-        with pytest.raises(ValueError, match='takes no question.*question_dim'):
-            make_model()(images(), question=torch.zeros(4, 5))
-
-    @pytest.mark.parametrize('question_dim', [-1, 2.5, True])
-    def test_a_bad_width_is_named(self, question_dim):
-        with pytest.raises(ValueError, match='question_dim'):
-            make_model(question_dim=question_dim)
-
-    def test_intermediates_take_the_question_and_are_grids_of_patches(self):
-        model, x, question = self.make(), images(), torch.eye(5)[:4]
-        final, intermediates = model.forward_intermediates(x, question=question)
-        assert [tuple(y.shape) for y in intermediates] == [(4, 64, 8, 8)] * 3
-        assert torch.equal(model.forward_head(final), model(x, question=question))
-        with pytest.raises(ValueError, match='question'):
-            model.forward_intermediates(x)
-
     def test_another_image_size(self):
-        model = self.make(img_size=48, dynamic_img_size=True)
-        assert model(images(size=32), question=torch.zeros(4, 5)).shape == (4, 10)
-
-    def test_compiled_without_graph_breaks(self):
-        torch._dynamo.reset()
-        model, x, question = self.make(), images(), torch.eye(5)[:4]
-        compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-        torch.testing.assert_close(compiled(x, question=question), model(x, question=question))
-
-    def test_scripted(self):
-        model, x, question = self.make(), images(), torch.eye(5)[:4]
-        torch.testing.assert_close(torch.jit.script(model)(x, question=question), model(x, question=question))
+        model = make_model(question_dim=5, img_size=48, dynamic_img_size=True).eval()
+        assert model(images(size=32), torch.zeros(4, 5)).shape == (4, 10)
 
     @pytest.mark.parametrize('name, num_tokens', [('ait_small_patch15_75', 25), ('ait_tiny_hybrid_75', 25)])
     def test_models_for_sort_of_clevr(self, name, num_tokens):
@@ -321,33 +271,31 @@ class TestQuestions:
 
 
 class TestAblations:
-    tiny = dict(embed_dim=48, depth=2, num_heads=2, num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=8)
 
-    def make(self, name):
-        torch.manual_seed(0)
-        return timm.create_model(name, **self.tiny)
+    def make(self, **kwargs):
+        return make_model(depth=2, **kwargs)
 
-    def test_no_workspace_is_the_vit_of_the_same_size(self):
-        model = self.make('ait_small_no_workspace').eval()
+    def test_without_workspaces_it_is_the_vit_of_the_same_size(self):
+        model = self.make(workspace=False).eval()
         vit = timm.create_model(
             'vit_base_patch16_224', img_size=32, patch_size=4, class_token=False, global_pool='avg', num_classes=10,
-            embed_dim=48, depth=2, num_heads=2).eval()
+            embed_dim=64, depth=2, num_heads=2).eval()
         vit.load_state_dict(model.state_dict(), strict=True)
         x = images()
         assert torch.equal(vit(x), model(x))
-        assert model.balance_loss() == 0
+        assert balance_loss(model) == 0
 
-    def test_no_write_leaves_the_memory(self):
-        model = self.make('ait_small_no_write').train()
-        before = model.blocks[0].mlp.workspace.memory.clone()
-        model(images())
-        assert torch.equal(model.blocks[0].mlp.workspace.memory, before)
+    def test_without_workspaces_and_attention_tokens_would_not_meet(self):
+        with pytest.raises(ValueError, match='attention.*workspace'):
+            self.make(workspace=False, attention=False)
 
-    def test_no_retrieval_has_no_attractors(self):
-        assert not [name for name, _ in self.make('ait_small_no_retrieval').named_parameters() if 'attractors' in name]
+    @pytest.mark.parametrize('workspace', [None, {}, dict(num_slots=4), 'no'])
+    def test_workspace_is_a_switch(self, workspace):
+        with pytest.raises(ValueError, match='workspace'):
+            AssociativeTransformer(32, 8, 3, 5, 'avg', class_token=False, workspace=workspace)
 
-    def test_no_attention_leaves_tokens_to_meet_in_the_workspace_alone(self):
-        model = self.make('ait_small_no_attention')
+    def test_without_attention_tokens_meet_in_the_workspace_alone(self):
+        model = self.make(attention=False)
         assert not [name for name, _ in model.named_parameters() if 'attn' in name or 'norm1' in name]
         # without self-attention, and the memory frozen, a token's features depend on its own patch
         x = images(1)
@@ -358,16 +306,6 @@ class TestAblations:
         # in training, what it wrote reaches the others
         difference = (model.train().forward_features(x) - model.forward_features(changed)).abs().amax(-1)
         assert (difference > 0).all()
-
-    def test_reset_memory_writes_for_one_step_only(self):
-        model = self.make('ait_small_reset_memory').train()
-        workspace = model.blocks[0].mlp.workspace
-        before, x = workspace.memory.clone(), images()
-        first = model(x)
-        assert torch.equal(workspace.memory, before)
-        assert torch.equal(model(x), first)
-        first.sum().backward()
-        assert workspace.v.weight.grad.abs().max() > 0
 
 
 def test_the_class_takes_what_a_vit_takes():

@@ -11,7 +11,7 @@ Most of the difference is the published classifier, a LayerNorm and a linear lay
 in place of which these models have timm's pooling.
 """
 from functools import partial
-from typing import Optional
+from typing import Optional, Type
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ from timm_ait.layers import WorkspaceMlp
 from timm_ait.layers.workspace import split_workspace_kwargs
 from timm_ait.weights import check_weights, shipped_weights
 
-from ._question import QuestionViT, cifar_cfg
+from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['AssociativeTransformer']
 
@@ -80,6 +80,7 @@ class AttentionFreeBlock(AssociativeBlock):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
+        refuse_masks(None, is_causal)
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
 
@@ -90,28 +91,37 @@ class AssociativeTransformer(QuestionViT):
     timm's `VisionTransformer` with another MLP layer; keys of a plain ViT checkpoint match one to one.
     """
 
-    def __init__(self, *args, workspace: bool = True, attention: bool = True, **kwargs) -> None:
+    def __init__(
+            self,
+            *args,
+            workspace: bool = True,
+            attention: bool = True,
+            mlp_layer: Optional[Type[nn.Module]] = None,
+            **kwargs,
+    ) -> None:
         """
         Args:
-            *args: As `VisionTransformer`.
+            *args: As `QuestionViT`.
             workspace: If False, plain MLPs without workspaces: a ViT of the same size.
             attention: If False, blocks without self-attention.
-            **kwargs: As `GlobalWorkspace` (its own arguments, `num_slots` and on) and as `QuestionViT`.
+            mlp_layer: MLP layer, by default `WorkspaceMlp`, or `Mlp` without workspaces.
+            **kwargs: As `GlobalWorkspace`, its own from `num_slots` on, and as `QuestionViT` except for its blocks.
 
         Raises:
             ValueError: An argument is out of its range.
         """
+        if not isinstance(workspace, bool):
+            raise ValueError(f'workspace must be True or False, got {workspace!r}: its arguments go beside it.')
+        if not attention and not workspace:
+            raise ValueError('attention=False needs workspace=True: without either, tokens would not meet.')
+        kwargs = refuse_arguments(kwargs, ['block_fn'], 'the blocks hand masks to the workspaces')
         workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
         if workspace:
-            blocks = dict(
-                block_fn=AssociativeBlock if attention else AttentionFreeBlock,
-                mlp_layer=partial(WorkspaceMlp, **workspace_kwargs),
-            )
-        elif not attention:
-            raise ValueError('attention=False needs workspace=True: without either, tokens would not meet.')
+            block_fn = AssociativeBlock if attention else AttentionFreeBlock
+            mlp_layer = partial(mlp_layer or WorkspaceMlp, **workspace_kwargs)
         else:
-            blocks = dict(block_fn=Block, mlp_layer=Mlp)
-        super().__init__(*args, **{**blocks, **kwargs})
+            block_fn, mlp_layer = Block, mlp_layer or Mlp
+        super().__init__(*args, block_fn=block_fn, mlp_layer=mlp_layer, **kwargs)
 
 
 _CIFAR10_CLASSES = (
