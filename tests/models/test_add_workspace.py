@@ -16,11 +16,10 @@ from timm.utils import ModelEmaV3
 from torch.utils.hooks import RemovableHandle
 
 import timm_ait
-from timm_ait.__main__ import main
 from timm_ait.layers import GlobalWorkspace
 
 BODY = dict(img_size=32, patch_size=8, depth=2, embed_dim=64, num_heads=2, num_classes=5)
-WORKSPACE = dict(num_slots=4, slot_dim=8, num_heads=2, bottleneck=16)
+WORKSPACE = dict(num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=16)
 
 FAMILIES = {
     'test_vit': BODY,
@@ -136,7 +135,7 @@ class TestFineTuning:
 
     def test_the_balance_loss_has_a_gradient_in_the_body(self):
         model = make_ait(open_gates=False).train()
-        model(images())
+        output = model(images())  # the loss has a gradient as long as the output is there
         timm_ait.balance_loss(model).backward()
         assert model.patch_embed.proj.weight.grad.abs().max() > 0
 
@@ -192,6 +191,7 @@ class TestLikeAnyTimmModel:
         model = make_ait(name).train()
         ema = ModelEmaV3(model, decay=0.5)
         model(images())
+        timm_ait.advance_memory(model)
         ema.update(model)
         assert not torch.equal(ema.module.blocks[0].mlp.workspace.memory, model.blocks[0].mlp.workspace.memory)
         assert logits(ema.module, images()).isfinite().all()
@@ -224,6 +224,47 @@ def test_unpickled_in_another_process_the_workspace_is_not_displaced_by_a_later_
     for _ in range(50):
         loaded.blocks[0].mlp.register_forward_hook(lambda module, inputs, output: None)
     assert torch.equal(logits(loaded, images()), expected)
+
+
+class TestMasks:
+    """A body that masks tokens tells its workspaces, or is not trained on masked tokens."""
+
+    def test_padding_of_naflex_neither_writes_nor_counts(self):
+        torch.manual_seed(0)
+        model = timm.create_model('naflexvit_base_patch16_gap', depth=2, embed_dim=64, num_heads=2, num_classes=5)
+        model = timm_ait.add_workspace(model, **WORKSPACE).train()
+        patches = torch.randn(2, 12, 16 * 16 * 3)
+        coord = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), indexing='ij'), -1).reshape(1, 12, 2)
+        valid = torch.arange(12) < torch.tensor([[12], [8]])
+        written = []
+        for padding in (0., 1.):
+            patches[~valid] = padding
+            output = model(dict(patches=patches, patch_coord=coord.expand(2, -1, -1), patch_valid=valid))
+            pending = [workspace.pending.clone() for workspace in workspaces(model).values()]
+            written.append([output.detach(), timm_ait.balance_loss(model).detach(), *pending])
+        assert all(torch.equal(a, b) for a, b in zip(*written))
+        patches[1, :8] += 1.
+        model(dict(patches=patches, patch_coord=coord.expand(2, -1, -1), patch_valid=valid))
+        assert not torch.equal(model.blocks[0].mlp.workspace.pending, written[0][2])
+
+    @pytest.mark.parametrize('name', ['eva02_tiny_patch14_224', 'vit_giant_patch14_dinov2'])
+    def test_where_they_would_be_written_training_refuses_them(self, name):
+        model, x = make_ait(name).train(), images()
+        num_tokens = model.patch_embed.num_patches + 1
+        mask = torch.arange(num_tokens).expand(1, 1, 1, -1) < num_tokens - 3
+        with pytest.raises(ValueError, match='attn_mask'):
+            model(x, attn_mask=mask)
+        assert model.eval()(x, attn_mask=mask).isfinite().all()
+
+    def test_a_block_of_unknown_kind_that_takes_masks_is_refused(self):
+        class OtherBlock(type(make_model().blocks[0])):
+            pass
+
+        model = make_model()
+        model.blocks[1].__class__ = OtherBlock
+        with pytest.raises(ValueError, match='blocks.1.mlp .*OtherBlock.*attn_mask'):
+            timm_ait.add_workspace(model, **WORKSPACE)
+        assert not workspaces(model)
 
 
 class TestArguments:
@@ -300,12 +341,13 @@ class TestSaved:
         assert config['architecture'] == 'ait_from_timm'
         assert config['model_args'] == {
             **BODY, 'num_classes': 3, 'in_chans': 3, 'img_size': [32, 32], 'global_pool': 'avg', 'model': 'test_vit',
-            'workspace': WORKSPACE}
+            **WORKSPACE}
 
-    def test_the_data_config_is_that_of_the_body(self, saved):
-        loaded, body = timm.create_model(f'local-dir:{saved[1]}'), make_model()
-        actual, expected = timm.data.resolve_model_data_config(loaded), timm.data.resolve_model_data_config(body)
-        assert json.dumps(actual) == json.dumps(expected)
+    def test_the_data_config_is_that_of_the_body_at_the_size_it_was_built_for(self, saved):
+        body = timm.data.resolve_model_data_config(make_model())
+        for model in (saved[0], timm.create_model(f'local-dir:{saved[1]}')):
+            config = timm.data.resolve_model_data_config(model)
+            assert json.dumps(config) == json.dumps({**body, 'input_size': (3, 32, 32)})
 
     def test_from_the_hub(self, saved, hub):
         model, folder = saved
@@ -341,15 +383,15 @@ class TestSaved:
         assert len(maps) == len(expected) == 2
         assert all(torch.equal(actual, e) for actual, e in zip(maps, expected))
 
-    @pytest.mark.parametrize('kwargs', [dict(depth=3), dict(embed_dim=32), dict(blocks=[0]), dict(workspace={})])
+    @pytest.mark.parametrize('kwargs', [dict(depth=3), dict(embed_dim=32), dict(blocks=[0]), dict(num_slots=3)])
     def test_weights_of_another_model_are_not_loaded(self, saved, kwargs):
-        with pytest.raises(RuntimeError, match='not of this model'):
+        with pytest.raises(RuntimeError, match='nothing was loaded'):
             timm.create_model(f'local-dir:{saved[1]}', pretrained=True, **kwargs)
 
 
 class TestArchitecture:
     """`ait_from_timm` by name, as scripts create it."""
-    kwargs = dict(BODY, model='test_vit', workspace=WORKSPACE)
+    kwargs = dict(BODY, model='test_vit', **WORKSPACE)
 
     @pytest.fixture
     def body(self, hub):
@@ -387,42 +429,54 @@ class TestArchitecture:
         loaded = timm.create_model('ait_from_timm', pretrained=True, pretrained_cfg_overlay=overlay, **self.kwargs)
         assert torch.equal(logits(loaded, images()), logits(model, images()))
 
-    def test_an_address_outside_the_hub_is_refused(self, body):
-        overlay = dict(url='https://nowhere.invalid/model.safetensors')
-        with pytest.raises(RuntimeError, match='nowhere.invalid/model.safetensors: .*not from other addresses'):
-            timm.create_model('ait_from_timm', model='test_vit', pretrained=True, pretrained_cfg_overlay=overlay)
+    def test_weights_of_a_checkpoint_of_train_and_the_size_it_is_trained_at(self, tmp_path):
+        source = timm.create_model('vit_small_patch14_dinov2', **dict(BODY, img_size=37 * 4, patch_size=4))
+        torch.save({'state_dict': source.state_dict(), 'epoch': 3}, tmp_path / 'last.pth.tar')
+        model = timm.create_model(
+            'ait_from_timm', pretrained=True, **dict(self.kwargs, model='vit_small_patch14_dinov2', img_size=16 * 4,
+                                                     patch_size=4, num_classes=7),
+            pretrained_cfg_overlay=dict(file=str(tmp_path / 'last.pth.tar'), num_classes=-1))  # as train.py's
+        assert timm.data.resolve_data_config({}, model=model)['input_size'] == (3, 64, 64)
+        assert logits(model, images(size=64)).shape == (4, 7)
+        assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
 
-    def test_resolved_as_newer_scripts_of_timm_do(self, body):
-        resolve = pytest.importorskip('timm.models').resolve_model_input_args
-        arguments = resolve('ait_from_timm', dict(img_size=64), model='test_vit', workspace=WORKSPACE)
+    def test_the_image_size_is_that_it_was_built_for(self, body):
+        # train.py reads it from here
+        model = timm.create_model('ait_from_timm', model='test_vit', pretrained=True, img_size=96)
+        assert timm.data.resolve_data_config({}, model=model)['input_size'] == (3, 96, 96)
+        assert logits(model, images(size=96)).shape == (4, 1000)
+
+    def test_resolved_as_validate_does(self, body):
+        arguments = timm.models.resolve_model_input_args(
+            'ait_from_timm', dict(img_size=64), model='test_vit', **WORKSPACE)
         model = timm.create_model(**arguments, pretrained=True)
         assert timm.data.resolve_model_data_config(model)['mean'] == (0.5, 0.5, 0.5)
         assert torch.equal(model.blocks[0].mlp.fc1.weight, body.blocks[0].mlp.fc1.weight)
+
+    def test_errors_of_the_hub_are_those_of_the_body(self, hub):
+        errors = []
+        for kwargs in (dict(model_name='test_vit'), dict(model_name='ait_from_timm', model='test_vit')):
+            with pytest.raises(Exception) as error:
+                timm.create_model(pretrained=True, **kwargs)
+            errors.append(error.value)
+        assert type(errors[0]) is type(errors[1])
+
+    @pytest.mark.parametrize('argument', ['num_slotz', 'workspace'])
+    def test_an_unknown_argument_is_named(self, argument):
+        with pytest.raises(TypeError, match=argument):
+            timm.create_model('ait_from_timm', **self.kwargs, **{argument: 4})
+        with pytest.raises(TypeError, match=argument):
+            timm_ait.add_workspace(make_model(), **{argument: 4})
 
     def test_a_body_without_weights_says_so(self):
         with pytest.raises(RuntimeError, match='No pretrained weights exist for vit_base_patch32_plus_256'):
             timm.create_model('ait_from_timm', model='vit_base_patch32_plus_256', pretrained=True, depth=1)
 
-    def test_offline_with_an_empty_cache_says_what_to_do(self, hub, monkeypatch):
-        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-        with pytest.raises(RuntimeError, match='(?s)cannot be read from timm/test_vit.r160_in1k.*pretrained=False'):
-            timm.create_model('ait_from_timm', model='test_vit', pretrained=True)
-
     @pytest.mark.parametrize('name', [None, 'no_such_model', 'hf-hub:timm/test_vit.r160_in1k', 3])
     def test_a_missing_or_unknown_body_is_named(self, name):
-        with pytest.raises(ValueError, match='needs model=.* got '):
+        with pytest.raises(ValueError, match='model='):
             timm.create_model('ait_from_timm', model=name)
 
     def test_a_body_without_mlp_blocks_is_named(self):
         with pytest.raises(ValueError, match='ResNet has no MLPs'):
             timm.create_model('ait_from_timm', model='resnet18')
-
-    def test_exported_from_a_checkpoint_of_train(self, tmp_path):
-        model = make_ait(num_classes=3)
-        torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
-        arguments = [f'{key}={value}' for key, value in self.kwargs.items() if key != 'num_classes']
-        assert main([
-            'export', str(tmp_path / 'last.pth.tar'), '--model', 'ait_from_timm', '--num-classes', '3',
-            '--dtype', 'float32', '--out', str(tmp_path / 'out'), '--model-kwargs', *arguments]) == 0
-        loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
-        torch.testing.assert_close(logits(loaded, images()), logits(model, images()), atol=1e-5, rtol=1e-5)

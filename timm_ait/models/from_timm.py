@@ -49,7 +49,7 @@ class _Unmasked:
     """A block that cannot tell its MLP what tokens are masked, and so is not trained on masked ones."""
 
     def __call__(self, *args, **kwargs):
-        if self.training and kwargs.get('attn_mask') is not None:
+        if self.training and isinstance(kwargs.get('attn_mask'), torch.Tensor):
             raise ValueError(
                 f'attn_mask does not reach the workspaces of this model, which would write the masked tokens: only a Block '
                 f'with an Mlp hands it on, not a {type(self).__bases__[1].__name__} with a {type(self.mlp).__name__}.')
@@ -216,8 +216,14 @@ def ait_from_timm(
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
     workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
 
-    def build(**kwargs) -> nn.Module:
-        return add_workspace(create_model(model, **kwargs), blocks, **workspace_kwargs)
+    def build(pretrained: bool = False, **kwargs) -> nn.Module:
+        # with its own classifier first: where timm adapts that, it no longer minds what else does not fit
+        own_classifier = pretrained and not kwargs.keys() & {'global_pool', 'features_only'}
+        num_classes = kwargs.pop('num_classes', None) if own_classifier else None
+        body = create_model(model, pretrained, **kwargs)
+        if num_classes not in (None, body.num_classes):
+            body.reset_classifier(num_classes)
+        return add_workspace(body, blocks, **workspace_kwargs)
 
     overlay = pretrained_cfg_overlay or {}
     if isinstance(pretrained_cfg, dict):
