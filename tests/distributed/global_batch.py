@@ -15,6 +15,8 @@ import timm_ait
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.ops.bottleneck import _all_reduce
 
+from .one_memory import shard
+
 SMALL = dict(num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=20, global_batch=True)
 
 # images; tokens of one are 16
@@ -74,10 +76,11 @@ def train(
         black: bool = False,
         checkpointing: bool = False,
         task: bool = False,
+        fsdp: bool = False,
         gate: float = 0.,
         **model_kwargs,
 ) -> Dict[str, torch.Tensor]:
-    """Three steps of SGD in float64, on the rank's share of the images.
+    """Two steps of SGD in float64, on the rank's share of the images.
 
     Args:
         rank: This rank.
@@ -88,6 +91,7 @@ def train(
         black: Make some patches black.
         checkpointing: Checkpoint gradients.
         task: Take the loss from timm's task.
+        fsdp: Shard the parameters of several ranks, instead of DDP.
         gate: Initial gate of gated workspaces.
         **model_kwargs: Of the workspace.
 
@@ -106,12 +110,14 @@ def train(
     net = model
     if num_ranks > 1 and task:
         task.prepare_distributed()
+    elif num_ranks > 1 and fsdp:
+        net = shard(model)
     elif num_ranks > 1:
         net = DistributedDataParallel(model)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     results = {'loss': [], 'gradient': [], 'memory': [], 'coverage': []}
-    for step in range(3):
+    for step in range(2):
         for i in range(num_batches):
             x, y = (tensor.tensor_split(num_ranks)[rank] for tensor in images(10 * step + i, batch_size, black))
             is_last = i + 1 == num_batches
@@ -124,8 +130,8 @@ def train(
                     loss = criterion + timm_ait.balance_loss(model)
                 (loss / num_batches).backward()
         results['loss'].append(loss.detach())
-        # what nothing depends on has no gradient
-        results['gradient'] += [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in model.parameters()]
+        results['gradient'] += [(grad.full_tensor() if fsdp and num_ranks > 1 else grad).flatten() for grad in gradients]
         optimizer.step()
         optimizer.zero_grad()
         results['memory'] += [workspace.memory.flatten() for workspace in workspaces]
@@ -158,6 +164,7 @@ TRAININGS = {
     'two retrieval steps': dict(retrieval_steps=2),
     'batch norm': dict(make_model=vit_behind_batch_norm),
     'task': dict(task=True),
+    'fsdp': dict(fsdp=True),
     'without': dict(global_batch=False),
 }
 

@@ -4,6 +4,7 @@ from typing import Dict, List
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import ClassificationTask
@@ -42,6 +43,14 @@ def written(model: nn.Module) -> torch.Tensor:
     return torch.stack([workspace.pending for workspace in workspaces(model)])
 
 
+def shard(model: nn.Module) -> nn.Module:
+    """FSDP2 of a ViT's blocks and the rest."""
+    mesh = init_device_mesh('cpu', (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def backward(net: nn.Module, rank: int, step: int = 0) -> torch.Tensor:
     x, y = images(rank, step)
     loss = F.cross_entropy(net(x), y) + timm_ait.balance_loss(net)
@@ -58,9 +67,11 @@ def train(
         num_batches: int = 1,
         depth: int = 2,
 ) -> Dict[str, torch.Tensor]:
-    """Three steps: 'loss', and per step 'written' and 'memory', what is pending before it and stored after it.
+    """Three steps.
 
-    'ema' is an averaged copy's state (flat).
+    Returns:
+        'loss' of each; 'written' and 'memory', what is pending before and stored after each; 'ema', an averaged copy's
+        state (flat); 'logits' of the same images on all ranks in the end.
     """
     model = make_model(depth)
     ema = ModelEmaV3(model, decay=0.5)
@@ -71,10 +82,7 @@ def train(
         task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
         task.prepare_distributed(broadcast_buffers=broadcast_buffers)
     elif wrapper == 'fsdp':
-        mesh = init_device_mesh('cpu', (num_ranks,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        net = shard(model)
     if optimizer == 'sgd':
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     else:
@@ -95,6 +103,8 @@ def train(
         if wrapper != 'fsdp':  # an average of sharded parameters is of shards
             ema.update(model)
     results = {name: torch.stack(values) for name, values in results.items()}
+    with torch.no_grad():
+        results['logits'] = net.eval()(images(rank=0)[0])
     return {**results, 'ema': torch.cat([value.flatten() for value in ema.module.state_dict().values()])}
 
 

@@ -35,6 +35,9 @@ class TestTraining:
         assert (written[0] - written[1]).abs().max() > 0.01
         torch.testing.assert_close(results(name)[0]['memory'], projected_mean(written), rtol=0., atol=1e-5)
 
+    def test_evaluation_is_the_same_on_all_ranks(self, results, name):
+        assert_same([result['logits'] for result in results(name)])
+
     def test_each_step_moves_it(self, results, name):
         first, second, third = results(name)[0]['memory']
         assert (second - first).abs().max() > 0.01 and (third - second).abs().max() > 0.01
@@ -52,7 +55,8 @@ def test_trains_as_under_ddp(results, name):
         torch.testing.assert_close(result['memory'], expected['memory'], rtol=0., atol=1e-5)
 
 
-@pytest.mark.xfail(reason='the optimizer within holds parameters of other layers on each rank', raises=AssertionError, strict=True)
+@pytest.mark.xfail(
+    reason='the optimizer within holds other parameters on each rank', raises=AssertionError, strict=True)
 def test_sharded_optimizer_averages_each_layer_with_itself(results):
     written = [result['written'] for result in results('zero')]
     torch.testing.assert_close(results('zero')[0]['memory'], projected_mean(written), rtol=0., atol=1e-5)
