@@ -1,0 +1,198 @@
+""" Derivatives of evaluation: `torch.func`, double backward, attribution. """
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tests.deployment import images, make_ait, make_vit, workspaces
+
+
+@pytest.fixture(autouse=True)
+def differentiable_attention():
+    """PyTorch's attention of equations; its fused kernels have no second derivatives, in a ViT neither."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def make_double(make=make_ait, **kwargs):
+    return make(**kwargs).double()
+
+
+def doubles(batch_size=2, seed=1):
+    return images(batch_size, seed=seed, dtype=torch.float64)
+
+
+def finite_difference(function, x, direction, step=1e-5):
+    with torch.no_grad():
+        return (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+
+
+MODELS = pytest.mark.parametrize('make', [make_ait, make_vit])
+
+
+class TestJvp:
+
+    @MODELS
+    @pytest.mark.parametrize('requires_grad', [True, False])
+    def test_of_images(self, make, requires_grad):
+        model, x, direction = make_double(make).requires_grad_(requires_grad), doubles(), doubles(seed=2)
+        _, tangent = jvp(model, (x,), (direction,))
+        expected = finite_difference(model, x, direction)
+        assert expected.norm() > 1e-3
+        torch.testing.assert_close(tangent, expected, atol=1e-7, rtol=1e-5)
+
+    @MODELS
+    def test_of_parameters(self, make):
+        model, x = make_double(make), doubles()
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+        directions = {name: torch.randn_like(value) for name, value in parameters.items()}
+        _, tangent = jvp(lambda p: functional_call(model, p, x), (parameters,), (directions,))
+
+        def at(step):
+            with torch.no_grad():
+                moved = {name: value + step * directions[name] for name, value in parameters.items()}
+                return functional_call(model, moved, x)
+        torch.testing.assert_close(tangent, (at(1e-6) - at(-1e-6)) / 2e-6, atol=1e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize('kwargs', [dict(gated=True), dict(beta=2., retrieval_steps=2)], ids=['gated', 'two_steps'])
+    def test_of_a_workspace_of_another_kind(self, kwargs):
+        layer = workspaces(make_double(**kwargs))[0]
+        x, direction = torch.randn(2, 3, 5, 64, dtype=torch.float64)
+        _, tangent = jvp(layer, (x,), (direction,))
+        torch.testing.assert_close(tangent, finite_difference(layer, x, direction), atol=1e-7, rtol=1e-5)
+
+
+class TestJacobians:
+
+    def test_forward_and_reverse_mode_agree(self):
+        layer = workspaces(make_double())[0]
+        x = torch.randn(2, 64, dtype=torch.float64)
+        forward, reverse = jacfwd(layer)(x), jacrev(layer)(x)
+        torch.testing.assert_close(forward, reverse)
+        directional = torch.einsum('ijkl,kl->ij', forward, x)
+        torch.testing.assert_close(directional, finite_difference(layer, x, x), atol=1e-7, rtol=1e-5)
+
+    def test_of_the_class_scores_to_the_image_is_that_of_autograd(self):
+        model, x = make_double(), doubles(1)
+        jacobian = jacrev(model)(x)[0]
+        x.requires_grad_()
+        expected = torch.stack([torch.autograd.grad(score, x, retain_graph=True)[0] for score in model(x)[0]])
+        torch.testing.assert_close(jacobian, expected)
+
+    def test_vjp_is_that_of_autograd(self):
+        model, x, cotangent = make_double(), doubles(), torch.randn(2, 5, dtype=torch.float64)
+        _, pull_back = vjp(model, x)
+        x.requires_grad_()
+        torch.testing.assert_close(pull_back(cotangent)[0], torch.autograd.grad(model(x), x, cotangent)[0])
+
+
+class TestVmap:
+
+    @MODELS
+    def test_over_images(self, make):
+        model, x = make_double(make), doubles(3)
+        torch.testing.assert_close(vmap(lambda image: model(image[None])[0])(x), model(x))
+
+    @MODELS
+    def test_gradients_of_each_image(self, make):
+        model, x, labels = make_double(make), doubles(3), torch.arange(3)
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+        def loss(p, image, label):
+            return F.cross_entropy(functional_call(model, p, image[None]), label[None])
+        per_image = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, x, labels)
+        for i in range(3):
+            expected = torch.autograd.grad(
+                F.cross_entropy(model(x[i:i + 1]), labels[i:i + 1]), list(model.parameters()), allow_unused=True)
+            for (name, gradients), wanted in zip(per_image.items(), expected):
+                torch.testing.assert_close(gradients[i], torch.zeros_like(gradients[i]) if wanted is None else wanted)
+
+    def test_over_an_ensemble_with_different_memories(self):
+        models = [make_double() for _ in range(2)]
+        for workspace in workspaces(models[1]):
+            workspace.memory.copy_(torch.eye(*workspace.memory.shape))
+        parameters, buffers = stack_module_state(models)
+        base = copy.deepcopy(models[0])
+        x = doubles()
+        logits = vmap(lambda p, b: functional_call(base, (p, b), x))(parameters, buffers)
+        for actual, model in zip(logits, models):
+            torch.testing.assert_close(actual, model(x))
+
+
+class TestFunctionalCall:
+
+    def test_reads_the_memory_that_it_is_given(self):
+        model, other = make_double(), make_double()
+        for workspace in workspaces(other):
+            workspace.memory.copy_(torch.eye(*workspace.memory.shape))
+        x, before = doubles(), model(doubles())
+        torch.testing.assert_close(functional_call(model, dict(other.state_dict()), x), other(x))
+        torch.testing.assert_close(model(x), before)
+
+
+class TestDoubleBackward:
+
+    @MODELS
+    def test_of_the_model(self, make):
+        model = make_double(make)
+        direction = doubles(1, seed=2)
+
+        def slope(x):
+            (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            return (gradient * direction).sum()
+        x = doubles(1).requires_grad_()
+        (second,) = torch.autograd.grad(slope(x), x)
+
+        def at(step):
+            return slope((x.detach() + step * direction).requires_grad_()).detach()
+        expected = (at(1e-5) - at(-1e-5)) / 2e-5
+        torch.testing.assert_close((second * direction).sum(), expected, atol=1e-6, rtol=1e-5)
+
+    @pytest.mark.parametrize('kwargs', [{}, dict(gated=True)], ids=['plain', 'gated'])
+    def test_of_a_workspace(self, kwargs):
+        layer = workspaces(make_double(**kwargs))[0]
+        x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(layer, (x,))
+
+    def test_a_gradient_penalty_reaches_the_parameters(self):
+        model, x = make_double(), doubles().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).logsumexp(dim=1).sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        for workspace in workspaces(model):
+            assert workspace.attractors.weight.grad.abs().max() > 0
+
+
+class TestAttribution:
+
+    @MODELS
+    def test_integrated_gradients_are_complete(self, make):
+        model, x, target, num_steps = make_double(make), doubles(1), 3, 128
+        baseline = torch.zeros_like(x)
+        # midpoint rule on the straight path
+        along = (torch.arange(num_steps, dtype=x.dtype) + 0.5).view(-1, 1, 1, 1) / num_steps
+        path = (baseline + along * (x - baseline)).requires_grad_()
+        (gradients,) = torch.autograd.grad(model(path)[:, target].sum(), path)
+        attribution = (x - baseline) * gradients.mean(dim=0)
+        with torch.no_grad():
+            difference = (model(x) - model(baseline))[0, target]
+        torch.testing.assert_close(attribution.sum(), difference, atol=1e-3, rtol=0)
+
+    def test_the_attractors_take_part(self):
+        model = make_double()
+        attractors = workspaces(model)[0].attractors
+        outputs = []
+        attractors.register_forward_hook(lambda module, args, output: outputs.append(output))
+        logits = model(doubles())
+        (gradient,) = torch.autograd.grad(logits[:, 0].sum(), outputs[0])
+        assert gradient.shape == (8, 64) and (gradient.abs().amax(dim=1) > 0).all()
+
+
+def test_forward_mode_of_autograd_in_a_module_call():
+    model, x, direction = make_double(), doubles(), doubles(seed=2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = model(torch.autograd.forward_ad.make_dual(x, direction))
+        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, finite_difference(model, x, direction), atol=1e-7, rtol=1e-5)

@@ -1,0 +1,164 @@
+""" accelerate's offloading, and models that begin on the meta device: the right numbers, or an error. """
+import copy
+
+import accelerate
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from timm_ait.layers import GlobalWorkspace
+
+from tests.deployment import images, make_ait, make_vit, memories, train, workspaces
+
+MODELS = pytest.mark.parametrize('make', [make_ait, make_vit])
+OFFLOAD_BUFFERS = pytest.mark.parametrize('offload_buffers', [False, True])
+
+
+def on_meta(**kwargs):
+    with torch.device('meta'):
+        return GlobalWorkspace(24, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=10, **kwargs)
+
+
+def empty_ait(include_buffers=False):
+    """A model without numbers."""
+    with accelerate.init_empty_weights(include_buffers=include_buffers):
+        return timm.create_model('test_ait', img_size=16, depth=2, num_classes=5).eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = make_ait()
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    return model, str(tmp_path / 'model.safetensors')
+
+
+class TestAccelerate:
+
+    @pytest.fixture(autouse=True)
+    def no_grad(self):
+        with torch.no_grad():
+            yield
+
+    @MODELS
+    @OFFLOAD_BUFFERS
+    def test_cpu_offload(self, make, offload_buffers):
+        model = make()
+        expected = model(images())
+        offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device('cpu'), offload_buffers=offload_buffers)
+        for _ in range(2):
+            torch.testing.assert_close(offloaded(images()), expected)
+
+    @MODELS
+    @OFFLOAD_BUFFERS
+    def test_disk_offload(self, tmp_path, make, offload_buffers):
+        model = make()
+        expected = model(images())
+        offloaded = accelerate.disk_offload(
+            copy.deepcopy(model), str(tmp_path), torch.device('cpu'), offload_buffers=offload_buffers)
+        for _ in range(2):
+            torch.testing.assert_close(offloaded(images()), expected)
+
+    @pytest.mark.parametrize('include_buffers', [False, True])
+    @pytest.mark.parametrize('device', ['cpu', 'disk'])
+    def test_load_checkpoint_and_dispatch(self, tmp_path, checkpoint, include_buffers, device):
+        model, path = checkpoint
+        device_map = {'': 'cpu'} if device == 'cpu' else {
+            'patch_embed': 'cpu', 'pos_embed': 'cpu', 'blocks.0': 'cpu', 'blocks.1': 'disk', 'norm': 'cpu',
+            'fc_norm': 'cpu', 'head': 'cpu'}
+        loaded = accelerate.load_checkpoint_and_dispatch(
+            empty_ait(include_buffers), path, device_map=device_map, offload_folder=str(tmp_path / 'offload'))
+        torch.testing.assert_close(loaded(images()), model(images()))
+
+    def test_a_block_may_not_be_split(self, checkpoint):
+        model, path = checkpoint
+        loaded = accelerate.load_checkpoint_and_dispatch(
+            empty_ait(), path, device_map='auto', max_memory={'cpu': '10GB'}, no_split_module_classes=['Block'])
+        torch.testing.assert_close(loaded(images()), model(images()))
+
+    def test_an_offloaded_workspace_has_the_memory_that_its_state_dict_has(self):
+        model = make_ait()
+        expected = memories(model)
+        accelerate.cpu_offload(model, torch.device('cpu'), offload_buffers=True)
+        model(images())
+        hooked = [workspace._hf_hook for workspace in workspaces(model)]
+        for hook, memory in zip(hooked, expected):
+            kept = getattr(hook, 'hooks', [hook])[-1].weights_map['memory']
+            assert torch.equal(kept, memory)
+
+
+def test_training_an_offloaded_workspace_is_right_or_an_error():
+    layer = workspaces(make_ait())[0].train()
+    expected = copy.deepcopy(layer)
+    x = torch.randn(2, 9, 64)
+    offloaded = accelerate.cpu_offload(layer, torch.device('cpu'), offload_buffers=True)
+    try:
+        output = offloaded(x)
+    except (RuntimeError, NotImplementedError):
+        return
+    torch.testing.assert_close(output, expected(x))
+
+
+class TestMeta:
+
+    def test_to_empty_and_load(self):
+        source = make_ait()
+        model = make_ait().to('meta').to_empty(device='cpu')
+        model.load_state_dict(source.state_dict())
+        assert torch.equal(model(images()), source(images()))
+
+    def test_load_with_assign(self):
+        source = make_ait()
+        model = make_ait().to('meta')
+        model.load_state_dict(source.state_dict(), assign=True)
+        assert torch.equal(model(images()), source(images()))
+
+    def test_made_on_meta_and_loaded_with_assign(self):
+        source = make_ait()
+        with torch.device('meta'):
+            model = timm.create_model('test_ait', img_size=16, depth=2, num_classes=5).eval()
+        model.load_state_dict(source.state_dict(), assign=True)
+        assert not any(buffer.is_meta for buffer in model.buffers())
+        assert torch.equal(model(images()), source(images()))
+
+    @pytest.mark.parametrize('assign', [False, True])
+    def test_trains_after_loading(self, assign):
+        source = make_ait()
+        model = make_ait().to('meta')
+        if not assign:
+            model.to_empty(device='cpu')
+        model.load_state_dict(source.state_dict(), assign=assign)
+        before = memories(model)
+        source = copy.deepcopy(source)
+        for trained in (model, source):
+            train(trained, 2)
+        assert not any(torch.equal(a, b) for a, b in zip(memories(model), before))
+        assert all(torch.equal(a, b) for a, b in zip(memories(model), memories(source)))
+
+    @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
+    def test_to_empty_and_reset(self, memory_update):
+        layer = on_meta(memory_update=memory_update).to_empty(device='cpu')
+        layer.reset_parameters()
+        layer.eval()
+        torch.testing.assert_close(layer.stored_memory().norm(dim=-1), torch.ones(8))
+        torch.testing.assert_close(layer.slots, layer.stored_memory())
+        assert layer(torch.randn(2, 24)).isfinite().all()
+
+    def test_to_empty_without_a_memory_gives_no_numbers(self):
+        layer = on_meta().to_empty(device='cpu').eval()
+        state = GlobalWorkspace(24, num_slots=8, slot_dim=16, workspace_heads=4).state_dict()
+        del state['memory']
+        layer.load_state_dict(state, strict=False)
+        assert not layer(torch.randn(2, 24)).isfinite().any()
+
+    def test_to_empty_has_nothing_written(self):
+        layer = on_meta().to_empty(device='cpu')
+        assert layer.pending.isnan().all()
+
+    def test_is_shapes_alone(self):
+        output = on_meta().eval()(torch.randn(2, 3, 24, device='meta'))
+        assert output.is_meta and output.shape == (2, 3, 24)
+
+    def test_a_training_forward_is_shapes_alone(self):
+        output = on_meta()(torch.randn(2, 3, 24, device='meta'))
+        assert output.is_meta and output.shape == (2, 3, 24)

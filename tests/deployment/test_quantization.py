@@ -1,0 +1,112 @@
+""" int8: PyTorch's dynamic quantisation, torchao, and quantised export (pt2e). """
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn as nn
+from torchao.quantization import Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, quantize_
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+    X86InductorQuantizer, get_default_x86_inductor_quantization_config)
+
+from tests.deployment import images, make_ait, make_vit, memories, train, workspaces
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+def dynamic(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+def weight_only(model):
+    model = copy.deepcopy(model)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def dynamic_torchao(model):
+    model = copy.deepcopy(model)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def pt2e(model):
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(model, (images(8),)).module(), quantizer)
+    prepared(images(8))
+    return convert_pt2e(prepared)
+
+
+IN_PLACE = pytest.mark.parametrize('quantize', [dynamic, weight_only, dynamic_torchao])
+ALL = pytest.mark.parametrize('quantize', [dynamic, weight_only, dynamic_torchao, pt2e])
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@ALL
+@pytest.mark.parametrize('make', [make_ait, make_vit])
+@torch.no_grad()
+def test_logits_are_close_to_those_in_float(make, quantize):
+    model = make()
+    error = relative_error(quantize(model)(images(8)), model(images(8)))
+    assert 0. < error < 0.1
+
+
+@ALL
+@torch.no_grad()
+def test_the_workspace_still_reads(quantize):
+    model = make_ait()
+    silent = copy.deepcopy(model)
+    for workspace in workspaces(silent):
+        nn.init.zeros_(workspace.attractors.weight), nn.init.zeros_(workspace.attractors.bias)
+    # further from a workspace that reads nothing than from the one in float
+    logits = quantize(model)(images(8))
+    assert relative_error(logits, model(images(8))) < 0.3 * relative_error(logits, silent(images(8)))
+
+
+@IN_PLACE
+@torch.no_grad()
+def test_the_workspace_reads_a_memory_that_is_loaded_later(quantize):
+    model = make_ait()
+    quantized = quantize(model)
+    before = quantized(images(8))
+    for workspace, of_float in zip(workspaces(quantized), workspaces(model)):
+        for w in (workspace, of_float):
+            w.memory.copy_(torch.eye(*w.memory.shape))
+    assert not torch.equal(quantized(images(8)), before)
+    assert relative_error(quantized(images(8)), model(images(8))) < 0.1
+
+
+@IN_PLACE
+@torch.no_grad()
+def test_memories_stay_in_float(quantize):
+    model = make_ait()
+    assert all(torch.equal(a, b) for a, b in zip(memories(quantize(model)), memories(model)))
+
+
+@torch.no_grad()
+def test_dynamic_quantisation_saves_and_loads():
+    model = make_ait()
+    quantized, other = dynamic(model), dynamic(make_ait(num_classes=5, memory_init='uniform'))
+    buffer = io.BytesIO()
+    torch.save(quantized.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer))
+    assert torch.equal(other(images()), quantized(images()))
+
+
+@torch.no_grad()
+def test_dynamic_quantisation_scripts():
+    quantized = dynamic(make_ait())
+    torch.testing.assert_close(torch.jit.script(quantized)(images()), quantized(images()))
+
+
+def test_quantised_model_leaves_the_one_in_float_able_to_train():
+    model = make_ait()
+    dynamic(model), weight_only(model)
+    before = memories(model)
+    train(model, 1)
+    assert not any(torch.equal(a, b) for a, b in zip(before, memories(model)))
