@@ -332,7 +332,7 @@ class GlobalWorkspace(nn.Module):
                 self.workspace_heads,
                 self._num_kept(tokens, mask, global_batch),
             )
-            if self.retrieves and self.retrieval_steps == 1:
+            if self.retrieves and self.retrieval_steps == 1 and mask is None:
                 output, written, candidate, balance, coverage = write_and_read(
                     tokens,
                     self.norm.weight,
@@ -344,12 +344,14 @@ class GlobalWorkspace(nn.Module):
                     self.memory_update,
                     self.beta,
                     self.gate,
-                    mask,
-                    global_batch,
+                    global_batch=global_batch,
                 )
             else:
                 normed = self.norm(tokens.to(self.norm.weight.dtype)).to(x.dtype)
-                candidate, balance, coverage, _ = write_normed(normed, TokenNorm(), *arguments, mask, global_batch)
+                # padding may be anything, also nan
+                written_from = normed if mask is None else normed.masked_fill(~mask.unsqueeze(-1), 0.)
+                candidate, balance, coverage, _ = write_normed(
+                    written_from, TokenNorm(), *arguments, mask, global_batch)
                 written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
                 if self.retrieves:
                     output = self._retrieve(tokens, normed, self._lift(written).to(x.dtype))
