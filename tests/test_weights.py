@@ -1,17 +1,17 @@
+import hashlib
 import json
-import shutil
-from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg, save_for_hf
 
-from timm_ait.__main__ import main
+from timm_ait import memory_statistics
 from timm_ait.weights import shipped_weights, weights_dir
 
-EXAMPLES = Path(__file__).parents[1] / 'examples'
 SHIPPED = sorted(folder.name for folder in weights_dir().iterdir() if folder.is_dir())
 
 
@@ -39,35 +39,40 @@ class TestShipped:
         x = torch.randn(2, *by_tag.default_cfg['input_size'])
         question_dim = by_tag.question_embed.question_dim
         question = torch.rand(2, question_dim) if question_dim else None
-        assert torch.equal(by_tag(x, question=question), by_folder(x, question=question))
+        assert torch.equal(by_tag(x, question), by_folder(x, question))
         for key in ('mean', 'std', 'input_size', 'crop_pct', 'interpolation', 'num_classes', 'label_names'):
             assert tuple_or_value(by_tag.default_cfg[key]) == tuple_or_value(by_folder.default_cfg[key]), key
 
     def test_slots_are_distinct(self, name):
         model = timm.create_model(name, pretrained=True)
-        for layer, statistics in model.memory_statistics().items():
-            slots, width = model.get_submodule(layer).memory.shape
-            assert statistics['effective_rank'] >= 0.8 * min(slots, width), layer
+        for layer, statistics in memory_statistics(model).items():
+            assert statistics['effective_rank'] >= 0.8 * min(model.get_submodule(layer).memory.shape), layer
 
     def test_is_small_enough(self, name):
         assert (weights_dir() / name / 'model.safetensors').stat().st_size < 95e6
 
     def test_card_and_training_config_come_with_it(self, name):
-        assert (weights_dir() / name / 'README.md').is_file()
-        assert (weights_dir() / name / 'train.yaml').is_file()
+        files = {file.name for file in (weights_dir() / name).iterdir()}
+        assert {'README.md', 'config.json', 'model.safetensors', 'train.yaml'} <= files
+
+    def test_its_architecture_is_that_of_its_name(self, name):
         config = json.loads((weights_dir() / name / 'config.json').read_text())
         assert config['architecture'] == name.partition('.')[0]
 
 
-@pytest.mark.skipif('ait_small.cifar10' not in SHIPPED, reason='ait_small.cifar10 is not shipped')
-def test_the_example_photographs_are_recognised(offline, capsys, tmp_path):
-    images, sheet = EXAMPLES / 'images', tmp_path / 'sheet.png'
-    code = main(
-        ['predict', str(images), '--labels', str(images / 'labels.csv'), '--sheet', str(sheet), '--json'])
-    assert code == 0 and sheet.is_file()
-    result = json.loads(capsys.readouterr().out)
-    assert len(result['images']) == 40
-    assert result['accuracy'] > 0.5
+def manifest():
+    """Sizes and hashes of all files; `python -m tests.test_weights` writes them to manifest.json."""
+    return {
+        name: {
+            file.name: dict(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+            for file in sorted((weights_dir() / name).iterdir())
+        }
+        for name in SHIPPED
+    }
+
+
+def test_files_are_those_of_the_manifest():
+    assert json.loads((weights_dir() / 'manifest.json').read_text()) == manifest()
 
 
 def tuple_or_value(value):
@@ -78,121 +83,73 @@ def test_without_a_shipped_file_the_hub_is_asked():
     assert shipped_weights('ait_small.nowhere') == {'hf_hub_id': 'timm-ait/ait_small.nowhere'}
 
 
-def test_offline_with_an_empty_cache_says_what_to_do(offline):
-    with pytest.raises(RuntimeError, match='(?s)cannot be read from timm-ait/ait_small.cifar10.*pretrained=False'):
-        timm.create_model('ait_small', pretrained=True, pretrained_cfg_overlay=dict(file=None))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    overlay = dict(file=str(tmp_path / 'missing.safetensors'))
-    with pytest.raises(RuntimeError, match='weights of test_ait cannot be read from .*missing.safetensors'):
-        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-@pytest.fixture
-def exported(tmp_path):
-    """A folder in Hub layout, exported from a checkpoint as train.py writes it."""
+def make_model(**kwargs):
     torch.manual_seed(0)
-    model = timm.create_model('test_ait', num_classes=3)
-    checkpoint = tmp_path / 'last.pth.tar'
-    torch.save({'state_dict': model.state_dict(), 'arch': 'test_ait', 'epoch': 0}, checkpoint)
-    folder = tmp_path / 'test_ait.mine'
-    assert main(['export', str(checkpoint), '--model', 'test_ait', '--num-classes', '3', '--out', str(folder)]) == 0
-    return model.eval(), folder
+    return timm.create_model('test_ait', num_classes=3, **kwargs).eval()
 
 
-def test_an_exported_checkpoint_loads_in_hub_layout(exported):
-    model, folder = exported
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(x), model(x), atol=1e-2, rtol=1e-2)
-    assert sorted(file.name for file in folder.iterdir()) == ['config.json', 'model.safetensors']
+def logits(model):
+    generator = torch.Generator().manual_seed(1)
+    return model.eval()(torch.randn(2, 3, 32, 32, generator=generator))
 
 
-def test_export_takes_the_averaged_weights(tmp_path):
-    last, averaged = timm.create_model('test_ait'), timm.create_model('test_ait')
-    checkpoint = tmp_path / 'last.pth.tar'
-    torch.save({'state_dict': last.state_dict(), 'state_dict_ema': averaged.state_dict()}, checkpoint)
-    main(['export', str(checkpoint), '--model', 'test_ait', '--out', str(tmp_path / 'ema'), '--dtype', 'float32'])
-    loaded = timm.create_model(f'local-dir:{tmp_path / "ema"}', pretrained=True)
-    assert torch.equal(loaded.head.weight, averaged.head.weight)
+class TestLikeAnyTimmModel:
 
+    @pytest.mark.parametrize('safe', [True, False])
+    def test_what_timm_saves_comes_back(self, tmp_path, safe):
+        model = make_model()
+        save_for_hf(model, tmp_path, safe_serialization=safe)
+        assert torch.equal(logits(timm.create_model(f'local-dir:{tmp_path}', pretrained=True)), logits(model))
 
-def test_export_of_a_missing_checkpoint_is_an_error(tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        main(['export', str(tmp_path / 'none.pth'), '--model', 'test_ait', '--out', str(tmp_path / 'out')])
-    assert error.value.code == 2
-    assert 'none.pth' in capsys.readouterr().err
-    assert not (tmp_path / 'out').exists()
+    @pytest.mark.parametrize('name', ['model.safetensors', 'x.pth', 'last.pth.tar'])
+    def test_a_file_by_overlay(self, tmp_path, name):
+        model, file = make_model(), tmp_path / name
+        if file.suffix == '.safetensors':
+            save_file(model.state_dict(), file)
+        elif file.suffix == '.pth':
+            torch.save(model.state_dict(), file)
+        else:  # of train.py, which prefers the averaged weights
+            torch.save({'state_dict': make_model(gated=True).state_dict(), 'state_dict_ema': model.state_dict()}, file)
+        overlay = dict(file=str(file), num_classes=3)
+        loaded = timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay)
+        assert torch.equal(logits(loaded), logits(model))
 
+    def test_a_checkpoint_to_train_on_from(self, tmp_path):
+        # train.py --pretrained-path
+        model = make_model()
+        torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+        overlay = dict(file=str(tmp_path / 'last.pth.tar'), num_classes=-1)
+        loaded = timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+        assert not torch.equal(loaded.head.weight, model.head.weight)
+        assert torch.equal(loaded.blocks[2].mlp.workspace.memory, model.blocks[2].mlp.workspace.memory)
 
-@pytest.mark.parametrize('damage', ['truncated', 'overwritten', 'empty'])
-def test_a_damaged_file_is_reported(exported, damage):
-    _, folder = exported
-    file = folder / 'model.safetensors'
-    content = file.read_bytes()
-    file.write_bytes({'truncated': content[:-100], 'overwritten': b'not a weight file' * 10, 'empty': b''}[damage])
-    with pytest.raises(RuntimeError, match='weight file of test_ait from .* is damaged'):
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    def test_a_state_dict_is_taken_as_it_is(self):
+        model = make_model()
+        overlay = dict(state_dict=model.state_dict(), num_classes=3)
+        loaded = timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay)
+        assert torch.equal(logits(loaded), logits(model))
 
-
-@pytest.mark.parametrize('kwargs, problem', [
-    (dict(embed_dim=32), r'of another shape: .*\(1, 64, 64\) in place of \(1, 64, 32\)'),
-    (dict(embed_dim=32, num_classes=5), 'of another shape: .*'),
-    (dict(depth=4), r'they lack blocks\.3\.'),
-    (dict(depth=2), r'they have, unlike the model, blocks\.2\.'),
-    (dict(depth=4, num_classes=5), r'they lack blocks\.3\.'),  # timm by itself leaves the block untrained
-    (dict(num_classes=5, class_token=True), 'nothing was loaded'),
-    (dict(global_pool='map'), r'they lack .*attn_pool\.'),
-])
-def test_weights_of_another_width_or_depth_are_not_loaded(exported, kwargs, problem):
-    _, folder = exported
-    with pytest.raises(RuntimeError, match=f'weights from .*test_ait.mine are not of this model.*{problem}'):
-        timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
-
-
-@pytest.mark.parametrize('kwargs', [dict(num_classes=5), dict(num_classes=0), dict(in_chans=1), dict(img_size=64),
-                                    dict(patch_size=8), dict(features_only=True),
-                                    dict(num_classes=5, global_pool='map')])
-def test_what_timm_adapts_is_still_adapted(exported, kwargs):
-    model, folder = exported
-    adapted = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
-    loaded = dict(adapted.named_parameters())
-    key = next(key for key in loaded if key.endswith('blocks.2.mlp.fc1.weight'))
-    torch.testing.assert_close(loaded[key], model.blocks[2].mlp.fc1.weight, atol=1e-3, rtol=1e-3)
-
-
-@pytest.mark.parametrize('name', ['pytorch_model.bin', 'model.pth', 'weights.pt'])
-def test_a_folder_with_a_pickle_alone_is_refused(exported, name, monkeypatch):
-    model, folder = exported
-    (folder / 'model.safetensors').unlink()
-    torch.save(model.state_dict(), folder / name)
-    monkeypatch.setattr(torch, 'load', None)
-    with pytest.raises(RuntimeError, match='the folder has no model.safetensors. Pickles .* are not read'):
-        timm.create_model(f'local-dir:{folder}', pretrained=True)
-
-
-@pytest.mark.parametrize('overlay', [
-    dict(file='weights.pth'), dict(file='weights.bin'), dict(file='weights.npz', custom_load=True),
-    dict(hf_hub_id='timm-ait/test', hf_hub_filename='pytorch_model.bin'),
-    dict(hf_hub_id='timm-ait/test', hf_hub_filename='weights.npz', custom_load='hf'),
-])
-def test_a_weight_file_that_is_not_safetensors_is_refused(overlay, offline):
-    with pytest.raises(RuntimeError, match='is not a safetensors file. Pickles .* are not read'):
-        timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-def test_an_address_outside_the_hub_is_refused():
-    with pytest.raises(RuntimeError, match='https://nowhere.invalid/weights.pth: .*not from other addresses'):
-        timm.create_model(
-            'test_ait', pretrained=True, pretrained_cfg_overlay=dict(url='https://nowhere.invalid/weights.pth'))
-
-
-def test_a_state_dict_is_taken_as_it_is():
-    model = timm.create_model('test_ait')
-    overlay = dict(state_dict=model.state_dict())
-    copy = timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay)
-    assert torch.equal(copy.head.weight, model.head.weight)
+    @pytest.mark.parametrize('damage', ['truncated', 'overwritten', 'empty', 'missing', 'of a pickle that runs code'])
+    @pytest.mark.parametrize('suffix', ['safetensors', 'pth'])
+    def test_errors_of_files_are_those_of_a_vit(self, tmp_path, damage, suffix):
+        file = tmp_path / f'model.{suffix}'
+        if suffix == 'pth':
+            torch.save(Harmful() if 'code' in damage else make_model().state_dict(), file)
+        else:
+            save_file(make_model().state_dict(), file)
+        content = file.read_bytes()
+        if damage == 'missing':
+            file.unlink()
+        elif 'code' not in damage:
+            file.write_bytes({'truncated': content[:-100], 'overwritten': b'no weights' * 10, 'empty': b''}[damage])
+        elif suffix == 'safetensors':
+            file.write_bytes(b'\x80\x02c__main__\nHarmful\n.')
+        errors = []
+        for name in ('test_ait', 'test_vit'):
+            with pytest.raises(Exception) as error:
+                timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+            errors.append((type(error.value), str(error.value)))
+        assert errors[0] == errors[1]
 
 
 class Harmful:
@@ -201,16 +158,44 @@ class Harmful:
         return pytest.fail, ('the pickle was run',)
 
 
-def test_export_does_not_run_a_pickle(tmp_path):
-    checkpoint = tmp_path / 'last.pth.tar'
-    torch.save({'state_dict': timm.create_model('test_ait').state_dict(), 'args': Harmful()}, checkpoint)
-    with pytest.raises(SystemExit) as error:
-        main(['export', str(checkpoint), '--model', 'test_ait', '--out', str(tmp_path / 'out')])
-    assert error.value.code == 2
-    assert not (tmp_path / 'out').exists()
+class TestFit:
+    """Weights of another width or depth are refused before any of them are loaded."""
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        model = make_model()
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        return model, f'local-dir:{tmp_path}'
+
+    @pytest.mark.parametrize('kwargs, problem', [
+        (dict(embed_dim=32), r'\(1, 64, 64\) in place of \(1, 64, 32\)'),
+        (dict(embed_dim=32, num_classes=5), r'\(1, 64, 64\) in place of \(1, 64, 32\)'),
+        (dict(depth=4), r'blocks\.3\.'),
+        (dict(depth=2), r'blocks\.2\.'),
+        (dict(depth=4, num_classes=5), r'blocks\.3\.'),  # timm by itself leaves the block untrained
+        (dict(num_slots=4, num_classes=5), 'memory'),
+        (dict(num_classes=5, class_token=True), 'width or depth'),
+        (dict(global_pool='map'), r'attn_pool\.'),
+    ])
+    def test_weights_of_another_width_or_depth_are_not_loaded(self, saved, kwargs, problem):
+        with pytest.raises(RuntimeError, match=problem) as error:
+            timm.create_model(saved[1], pretrained=True, **kwargs)
+        assert 'nothing was loaded' in str(error.value)
+
+    @pytest.mark.parametrize('kwargs', [
+        dict(num_classes=5), dict(num_classes=0), dict(in_chans=1), dict(img_size=64), dict(patch_size=8),
+        dict(features_only=True), dict(num_classes=5, global_pool='map')])
+    def test_what_timm_adapts_is_still_adapted(self, saved, kwargs):
+        model, name = saved
+        loaded = dict(timm.create_model(name, pretrained=True, **kwargs).named_parameters())
+        key = next(key for key in loaded if key.endswith('blocks.2.mlp.fc1.weight'))
+        assert torch.equal(loaded[key], model.blocks[2].mlp.fc1.weight)
+
+    def test_models_without_weights_say_so(self):
+        assert not get_pretrained_cfg('test_ait').has_weights
+        with pytest.raises(RuntimeError, match='test_ait'):
+            timm.create_model('test_ait', pretrained=True)
 
 
-def test_the_folder_may_be_moved(exported, tmp_path):
-    _, folder = exported
-    shutil.move(folder, tmp_path / 'elsewhere')
-    assert timm.create_model(f'local-dir:{tmp_path / "elsewhere"}', pretrained=True).num_classes == 3
+if __name__ == '__main__':
+    (weights_dir() / 'manifest.json').write_text(json.dumps(manifest(), indent=2) + '\n')
