@@ -18,9 +18,9 @@ import timm_ait
 from timm_ait.layers import GlobalWorkspace
 
 
-def make_model(depth: int = 2) -> nn.Module:
+def make_model(**kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model('test_ait', img_size=16, depth=depth, num_classes=5)
+    return timm.create_model('test_ait', img_size=16, num_classes=5, **{'depth': 2, **kwargs})
 
 
 def images(rank: int, step: int = 0):
@@ -73,7 +73,7 @@ def train(
         'loss' of each; 'written' and 'memory', what is pending before and stored after each; 'ema', an averaged copy's
         state (flat); 'logits' of the same images on all ranks in the end.
     """
-    model = make_model(depth)
+    model = make_model(depth=depth)
     ema = ModelEmaV3(model, decay=0.5)
     net = model
     if wrapper == 'ddp':
@@ -108,9 +108,9 @@ def train(
     return {**results, 'ema': torch.cat([value.flatten() for value in ema.module.state_dict().values()])}
 
 
-def write_not_finite(rank: int, num_ranks: int, ranks: str, by_optimizer: bool) -> Dict[str, torch.Tensor]:
+def write_not_finite(rank: int, num_ranks: int, ranks: str, by_optimizer: bool, **kwargs) -> Dict[str, torch.Tensor]:
     """A step in which one rank's ('last'), or all ranks' images are not finite."""
-    model = make_model()
+    model = make_model(**kwargs)
     before = memory(model)
     x, _ = images(rank)
     model(x if ranks == 'last' and rank < num_ranks - 1 else x * float('nan'))
@@ -150,6 +150,7 @@ SCENARIOS = {
     'last not finite': partial(write_not_finite, ranks='last', by_optimizer=True),
     'last not finite, advance_memory': partial(write_not_finite, ranks='last', by_optimizer=False),
     'all not finite': partial(write_not_finite, ranks='all', by_optimizer=True),
+    'last not finite, global batch': partial(write_not_finite, ranks='last', by_optimizer=True, global_batch=True),
     'skipped': skip_step,
     'skipped, fused': partial(skip_step, fused=True),
 }

@@ -72,8 +72,9 @@ class TestNotFinite:
         expected = projected_mean([result['written'] for result in finite])
         torch.testing.assert_close(last['memory'], expected, rtol=0., atol=1e-5)
 
-    def test_nothing_moves_where_no_rank_is_finite(self, results):
-        for result in results('all not finite'):
+    @pytest.mark.parametrize('name', ['all not finite', 'last not finite, global batch'])
+    def test_nothing_moves_where_nothing_finite_was_written(self, results, name):
+        for result in results(name):
             assert torch.equal(result['memory'], result['before'])
 
 
