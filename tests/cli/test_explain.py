@@ -1,0 +1,223 @@
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+
+import timm_ait
+from timm_ait import analysis
+from timm_ait.__main__ import main
+from timm_ait.cli.explain import draw_sheet, layer_maps, select_slots, token_grid
+
+
+def save(model, folder, **kwargs):
+    save_for_hf(model, folder, safe_serialization=True, **kwargs)
+    return f'local-dir:{folder}'
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    return save(timm.create_model('test_ait'), tmp_path_factory.mktemp('model'))
+
+
+@pytest.fixture
+def image(tmp_path):
+    file = tmp_path / 'image.png'
+    Image.effect_noise((40, 30), 64).convert('RGB').save(file)
+    return file
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / 'out'
+
+
+def explain(*args):
+    return main(['explain', *map(str, args)])
+
+
+def error_of(capsys, *args):
+    with pytest.raises(SystemExit) as exit_:
+        explain(*args)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    return error.splitlines()[-1]
+
+
+class TestFiles:
+
+    def test_a_sheet_and_its_numbers_for_each_image(self, model, image, out):
+        other = image.with_name('sub') / 'image.jpg'
+        other.parent.mkdir()
+        Image.new('RGB', (50, 50), 'red').save(other)
+        assert explain(image, other, '--model', model, '--out', out) == 0
+        assert sorted(file.name for file in out.iterdir()) == [
+            'image-2.json', 'image-2.png', 'image.json', 'image.png']
+        assert Image.open(out / 'image.png').format == 'PNG'
+        assert json.loads((out / 'image-2.json').read_text())['file'] == str(other)
+
+    def test_names_the_sheets(self, capsys, model, image, out):
+        explain(image, '--model', model, '--out', out)
+        assert capsys.readouterr().out.split() == [str(out / 'image.png')]
+
+    def test_unreadable_files_are_named_and_skipped(self, capsys, model, image, out):
+        broken = image.with_name('broken.png')
+        broken.write_text('not an image')
+        assert explain(image, broken, '--model', model, '--out', out) == 1
+        assert f'{broken}: cannot be explained' in capsys.readouterr().err
+        assert sorted(file.name for file in out.iterdir()) == ['image.json', 'image.png']
+
+    def test_a_failed_write_leaves_the_old_sheet(self, model, image, out, monkeypatch):
+        def fail(image, file, format):
+            file.write_bytes(b'half a file')
+            raise OSError('disk full')
+
+        out.mkdir()
+        (out / 'image.png').write_bytes(b'old')
+        monkeypatch.setattr(Image.Image, 'save', fail)
+        with pytest.raises(OSError, match='disk full'):
+            explain(image, '--model', model, '--out', out)
+        assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [('image.png', b'old')]
+
+
+class TestNumbers:
+
+    def test_are_those_of_the_analysis(self, model, image, out):
+        explain(image, '--model', model, '--out', out, '--bottleneck', '0.25')
+        document = json.loads((out / 'image.json').read_text())
+        assert document['bottleneck'] == 0.25
+        assert [layer['layer'] for layer in document['layers']] == [f'blocks.{i}.mlp.workspace' for i in range(3)]
+        for layer in document['layers']:
+            selected = np.array(layer['selected'])
+            assert selected.shape == (8, 8, 8)
+            assert (selected.sum(axis=(1, 2)) == 4 * 16).all()  # four heads with a quarter of 64 tokens
+            assert layer['num_kept'] == 16
+            assert np.array(layer['read_slot']).shape == np.array(layer['read_weight']).shape == (8, 8)
+            assert sum(layer['read_share']) == pytest.approx(1.)
+            assert 0. < layer['figures']['coverage'] <= 1.
+
+    def test_are_json_where_a_figure_is_not_a_number(self, image, out, tmp_path):
+        one = save(timm.create_model('test_ait', num_slots=1), tmp_path / 'one', model_args=dict(num_slots=1))
+        assert explain(image, '--model', one, '--out', out) == 0
+        document = json.loads((out / 'image.json').read_text(), parse_constant=pytest.fail)
+        assert document['layers'][0]['figures']['overlap'] is None
+
+    def test_say_what_the_model_predicts(self, model, image, out):
+        explain(image, '--model', model, '--out', out)
+        prediction = json.loads((out / 'image.json').read_text())['prediction']
+        assert prediction['description'] == str(prediction['index'])
+        assert 0.1 <= prediction['probability'] <= 1.
+
+
+class TestModels:
+
+    @pytest.mark.parametrize('kwargs', [dict(write=False), dict(retrieval=False), dict(in_chans=1)])
+    def test_variants(self, image, out, tmp_path, kwargs):
+        name = save(timm.create_model('test_ait', **kwargs), tmp_path / 'model', model_args=kwargs)
+        assert explain(image, '--model', name, '--out', out) == 0
+
+    def test_with_a_class_token_and_added_workspaces(self, image, out, tmp_path):
+        model = timm_ait.add_workspace(timm.create_model('test_vit', num_classes=3), blocks=[0, 2])
+        assert explain(image, '--model', save(model, tmp_path / 'model'), '--out', out) == 0
+        layers = json.loads((out / 'image.json').read_text())['layers']
+        assert [layer['layer'] for layer in layers] == ['blocks.0.mlp.workspace', 'blocks.2.mlp.workspace']
+        assert np.array(layers[0]['selected']).shape[1:] == (10, 10)
+
+    def test_without_workspaces(self, capsys, image, out, tmp_path):
+        name = save(timm.create_model('test_vit', num_classes=3), tmp_path / 'vit')
+        error = error_of(capsys, image, '--model', name, '--out', out)
+        assert f'--model {name}' in error and 'no workspaces' in error
+        assert not out.exists()
+
+    def test_that_answer_questions(self, capsys, image, out, tmp_path):
+        name = save(timm.create_model('test_ait', question_dim=3), tmp_path / 'asked')
+        assert 'answers questions' in error_of(capsys, image, '--model', name, '--out', out)
+
+
+class TestErrors:
+
+    def test_nothing_readable(self, capsys, model, image, out):
+        image.write_text('not an image')
+        assert 'none of the files' in error_of(capsys, image, '--model', model, '--out', out)
+
+    def test_missing_image(self, capsys, model, out):
+        assert 'no file or folder nowhere' in error_of(capsys, 'nowhere', '--model', model, '--out', out)
+
+    def test_folder_that_is_a_file(self, capsys, model, image):
+        assert f'--out {image}' in error_of(capsys, image, '--model', model, '--out', image)
+
+    @pytest.mark.parametrize('option, value', [
+        ('--layers', '0'), ('--slots', '-1'), ('--bottleneck', '0'), ('--bottleneck', '1.5'), ('--device', 'toaster')])
+    def test_option(self, capsys, model, image, out, option, value):
+        error = error_of(capsys, image, '--model', model, '--out', out, option, value)
+        assert option in error and value in error
+
+
+class TestTokenGrid:
+
+    @pytest.mark.parametrize('num_tokens, num_prefix, size, grid', [
+        (64, 0, (32, 32), (8, 8)), (197, 1, (224, 224), (14, 14)), (33, 1, (64, 128), (4, 8)),
+        (4, 0, (64, 64), (2, 2)), (1, 0, (32, 32), (1, 1)),
+    ])
+    def test_is_in_proportion_to_the_image(self, num_tokens, num_prefix, size, grid):
+        assert token_grid(num_tokens, num_prefix, *size) == grid
+
+    @pytest.mark.parametrize('num_tokens, num_prefix', [(7, 0), (65, 0), (1, 1)])
+    def test_does_not_exist(self, num_tokens, num_prefix):
+        with pytest.raises(ValueError, match=f'^{num_tokens} tokens'):
+            token_grid(num_tokens, num_prefix, 32, 32)
+
+
+class TestSlots:
+
+    def test_whose_heads_agree_come_first(self):
+        selected = torch.zeros(3, 6, 6)
+        selected[0, ::2, ::2] = 1  # each head elsewhere
+        selected[1, 2:4, 2:4] = 4  # all heads in one region
+        selected[2, 4:, 4:] = 2
+        assert select_slots(selected, 3) == [1, 2, 0]
+
+    def test_alike_are_not_drawn_twice(self):
+        selected = torch.zeros(3, 6, 6)
+        selected[:2, :2, :2] = 4
+        selected[2, 4:, 4:] = 1
+        assert select_slots(selected, 2) == [0, 2]
+
+    def test_no_more_than_there_are(self):
+        assert len(select_slots(torch.ones(3, 4, 4), 5)) == 3
+
+
+class TestSheet:
+
+    def sheet(self, change=None, size=(64, 64), **kwargs):
+        model = timm.create_model('test_ait', **kwargs).eval()
+        image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        maps = layer_maps(model, image, 0.1)
+        if change:
+            maps = [change(layer) for layer in maps]
+        figures = analysis.analyse(model, [image], 0.1)
+        return draw_sheet(Image.new('RGB', size, 'grey'), 'title', 'subtitle', maps, len(maps), figures, 2)
+
+    def test_shows_where_a_slot_selects(self):
+        def only_the_corner(layer):
+            selected = torch.zeros_like(layer.selected)
+            selected[:, :2, :2] = layer.num_heads
+            return layer._replace(selected=selected)
+
+        sheet = np.asarray(self.sheet(only_the_corner)).astype(int)
+        top = 28 + 192 + 22 + 24
+        left = 28 + 2 * (192 + 14)
+        corner, far = sheet[top + 10, left + 10], sheet[top + 180, left + 180]
+        assert corner.sum() > 2 * far.sum()
+
+    def test_is_wide_or_high_as_the_image_is(self):
+        square, wide = self.sheet(), self.sheet(size=(64, 32))
+        assert wide.width == square.width and wide.height < square.height
+
+    def test_has_a_row_for_each_layer(self):
+        one, two = (self.sheet(depth=depth).height for depth in (1, 2))
+        assert two - one == 192 + 66
