@@ -31,7 +31,8 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
     """What train.py's --sync-bn converts batch norms into; PyTorch's own refuses CPUs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), torch.full_like(x[0, :, 0, 0], x[:, 0].numel())])
+        x_by_channel = x.transpose(0, 1).flatten(1)
+        sums = torch.stack([values.sum(dim=1) for values in (x_by_channel, x_by_channel ** 2, x_by_channel ** 0)])
         total, squares, count = (_all_reduce(sums) if dist.is_initialized() else sums).view(3, 1, -1, 1, 1)
         mean = total / count
         normed = (x - mean) / (squares / count - mean.square() + self.eps).sqrt()
@@ -130,8 +131,10 @@ def train(
                     loss = criterion + timm_ait.balance_loss(model)
                 (loss / num_batches).backward()
         results['loss'].append(loss.detach())
-        gradients = [p.grad for p in model.parameters()]
-        results['gradient'] += [(grad.full_tensor() if fsdp and num_ranks > 1 else grad).flatten() for grad in gradients]
+        gradients = [parameter.grad for parameter in model.parameters()]
+        if num_ranks > 1 and fsdp:
+            gradients = [gradient.full_tensor() for gradient in gradients]
+        results['gradient'] += [gradient.flatten() for gradient in gradients]
         optimizer.step()
         optimizer.zero_grad()
         results['memory'] += [workspace.memory.flatten() for workspace in workspaces]
