@@ -21,7 +21,7 @@ OUR_FILTERS = {
 }
 OUR_MODELS = (
     '(test_ait and not vit) or test_set_transformer or test_perceiver or test_coordination or '
-    'test_centroid_transformer or (ait_small and not patch and not no_ and not reset)')
+    'test_centroid_transformer or (ait_small and not patch)')
 # this test asks every model for three feature levels, and AiT-Small has two blocks: its own tests cover them
 TOO_FEW_BLOCKS = 'test_model_forward_intermediates[1-ait_small'
 

@@ -50,8 +50,9 @@ def refuse_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
     Raises:
         ValueError: There is a mask.
     """
-    if attn_mask is not None or is_causal:
-        raise ValueError('attn_mask and is_causal are of self-attention, which this model does not have throughout.')
+    # symbolic tracing has a proxy for each, which is not known to be set
+    if isinstance(attn_mask, torch.Tensor) or (isinstance(is_causal, bool) and is_causal):
+        raise ValueError('attn_mask and is_causal are of self-attention, which not every block of this model has.')
 
 
 class QuestionViT(VisionTransformer):
