@@ -59,18 +59,30 @@ class TestAccelerate:
         for _ in range(2):
             torch.testing.assert_close(offloaded(images()), expected)
 
-    @pytest.mark.parametrize('include_buffers', [False, True])
-    @pytest.mark.parametrize('device', ['cpu', 'disk'])
-    def test_load_checkpoint_and_dispatch(self, tmp_path, checkpoint, include_buffers, device):
+    def test_load_checkpoint_and_dispatch(self, checkpoint):
         model, path = checkpoint
-        device_map = {'': 'cpu'} if device == 'cpu' else {
-            'patch_embed': 'cpu', 'pos_embed': 'cpu', 'blocks.0': 'cpu', 'blocks.1': 'disk', 'norm': 'cpu',
-            'fc_norm': 'cpu', 'head': 'cpu'}
-        loaded = accelerate.load_checkpoint_and_dispatch(
-            empty_ait(include_buffers), path, device_map=device_map, offload_folder=str(tmp_path / 'offload'))
+        loaded = accelerate.load_checkpoint_and_dispatch(empty_ait(), path, device_map={'': 'cpu'})
         torch.testing.assert_close(loaded(images()), model(images()))
 
-    def test_a_block_may_not_be_split(self, checkpoint):
+    @pytest.mark.filterwarnings('ignore:The following device_map keys')
+    def test_load_checkpoint_and_dispatch_in_part_to_disk(self, tmp_path, checkpoint):
+        model, path = checkpoint
+        in_memory = ('patch_embed', 'pos_embed', 'blocks.0', 'norm', 'fc_norm', 'head')
+        loaded = accelerate.load_checkpoint_and_dispatch(
+            empty_ait(),
+            path,
+            device_map={**dict.fromkeys(in_memory, 'cpu'), 'blocks.1': 'disk'},
+            offload_folder=str(tmp_path / 'offload'),
+            offload_buffers=True,  # without, accelerate leaves out the buffers of what goes to disk, of any model
+        )
+        torch.testing.assert_close(loaded(images()), model(images()))
+
+    def test_load_checkpoint_and_dispatch_without_numbers_in_buffers_is_an_error(self, checkpoint):
+        _, path = checkpoint
+        with pytest.raises(NotImplementedError, match='meta'):
+            accelerate.load_checkpoint_and_dispatch(empty_ait(include_buffers=True), path, device_map={'': 'cpu'})
+
+    def test_load_checkpoint_and_dispatch_with_whole_blocks(self, checkpoint):
         model, path = checkpoint
         loaded = accelerate.load_checkpoint_and_dispatch(
             empty_ait(), path, device_map='auto', max_memory={'cpu': '10GB'}, no_split_module_classes=['Block'])
@@ -87,16 +99,11 @@ class TestAccelerate:
             assert torch.equal(kept, memory)
 
 
-def test_training_an_offloaded_workspace_is_right_or_an_error():
+def test_training_an_offloaded_workspace_is_an_error():
     layer = workspaces(make_ait())[0].train()
-    expected = copy.deepcopy(layer)
-    x = torch.randn(2, 9, 64)
     offloaded = accelerate.cpu_offload(layer, torch.device('cpu'), offload_buffers=True)
-    try:
-        output = offloaded(x)
-    except (RuntimeError, NotImplementedError):
-        return
-    torch.testing.assert_close(output, expected(x))
+    with pytest.raises(RuntimeError):
+        offloaded(torch.randn(2, 9, 64))
 
 
 class TestMeta:

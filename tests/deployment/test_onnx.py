@@ -2,6 +2,7 @@
 import onnxruntime
 import pytest
 import torch
+from timm.utils.onnx import onnx_export
 from torch.export import Dim
 
 from tests.deployment import TOLERANCE, images, make_ait, make_vit, other_memory
@@ -60,6 +61,13 @@ class TestOnnx:
         model = make_ait()
         other_memory(model)
         assert_same_logits(export(model, tmp_path / 'model.onnx', dynamo), model, images(seed=2))
+
+    def test_timms_own_export_checks(self, tmp_path, dynamo):
+        model = make_ait()
+        path = tmp_path / 'model.onnx'
+        onnx_export(model, str(path), images(), check=True, check_forward=True, use_dynamo=dynamo, input_names=['images'])
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        assert_same_logits(session, model, images())
 
     def test_export_leaves_the_model_as_it_was(self, tmp_path, dynamo):
         model = make_ait()
