@@ -185,6 +185,25 @@ class TestAdvance:
         assert torch.equal(layer.memory, before)
 
 
+class TestRefusals:
+
+    @pytest.mark.parametrize('retrieval_steps', [1, 2])
+    def test_double_backward_in_training_raises(self, retrieval_steps):
+        layer = make_workspace(retrieval_steps=retrieval_steps)
+        x = tokens().requires_grad_()
+        grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError):
+            grad.square().sum().backward()
+
+    @pytest.mark.parametrize('name', ['norm.weight', 'q.weight', 'slot_norm.bias', 'attractors.weight'])
+    def test_writing_with_parameters_elsewhere_raises(self, name):
+        layer = make_workspace()
+        module, _, parameter = name.rpartition('.')
+        setattr(layer.get_submodule(module), parameter, nn.Parameter(layer.get_parameter(name).to('meta')))
+        with pytest.raises(RuntimeError, match='parameters on meta'):
+            layer(tokens())
+
+
 class TestBalanceLoss:
 
     def test_is_zero_before_a_forward_and_after_one_in_evaluation(self):

@@ -1,4 +1,4 @@
-""" A question about the image, as one more token. """
+""" A question about an image, as a token. """
 from typing import Optional
 
 import torch
@@ -32,7 +32,7 @@ class QuestionEmbed(nn.Module):
         self.proj = nn.Linear(question_dim, embed_dim, device=device, dtype=dtype) if question_dim else None
 
     def forward(self, question: Optional[torch.Tensor], batch_size: int) -> Optional[torch.Tensor]:
-        """Embed one question an image.
+        """Embed one question per image.
 
         Args:
             question: (B, Q) of any real dtype, or None for a model without questions.
@@ -54,6 +54,6 @@ class QuestionEmbed(nn.Module):
                 f'({batch_size}, {self.question_dim}).')
         if question.ndim != 2 or question.shape[0] != batch_size or question.shape[1] != self.question_dim:
             raise ValueError(
-                f'question must have the shape ({batch_size}, {self.question_dim}), one vector an image, got '
+                f'question must have the shape ({batch_size}, {self.question_dim}), one vector per image, got '
                 f'{list(question.shape)}.')
         return self.proj(question.to(self.proj.weight.dtype)).unsqueeze(1)

@@ -61,6 +61,11 @@ def _version(tensor: torch.Tensor) -> float:
     return float('nan') if tensor.is_inference() else tensor._version
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is neither of a subclass (a fake one) nor one of torch.func's, which end with their transform."""
+    return type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _without_autocast(x: torch.Tensor) -> ContextManager:
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
@@ -313,6 +318,12 @@ class GlobalWorkspace(nn.Module):
                 're-entrant gradient checkpointing cuts the balance loss from its parameters: use use_reentrant=False '
                 '(timm.layers.set_reentrant_ckpt(False)), or balance_weight=0.')
 
+        elsewhere = {parameter.device for parameter in self.parameters()} - {x.device}
+        if elsewhere:  # offloaded, by tools that bring weights back where a module is called
+            raise RuntimeError(
+                f'A workspace cannot write with parameters on {", ".join(map(str, elsewhere))} and tokens on {x.device}: '
+                'call model.eval(), or train without offloading.')
+
         tokens = x.reshape(-1, self.dim)
         mask = None if token_mask is None else token_mask.reshape(-1)
         global_batch = self.global_batch and world_size() > 1
@@ -401,13 +412,16 @@ class GlobalWorkspace(nn.Module):
 
     @torch.jit.unused
     def _current_slots(self) -> torch.Tensor:
-        """`stored_memory` in the dtype of the parameters, made when the memory has changed and not in every forward."""
+        """`stored_memory` in the dtype of the parameters, made when the memory has changed and not in every forward.
+
+        A change through `.data` shows after the next `eval()` alone, since PyTorch does not count it.
+        """
         memory = self._projected if torch.compiler.is_exporting() else self.memory
         if torch.compiler.is_dynamo_compiling():  # a compiled graph outlives what it cannot see change
             slots = self.stored_memory()
         elif memory is not None and memory is self._projected and _version(memory) == self._projected_version:
             slots = self.slots
-        elif torch.jit.is_tracing() or torch.compiler.is_exporting() or type(memory) is not torch.Tensor:
+        elif torch.jit.is_tracing() or torch.compiler.is_exporting() or not _is_plain(memory):
             slots = self.stored_memory()
         else:
             self._refresh_slots()

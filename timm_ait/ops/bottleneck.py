@@ -144,6 +144,7 @@ class _Pool(torch.autograd.Function):
         return pooled, weights.view_as(weights), tokens.view_as(tokens)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_pooled, grad_weights, grad_tokens):
         queries, tokens, norm_weight, norm_bias, weights, indices = ctx.saved_tensors
         if grad_tokens is None:
@@ -179,7 +180,7 @@ def _all_reduce(x: torch.Tensor) -> torch.Tensor:
 
 
 def _keep_global_best(scores: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Scores (R, n) of this rank, minus infinity where not among the k best of all ranks, and the best of all (R, 1)."""
+    """Scores (R, n) of this rank, minus infinity where not among the k best of all ranks; the best of all (R, 1)."""
     # ranks may have different numbers of tokens
     offered = F.pad(scores, (0, k - scores.shape[1]), value=float('-inf'))
     all_offered = [torch.empty_like(offered) for _ in range(dist.get_world_size())]
