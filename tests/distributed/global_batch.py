@@ -156,6 +156,8 @@ TRAININGS = {
     'all': dict(bottleneck=1.),
     'uneven shares': dict(batch_size=5),
     'uneven shares, fraction': dict(batch_size=5, bottleneck=0.2),
+    'a rank without images': dict(batch_size=1),
+    'a rank without images, fraction': dict(batch_size=1, bottleneck=0.2),
     'accumulation': dict(num_batches=2),
     'checkpointing': dict(checkpointing=True),
     'masks': dict(make_model=MaskedClassifier, black=True),

@@ -108,6 +108,19 @@ def train(
     return {**results, 'ema': torch.cat([value.flatten() for value in ema.module.state_dict().values()])}
 
 
+def train_without_images(rank: int, num_ranks: int) -> Dict[str, torch.Tensor]:
+    """A step in which the last rank has no images."""
+    model = make_model()
+    net = DistributedDataParallel(model)
+    x, y = images(rank)
+    num_images = 0 if rank == num_ranks - 1 else len(x)
+    loss = F.cross_entropy(net(x[:num_images]), y[:num_images], reduction='sum') + timm_ait.balance_loss(net)
+    loss.backward()
+    results = {'written': written(model)}
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return {**results, 'memory': memory(model), 'weight': model.blocks[0].mlp.workspace.q.weight.detach()}
+
+
 def write_not_finite(rank: int, num_ranks: int, ranks: str, by_optimizer: bool, **kwargs) -> Dict[str, torch.Tensor]:
     """A step in which one rank's ('last'), or all ranks' images are not finite."""
     model = make_model(**kwargs)
@@ -147,6 +160,7 @@ SCENARIOS = {
     'task': partial(train, wrapper='task'),
     'fsdp': partial(train, wrapper='fsdp'),
     'zero': partial(train, optimizer='zero', depth=3),
+    'no images': train_without_images,
     'last not finite': partial(write_not_finite, ranks='last', by_optimizer=True),
     'last not finite, advance_memory': partial(write_not_finite, ranks='last', by_optimizer=False),
     'all not finite': partial(write_not_finite, ranks='all', by_optimizer=True),

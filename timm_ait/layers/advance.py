@@ -1,4 +1,5 @@
 """ When the memory moves: with the parameters, once per optimizer step. """
+import sys
 import warnings
 import weakref
 from typing import Any, List
@@ -80,12 +81,29 @@ def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
     return list(dict.fromkeys(workspace for workspace in held if workspace is not None))
 
 
+def _is_step_of_a_shard(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer that calls the hook too steps this one (`ZeroRedundancyOptimizer`).
+
+    This one then holds parameters of other layers on each rank, and the ranks must not average those.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get('self') if frame.f_code.co_name == 'step' else None
+        is_other = isinstance(caller, torch.optim.Optimizer) and caller is not optimizer
+        if is_other and hasattr(type(caller).step, 'hooked'):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _advance_with_parameters(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if not _workspaces:
         return
     # fused optimizers are called for a step that the gradient scaler skips, and skip it themselves
     found_inf = getattr(optimizer, 'found_inf', None)
     if found_inf is not None and float(found_inf) > 0:
+        return
+    if world_size() > 1 and _is_step_of_a_shard(optimizer):
         return
     held = _held_workspaces(optimizer)
     _advance(held)

@@ -308,7 +308,7 @@ class GlobalWorkspace(nn.Module):
             return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
         write_modules = (self.q, self.k, self.v, self.proj, self.slot_norm)
         is_trained = any(parameter.requires_grad for module in write_modules for parameter in module.parameters())
-        if not is_trained or x.numel() == 0:
+        if not is_trained:
             return self._read(x)
         if torch.compiler.is_exporting():
             raise RuntimeError(
@@ -326,6 +326,9 @@ class GlobalWorkspace(nn.Module):
 
         tokens = x.reshape(-1, self.dim)
         mask = None if token_mask is None else token_mask.reshape(-1)
+        if x.numel() == 0:
+            # a token that is masked: a rank without images must have gradients (DDP), and take part in a global batch
+            tokens, mask = F.pad(tokens, (0, 0, 0, 1)), torch.zeros(1, dtype=torch.bool, device=x.device)
         global_batch = self.global_batch and world_size() > 1
         # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
         dtype = torch.promote_types(self.memory.dtype, torch.float32)
@@ -368,12 +371,15 @@ class GlobalWorkspace(nn.Module):
                     output = self._retrieve(tokens, normed, self._lift(written).to(x.dtype))
                 else:
                     output = tokens if self.gated else normed
+        if x.numel() == 0:
+            output = output[:0]
         output = output.view(x.shape)
         if torch.compiler.is_compiling() or not in_backward():
             self.coverage = coverage.detach()
             self._balance = _BalanceLoss(self.balance_weight * balance, output)
         with torch.no_grad():
-            self._keep(memory, candidate, written)
+            if x.numel() > 0 or global_batch:
+                self._keep(memory, candidate, written)
         return output
 
     def _num_kept(self, tokens: torch.Tensor, mask: Optional[torch.Tensor], global_batch: bool) -> int:
