@@ -77,7 +77,7 @@ class TestEquations:
         received, updated = layer(x, memory)
         expected_received, expected_memory, _ = reference_workspace(layer, x, memory)
         assert (updated - expected_memory).abs().max() <= 1e-10
-        # with one token a slot its weight is one whatever the query
+        # where a slot keeps one token, its weight is one whatever the query
         parameters = [p for name, p in layer.named_parameters() if bottleneck > 1 or not name.startswith('write_q')]
         assert_same(received, expected_received, [x, memory, *parameters])
 

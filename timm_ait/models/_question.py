@@ -114,6 +114,9 @@ class QuestionViT(VisionTransformer):
                     taken.append(x)
         return x, taken
 
+    def _num_blocks(self) -> int:
+        return len(self.blocks)
+
     def _feature_size(self, index: int, height: int, width: int) -> Tuple[int, int]:
         """Size of the grid of features after a block, for images of a size."""
         return self.patch_embed.dynamic_feat_size((height, width))
@@ -134,9 +137,9 @@ class QuestionViT(VisionTransformer):
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
         """As `VisionTransformer`, with a question (B, Q) for models that take one."""
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        take_indices, max_index = feature_take_indices(self._num_blocks(), indices)
         B, _, height, width = x.shape
-        num_blocks = max_index + 1 if stop_early else len(self.blocks)
+        num_blocks = max_index + 1 if stop_early else self._num_blocks()
         x, taken = self._forward_blocks(self._embed(x, question), attn_mask, is_causal, num_blocks, take_indices)
         if norm:
             taken = [self.norm(y) for y in taken]
@@ -188,7 +191,7 @@ class QuestionViT(VisionTransformer):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Features (B, N, E) after all blocks and the norm; arguments as `forward`."""
-        x, _ = self._forward_blocks(self._embed(x, question), attn_mask, is_causal, len(self.blocks))
+        x, _ = self._forward_blocks(self._embed(x, question), attn_mask, is_causal, self._num_blocks())
         return self.norm(x)
 
     def forward(

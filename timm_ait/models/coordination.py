@@ -65,8 +65,8 @@ class SharedWorkspace(nn.Module):
         broadcast:  R <- R + softmax((R W_q') (M W_k')^T / sqrt(d)) M W_v' W_o, over the slots, for each token and head
 
     Choices where the paper leaves one: the softmax runs over the k kept scores alone, so that the weights of a slot
-    sum to one; slots may share tokens; the forget gate starts open, by the 1 in its bias; gates are one a feature; the
-    broadcast has an output projection W_o, the write none; R is the normed state, and the residual connection, layer
+    sum to one; slots may share tokens; the forget gate starts open, by the 1 in its bias; there is a gate per feature;
+    the broadcast has an output projection W_o, the write none; R is the normed state, and the residual connection, layer
     scale and drop path are the block's. Blocks do not share parameters.
     """
     fused_attn: torch.jit.Final[bool]
@@ -215,8 +215,8 @@ class CoordinationBlock(Block):
 class Coordination(QuestionViT):
     """ Vision transformer coordinated through a shared global workspace
 
-    timm's `VisionTransformer` with other blocks, and a memory per image that they hand on. A question, in the class token,
-    writes into the memory if it wins the competition.
+    timm's `VisionTransformer` with other blocks, and a memory per image that they hand on. A question, in the class
+    token, writes into the memory if it wins the competition.
     """
 
     def __init__(

@@ -51,8 +51,9 @@ class _Unmasked:
     def __call__(self, *args, **kwargs):
         if self.training and isinstance(kwargs.get('attn_mask'), torch.Tensor):
             raise ValueError(
-                f'attn_mask does not reach the workspaces of this model, which would write the masked tokens: only a Block '
-                f'with an Mlp hands it on, not a {type(self).__bases__[1].__name__} with a {type(self.mlp).__name__}.')
+                f'attn_mask does not reach the workspaces of this model, which would write the masked tokens: only a '
+                f'Block with an Mlp hands it on, not the {type(self).__bases__[1].__name__} with a '
+                f'{type(self.mlp).__name__} here.')
         return super().__call__(*args, **kwargs)
 
 
@@ -133,7 +134,7 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         block = model.get_submodule(name.rpartition('.')[0])
         if type(block) not in _UNMASKED and 'attn_mask' in inspect.signature(block.forward).parameters:
             raise ValueError(
-                f'{name} of {architecture} is in a {type(block).__name__}, which takes an attn_mask: add_workspace does '
+                f'{name} of {architecture} is in a {type(block).__name__} that takes an attn_mask: add_workspace does '
                 'not know how to keep masked tokens from being written.')
         workspaces.append(GlobalWorkspace(
             last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs))

@@ -81,7 +81,7 @@ class CrossAttentionBlock(nn.Module):
 class Perceiver(QuestionViT):
     """ Perceiver
 
-    Before and after its layers it is timm's `VisionTransformer`: patches, position embedding, pooling and classifier. Its
+    timm's `VisionTransformer` before and after its layers: patches, position embedding, pooling and classifier. Its
     features are the latents. A question, in a class token, is one more token to read.
     """
 
@@ -145,8 +145,8 @@ class Perceiver(QuestionViT):
         kwargs = refuse_arguments(
             kwargs,
             ('qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'init_values', 'class_token',
-             'no_embed_class', 'reg_tokens', 'final_norm', 'fc_norm', 'weight_init', 'fix_init', 'block_fn', 'mlp_layer',
-             'attn_layer'),
+             'no_embed_class', 'reg_tokens', 'final_norm', 'fc_norm', 'weight_init', 'fix_init', 'block_fn',
+             'mlp_layer', 'attn_layer'),
             'tokens are the patches and the question, and the blocks are those of the paper',
         )
         dd = {'device': device, 'dtype': dtype}
@@ -236,54 +236,38 @@ class Perceiver(QuestionViT):
                     latents = blocks(latents)
         return latents
 
+    def _num_blocks(self) -> int:
+        return self.num_iterations
+
+    def _forward_blocks(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor],
+            is_causal: bool,
+            num_blocks: int,
+            take_indices: Optional[List[int]] = None,
+    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
+        """Latents (B, M, E) that have read the tokens x (B, N, E), and those after iterations that are to be taken."""
+        refuse_masks(attn_mask, is_causal)
+        taken: List[torch.Tensor] = []
+        latents = self.latents.expand(x.shape[0], -1, -1)
+        for i in range(num_blocks):
+            latents = self._iterate(latents, x, i)
+            if take_indices is not None and i in take_indices:
+                taken.append(latents)
+        return latents, taken
+
     def forward_intermediates(
             self,
             x: torch.Tensor,
             indices: Optional[Union[int, List[int]]] = None,
-            return_prefix_tokens: bool = False,
-            norm: bool = False,
-            stop_early: bool = False,
+            *,
             output_fmt: str = 'NLC',
-            intermediates_only: bool = False,
-            output_dict: bool = False,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-            question: Optional[torch.Tensor] = None,
+            **kwargs,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
-        """Latents after the last iteration and after those before it; there are no grids.
-
-        Args:
-            x: Images (B, C, H, W).
-            indices: Take the last n iterations if an int, all if None, those of the sequence otherwise.
-            return_prefix_tokens: Changes nothing, since latents are no prefix tokens.
-            norm: Changes nothing, since there is no norm after the iterations.
-            stop_early: Stop at the last iteration that is asked for.
-            output_fmt: 'NLC', latents (B, M, E).
-            intermediates_only: Return the intermediates alone.
-            output_dict: Return them as 'image_features' and 'image_intermediates' of a dictionary.
-            attn_mask: Refused, like `is_causal`.
-            is_causal: See `attn_mask`.
-            question: (B, Q), for models with questions.
-
-        Returns:
-            (final latents, intermediates), or the intermediates.
-        """
+        """As `QuestionViT`, with the latents after each iteration, which are no grids: `output_fmt` is 'NLC'."""
         assert output_fmt == 'NLC', 'Output format must be NLC: latents are not on a grid.'
-        refuse_masks(attn_mask, is_causal)
-        intermediates = []
-        take_indices, max_index = feature_take_indices(self.num_iterations, indices)
-
-        tokens = self._embed(x, question)
-        x = self.latents.expand(tokens.shape[0], -1, -1)
-        for i in range(max_index + 1 if stop_early else self.num_iterations):
-            x = self._iterate(x, tokens, i)
-            if i in take_indices:
-                intermediates.append(x)
-
-        if output_dict:
-            features = {} if intermediates_only else {'image_features': x}
-            return {**features, 'image_intermediates': intermediates}
-        return intermediates if intermediates_only else (x, intermediates)
+        return super().forward_intermediates(x, indices, output_fmt=output_fmt, **kwargs)
 
     def prune_intermediate_layers(
             self,
@@ -291,16 +275,7 @@ class Perceiver(QuestionViT):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> List[int]:
-        """Remove what the intermediates do not need.
-
-        Args:
-            indices: Intermediates to keep, as `forward_intermediates`.
-            prune_norm: Changes nothing, since there is no norm after the iterations.
-            prune_head: Remove pooling and classifier.
-
-        Returns:
-            Indices of the intermediates that are kept.
-        """
+        """As `VisionTransformer`, of iterations; `prune_norm` changes nothing, since there is no norm after them."""
         take_indices, max_index = feature_take_indices(self.num_iterations, indices)
         self.num_iterations = max_index + 1
         self.cross_attns = self.cross_attns[:max_index + 1]
@@ -308,21 +283,6 @@ class Perceiver(QuestionViT):
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices
-
-    def forward_features(
-            self,
-            x: torch.Tensor,
-            question: Optional[torch.Tensor] = None,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Perceive images (B, C, H, W) in latents (B, M, E)."""
-        refuse_masks(attn_mask, is_causal)
-        tokens = self._embed(x, question)
-        x = self.latents.expand(tokens.shape[0], -1, -1)
-        for i in range(self.num_iterations):
-            x = self._iterate(x, tokens, i)
-        return x
 
 
 default_cfgs = generate_default_cfgs({

@@ -182,8 +182,8 @@ class PoolingByMultiheadAttention(nn.Module):
 class SetTransformer(QuestionViT):
     """ Set Transformer
 
-    timm's `VisionTransformer` with other blocks and its own pooling. A question, in the class token, is one more element
-    of the set.
+    timm's `VisionTransformer` with other blocks and its own pooling. A question, in the class token, is one more
+    element of the set.
     """
 
     def __init__(
