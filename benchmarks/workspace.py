@@ -4,7 +4,7 @@
     python benchmarks/workspace.py                                  # everything, at the paper's sizes
     python benchmarks/workspace.py --part layer --published PATH    # and the published implementation, a checkout of
                                                                     # github.com/yuweisunn/associative-transformer
-    python benchmarks/workspace.py --device cuda --backend triton   # the Triton kernels, not yet timed on a GPU
+    TIMM_AIT_TRITON=1 python benchmarks/workspace.py --device cuda  # the Triton kernels, not yet timed on a GPU
     python benchmarks/workspace.py --quick                          # small sizes, to see that it works
 
 Contenders run in one process, in turns: each round runs every contender once, every other round in reverse order, so
@@ -46,9 +46,10 @@ from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import bottleneck, hopfield, naive
 from timm_ait.ops.memory import update_memory
 
-PARTS = ('ops', 'layer', 'models', 'scaling', 'profile')
+PARTS = ('ops', 'layer', 'models', 'latency', 'scaling', 'profile')
 OURS, NAIVE, PUBLISHED = 'timm_ait', 'naive', 'published'
 TOKENS_PER_IMAGE = 64
+LATENCY_MODELS = ('ait_small', 'ait_vit_small_patch16_224', 'ait_vit_tiny_patch16_224')
 MIB = 2 ** 20
 
 
@@ -61,10 +62,10 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--sweep', nargs='+', choices=SWEEPS, default=list(SWEEPS), help='sizes that scaling varies')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32')
-    parser.add_argument('--backend', choices=('torch', 'triton'), default='torch', help='backend of the ops')
     parser.add_argument('--threads', type=int, help='CPU threads; PyTorch decides if not given')
     parser.add_argument('--repeats', type=int, default=9, help='rounds')
     parser.add_argument('--batch-size', type=int, default=128, help='images a batch of the models')
+    parser.add_argument('--latency-steps', type=int, default=20, help='single images per round of latency')
     parser.add_argument('--optimizer', action='store_true', help='let the training step include AdamW')
     parser.add_argument('--tokens', type=int, default=8192, help=f'tokens T, a multiple of {TOKENS_PER_IMAGE}')
     parser.add_argument('--dim', type=int, default=768, help='token width E')
@@ -230,26 +231,30 @@ class NaiveWorkspace(GlobalWorkspace):
     """The layer out of the equations of naive.py."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = self.norm(x).reshape(-1, self.dim)
-        memory = self.memory.clone()
-        if self.training:
-            candidate, balance, _ = naive.write(
-                tokens,
-                memory,
+        if not self.training:
+            tokens = self.norm(x).reshape(-1, self.dim)
+            return naive.read(tokens, self.attractors(self.memory), self.beta).view(x.shape)
+        # naive.polar has no finite gradient where singular values are equal
+        with mock.patch.object(naive, 'update_memory', update_memory):
+            output, written, _, balance, _ = naive.write_and_read(
+                x.reshape(-1, self.dim),
+                self.norm.weight,
+                self.norm.bias,
+                self.norm.eps,
+                self.memory.clone(),
                 self.q.weight,
                 self.k.weight,
                 self.v.weight,
                 self.proj.weight,
                 self.slot_norm.weight,
                 self.slot_norm.bias,
-                self.num_heads,
+                self.workspace_heads,
                 self.bottleneck,
+                self.attractors,
             )
-            self.balance_loss = self.balance_weight * balance
-            # naive.polar has no finite gradient where singular values are equal
-            memory = update_memory(memory, candidate, self.momentum, self.memory_update)
-            self.memory.copy_(memory.detach())
-        return naive.read(tokens, self.attractors(memory), self.beta).view(x.shape)
+        self.pending.copy_(written.detach())
+        self.loss = self.balance_weight * balance
+        return output.view(x.shape)
 
 
 class PublishedWorkspace(nn.Module):
@@ -265,7 +270,7 @@ class PublishedWorkspace(nn.Module):
             dim: int,
             num_slots: int,
             slot_dim: int,
-            num_heads: int,
+            workspace_heads: int,
             bottleneck: int,
             tokens_per_image: int = TOKENS_PER_IMAGE,
     ) -> None:
@@ -275,7 +280,7 @@ class PublishedWorkspace(nn.Module):
             dim: Token width E.
             num_slots: Slots M.
             slot_dim: Slot width D.
-            num_heads: Write heads A.
+            workspace_heads: Write heads A.
             bottleneck: Tokens k.
             tokens_per_image: Tokens N.
 
@@ -305,7 +310,7 @@ class PublishedWorkspace(nn.Module):
             dim=tokens_per_image,
             pattern_size=num_slots,
             memory_dim=slot_dim,
-            memory_head=num_heads,
+            memory_head=workspace_heads,
             bottleneck=bottleneck,
             HN=True,
             static=True,
@@ -313,16 +318,16 @@ class PublishedWorkspace(nn.Module):
         exec(compile(script, str(path / 'ait.py'), 'exec'), names)
         self.layer = names['ModularNN'](1., 0)
         self.layer.fc1, self.layer.gelu, self.layer.fc2 = nn.Identity(), nn.Identity(), nn.Identity()
-        self.balance_loss = None
+        self.loss = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Write and read, (B, N, E) to (B, N, E); it writes in evaluation too."""
         if x.is_cuda:
-            output, self.balance_loss = self.layer(x)
+            output, self.loss = self.layer(x)
         else:
             # it sends a constant to the GPU, whatever device it is on
             with mock.patch.object(torch.Tensor, 'cuda', lambda self: self):
-                output, self.balance_loss = self.layer(x)
+                output, self.loss = self.layer(x)
         return output
 
 
@@ -332,7 +337,7 @@ def create_layers(args: argparse.Namespace) -> Dict[str, nn.Module]:
         dim=args.dim,
         num_slots=args.slots,
         slot_dim=args.slot_dim,
-        num_heads=args.heads,
+        workspace_heads=args.heads,
         bottleneck=args.bottleneck,
     )
     layers = {OURS: GlobalWorkspace(**kwargs), NAIVE: NaiveWorkspace(**kwargs)}
@@ -370,8 +375,10 @@ def train_layer(
     with autocast(args):
         output = layer(x)
     if backward:
-        torch.autograd.backward((output, layer.balance_loss), (cotangent, None))
-    layer.balance_loss = None
+        balance = timm_ait.balance_loss(layer) if type(layer) is GlobalWorkspace else layer.loss
+        torch.autograd.backward((output, balance), (cotangent, None))
+    if type(layer) is not GlobalWorkspace:
+        layer.loss = None
     clear_grads(x, *layer.parameters())
 
 
@@ -402,7 +409,6 @@ def run_op(op: Callable[..., Any], inputs: Dict[str, torch.Tensor], backward: bo
 def benchmark_ops(args: argparse.Namespace, results: Results) -> None:
     layer = create_layers(args)[OURS]
     dtype = getattr(torch, args.dtype)
-    backend = {} if args.backend == 'torch' else {'backend': args.backend}
     tokens = torch.randn(args.tokens, args.dim, device=args.device).to(dtype)
     parameters = dict(
         memory=layer.memory,
@@ -423,14 +429,14 @@ def benchmark_ops(args: argparse.Namespace, results: Results) -> None:
     cases = {
         'write': {
             OURS: (
-                partial(bottleneck.write, **sizes, **backend),
+                partial(bottleneck.write, **sizes),
                 {**leaves({'tokens': tokens}, dtype), **leaves(parameters, torch.float32)},
             ),
             NAIVE: (partial(naive.write, **sizes), leaves({'tokens': tokens, **parameters}, dtype)),
         },
         'read': {
             OURS: (
-                partial(hopfield.read, **backend),
+                hopfield.read,
                 {**leaves({'state': tokens}, dtype), **leaves(attractors, torch.float32)},
             ),
             NAIVE: (naive.read, leaves({'state': tokens, **attractors}, dtype)),
@@ -457,8 +463,7 @@ def train_model(
     model.train()
     with autocast(args):
         loss = F.cross_entropy(model(images), labels)
-    if isinstance(model, timm_ait.AssociativeTransformer):
-        loss = loss + model.balance_loss()
+    loss = loss + timm_ait.balance_loss(model)
     loss.backward()
     if optimizer is not None:
         optimizer.step()
@@ -490,6 +495,25 @@ def benchmark_models(args: argparse.Namespace, results: Results) -> None:
         results.measure('models', f'{name} training step', training, reference)
         inference = {key: partial(evaluate, args, model, images) for key, model in models.items()}
         results.measure('models', f'{name} inference', inference, reference)
+
+
+def benchmark_latency(args: argparse.Namespace, results: Results) -> None:
+    """One image through whole models, against the same model with plain MLPs."""
+    for name in LATENCY_MODELS:
+        torch.manual_seed(0)
+        models = {
+            f'{name}, workspace={workspace}': timm.create_model(name, num_classes=10, workspace=workspace)
+            for workspace in (False, True)}
+        x = torch.randn(1, *next(iter(models.values())).pretrained_cfg['input_size'], device=args.device)
+        steps = {key: partial(evaluate, args, model.to(args.device), x) for key, model in models.items()}
+        # short steps: many of them are one round
+        steps = {key: partial(repeat, step, args.latency_steps) for key, step in steps.items()}
+        results.measure('latency', f'{name}, {args.latency_steps} single images', steps, next(iter(steps)))
+
+
+def repeat(step: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        step()
 
 
 def benchmark_scaling(args: argparse.Namespace, results: Results) -> None:
@@ -573,7 +597,6 @@ def plot(rows: List[Dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     args = parse_args()
-    os.environ['TIMM_AIT_BACKEND'] = args.backend
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces every start and stop
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -581,11 +604,12 @@ def main() -> None:
     machine = results.machine
     print(f"# Workspace on {machine['gpu'] or machine['cpu']}\n")
     print(f"{machine['threads']} of {machine['cores']} cores, torch {machine['torch']}, {args.dtype}, "
-          f'backend {args.backend}. Layer: T {args.tokens:,}, E {args.dim}, {args.heads} heads, '
+          f'Layer: T {args.tokens:,}, E {args.dim}, {args.heads} heads, '
           f'{args.slots} x {args.slot_dim} slots, k {args.bottleneck}. Models: batch {args.batch_size}. '
           f'Medians of {args.repeats} interleaved runs.\n')
     benchmarks = dict(
-        ops=benchmark_ops, layer=benchmark_layer, models=benchmark_models, scaling=benchmark_scaling)
+        ops=benchmark_ops, layer=benchmark_layer, models=benchmark_models, latency=benchmark_latency,
+        scaling=benchmark_scaling)
     for part, benchmark in benchmarks.items():
         if part in args.part:
             benchmark(args, results)

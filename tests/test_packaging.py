@@ -32,11 +32,6 @@ def test_the_wheel_brings_the_weights_and_their_manifest(installed):
             assert (installed / 'timm_ait' / 'checkpoints' / file.relative_to(weights_dir())).is_file()
 
 
-def test_the_installed_weights_are_those_of_the_manifest(installed):
-    result = run_installed(installed, 'from timm_ait.__main__ import main; raise SystemExit(main(["verify"]))')
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 def test_the_wheel_is_typed(installed):
     assert (installed / 'timm_ait' / 'py.typed').is_file()
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn as nn
 from timm.layers import set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
-from timm.task import ClassificationTask, LogitDistillationTask
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from timm.utils import freeze
 
 import timm_ait
+from timm_ait import balance_loss
 from timm_ait.training import install_balance_loss
 
 
@@ -42,7 +44,7 @@ def explicit_step(autocast_dtype=None, num_steps=1):
     for _ in range(num_steps):
         x, y = make_batch()
         with torch.autocast('cpu', autocast_dtype, enabled=autocast_dtype is not None):
-            loss = nn.functional.cross_entropy(model(x), y) + model.balance_loss()
+            loss = nn.functional.cross_entropy(model(x), y) + balance_loss(model)
         (loss / num_steps).backward()
     return gradients(model)
 
@@ -120,45 +122,13 @@ def test_compiled_task():
     assert_same_gradients(gradients(model), explicit_step())
 
 
-def distributed_rank(rank, store, results):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
-    model = make_model()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False).prepare_distributed()
-    x, y = make_batch()
-    for _ in range(2):
-        model.zero_grad()
-        task(x[2 * rank:2 * rank + 2], y[2 * rank:2 * rank + 2])['loss'].backward()
-    torch.save(gradients(model), f'{results}/{rank}.pt')
-    torch.distributed.destroy_process_group()
-
-
-def test_distributed_ranks_share_gradients_and_start_each_step_from_the_memory_of_the_first(tmp_path):
-    torch.multiprocessing.spawn(distributed_rank, (str(tmp_path / 'store'), str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f'{rank}.pt') for rank in range(2)]
-    assert_same_gradients(*ranks)
-
-    x, y = make_batch()
-    halves = [make_model() for _ in range(2)]
-    for step in range(2):
-        if step:
-            halves[1].load_state_dict(halves[0].state_dict())
-        for i, model in enumerate(halves):
-            model.zero_grad()
-            half = slice(2 * i, 2 * i + 2)
-            (nn.functional.cross_entropy(model(x[half]), y[half]) + model.balance_loss()).backward()
-    averaged = {name: (a + b) / 2 for (name, a), b in zip(gradients(halves[0]).items(), gradients(halves[1]).values())}
-    for name, grad in ranks[0].items():
-        torch.testing.assert_close(grad, averaged[name], atol=1e-5, rtol=1e-3, msg=lambda m: f'{name}: {m}')
-
-
 def test_distillation_task_adds_the_balance_loss_of_the_student_alone():
     torch.manual_seed(0)
     student, teacher = make_model(), timm.create_model('test_ait')
     task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss(), verbose=False)
     result = task(*make_batch())
-    torch.testing.assert_close(result['balance_loss'], student.balance_loss())
-    assert all(module.balance_loss is None for _, module in timm_ait.layers.workspace._workspaces(teacher))
+    torch.testing.assert_close(result['balance_loss'], balance_loss(student))
+    assert balance_loss(teacher) == 0.
 
 
 def test_other_models_are_left_alone():
@@ -175,13 +145,57 @@ def test_installing_twice_adds_the_loss_once():
     model = make_model()
     task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     result = task(*make_batch())
-    expected = nn.functional.cross_entropy(result['output'], make_batch()[1]) + model.balance_loss()
+    expected = nn.functional.cross_entropy(result['output'], make_batch()[1]) + balance_loss(model)
     torch.testing.assert_close(result['loss'], expected)
 
 
-def test_balance_loss_before_a_training_forward_raises():
-    with pytest.raises(RuntimeError, match='blocks.0.mlp.workspace has no balance loss'):
-        make_model().balance_loss()
+class TaskThatAddsItself(ClassificationTask):
+
+    def forward(self, input, target):
+        result = super().forward(input, target)
+        return {**result, 'loss': result['loss'] + balance_loss(self.trainable_module)}
+
+
+class TaskThatOnlyLooks(ClassificationTask):
+
+    def forward(self, input, target):
+        result = super().forward(input, target)
+        return {**result, 'watched': balance_loss(self.trainable_module).item()}
+
+
+@pytest.mark.parametrize('task_cls', [TaskThatAddsItself, TaskThatOnlyLooks])
+def test_a_task_that_asks_for_the_balance_loss_has_it_counted_once(task_cls):
+    model = make_model()
+    task_cls(model, nn.CrossEntropyLoss(), verbose=False)(*make_batch())['loss'].backward()
+    assert_same_gradients(gradients(model), explicit_step())
+
+
+def test_a_task_that_was_there_before_the_import_adds_it_too():
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    wrapped = TrainingTask.__call__
+    del TrainingTask.__call__
+    try:
+        assert 'balance_loss' not in task(*make_batch())
+        install_balance_loss()
+        assert 'balance_loss' in task(*make_batch())
+    finally:
+        TrainingTask.__call__ = wrapped
+
+
+def test_a_frozen_model_has_no_balance_loss():
+    model = make_model()
+    freeze(model)
+    model.head.requires_grad_(True)
+    assert ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)(*make_batch())['balance_loss'] == 0.
+
+
+def test_the_log_says_what_part_of_the_loss_is_balance(caplog):
+    model = make_model()
+    task = ClassificationTask(model, nn.CrossEntropyLoss())
+    with caplog.at_level('INFO'):
+        result = task(*make_batch())
+    assert f'{float(result["balance_loss"]):#.4g} is the balance loss' in caplog.text
 
 
 @pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS, the folder of timm's train.py, is not set")

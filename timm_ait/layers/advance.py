@@ -81,18 +81,17 @@ def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
     return list(dict.fromkeys(workspace for workspace in held if workspace is not None))
 
 
-def _is_step_of_a_shard(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer that calls the hook too steps this one (`ZeroRedundancyOptimizer`).
+def _is_within_another_step() -> bool:
+    """Whether another optimizer, which calls the hook after this one, makes this step (`ZeroRedundancyOptimizer`).
 
     This one then holds parameters of other layers on each rank, and the ranks must not average those.
     """
-    frame = sys._getframe()
-    while frame is not None:
-        caller = frame.f_locals.get('self') if frame.f_code.co_name == 'step' else None
-        is_other = isinstance(caller, torch.optim.Optimizer) and caller is not optimizer
-        if is_other and hasattr(type(caller).step, 'hooked'):
-            return True
+    frame = sys._getframe(2)  # PyTorch's wrapper of a step, which called the hook
+    wrapper = frame.f_code
+    while frame.f_back is not None:
         frame = frame.f_back
+        if frame.f_code is wrapper:
+            return True
     return False
 
 
@@ -103,7 +102,7 @@ def _advance_with_parameters(optimizer: torch.optim.Optimizer, args: Any, kwargs
     found_inf = getattr(optimizer, 'found_inf', None)
     if found_inf is not None and float(found_inf) > 0:
         return
-    if world_size() > 1 and _is_step_of_a_shard(optimizer):
+    if world_size() > 1 and _is_within_another_step():
         return
     held = _held_workspaces(optimizer)
     _advance(held)

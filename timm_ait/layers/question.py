@@ -4,9 +4,16 @@ from typing import Optional
 import torch
 import torch.nn as nn
 
-from timm.models import register_notrace_module
+from timm.models import register_notrace_function, register_notrace_module
 
 __all__ = ['QuestionEmbed']
+
+
+@torch.fx.wrap  # so that a traced graph refuses it too
+@register_notrace_function
+def refuse_question(question: Optional[torch.Tensor]) -> None:
+    if question is not None:
+        raise ValueError('This model takes no question: create it with question_dim=…, the width of yours.')
 
 
 @register_notrace_module  # symbolic tracing cannot know whether there is a question
@@ -45,8 +52,7 @@ class QuestionEmbed(nn.Module):
             ValueError: The question is missing, misshapen, or not wanted.
         """
         if self.proj is None:
-            if question is not None:
-                raise ValueError('This model takes no question: create it with question_dim=…, the width of yours.')
+            refuse_question(question)
             return None
         if question is None:
             raise ValueError(

@@ -276,6 +276,9 @@ class GlobalWorkspace(nn.Module):
         Returns:
             Same shape and dtype as x.
         """
+        if not torch.jit.is_scripting():
+            if isinstance(x, torch.fx.Proxy):  # when it writes, and what the memory is, is not for a graph to say
+                return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
         if self.training and self.writes:
             return self._write_and_read(x, token_mask)
         return self._read(x)
@@ -304,8 +307,6 @@ class GlobalWorkspace(nn.Module):
 
     @torch.jit.unused
     def _write_and_read(self, x: torch.Tensor, token_mask: Optional[torch.Tensor]) -> torch.Tensor:
-        if isinstance(x, torch.fx.Proxy):  # how often it writes is not for a graph to say: a call of this module
-            return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
         write_modules = (self.q, self.k, self.v, self.proj, self.slot_norm)
         is_trained = any(parameter.requires_grad for module in write_modules for parameter in module.parameters())
         if not is_trained:
@@ -432,8 +433,7 @@ class GlobalWorkspace(nn.Module):
         else:
             self._refresh_slots()
             slots = self.slots
-        weight = self.norm.weight
-        return slots.to(weight.dtype) if isinstance(weight, torch.Tensor) else slots  # else traced symbolically
+        return slots.to(self.norm.weight.dtype)
 
     @torch.no_grad()
     def _refresh_slots(self) -> None:
@@ -451,7 +451,9 @@ class GlobalWorkspace(nn.Module):
         was_meta = self.pending.is_meta
         super()._apply(fn, recurse)
         if was_meta and not self.pending.is_meta:
+            # not what happened to be there: `to_empty` leaves the memory to a checkpoint
             self.pending.fill_(float('nan'))
+            self.memory.data.fill_(float('nan'))
         self._refresh_slots()
         return self
 
