@@ -3,8 +3,8 @@
 Small functions on any model with workspaces, all without gradients and in evaluation: AiT, models with `add_workspace`,
 and, where each image has a memory of its own, Coordination. `analyse` puts them together.
 
-Shapes: T tokens of width E; a memory of M slots of width D; A heads; B images of N tokens. The names of layers are those
-of their workspaces in `model.named_modules()`.
+Shapes: T tokens of width E; a memory of M slots of width D; A heads; B images of N tokens. Layers go by the names of
+their workspaces in `model.named_modules()`.
 
 Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `Hopfield Networks is All You Need` - https://arxiv.org/abs/2008.02217
@@ -193,7 +193,7 @@ def write_attentions(
             name: write_attention(workspace, tokens[name], bottleneck)
             for name, workspace in workspaces(model).items() if workspace.writes}
     if bottleneck is not None:
-        raise ValueError(f'bottleneck: that of a Coordination is a part of it, create it with bottleneck={bottleneck!r}')
+        raise ValueError(f'bottleneck: a Coordination has its own, create it with bottleneck={bottleneck!r}')
     attentions = {}
 
     def keep(name: str) -> Callable:

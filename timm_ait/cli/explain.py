@@ -171,7 +171,7 @@ def _smooth(maps: torch.Tensor) -> np.ndarray:
 def _draw_selected(picture: Image.Image, heat: np.ndarray) -> Image.Image:
     """How much a slot selects each patch, (H, W), 0 to 1, over the picture."""
     heat = _enlarge(heat[None], picture.size)[0].clip(0., 1.)
-    return _blend(picture, 0.7, _heat(heat), 0.35 + 0.6 * heat ** 0.5)
+    return _blend(picture, 0.7, _heat(heat), 0.15 + 0.8 * heat ** 0.6)
 
 
 def _draw_read(picture: Image.Image, read: torch.Tensor, colours: np.ndarray) -> Image.Image:
@@ -257,7 +257,8 @@ def draw_sheet(
     if chosen:
         bar = _heat(np.linspace(0., 1., 160))[None].repeat(12, axis=0)
         canvas.image.paste(Image.fromarray((bar * 255).round().astype(np.uint8)), (x, y + 158))
-        canvas.text(x + 170, y + 154, f'selected by 0 to {most:.1f} of {layers[0].num_heads} heads, smoothed', 14, width=wide)
+        text = f'selected by 0 to {most:.1f} of {layers[0].num_heads} heads, smoothed'
+        canvas.text(x + 170, y + 154, text, 14, width=wide)
 
     y = _MARGIN + max(size[1], 160) + 22
     for layer in layers:
@@ -470,7 +471,7 @@ def _explain(
     sheet = draw_sheet(
         _picture(image, config),
         file.name,
-        f'{args.model}: {float(probability):.0%} {description}',
+        f'{args.model.rpartition("/")[2]}: {float(probability):.0%} {description}',
         [maps[i] for i in drawn],
         len(maps),
         figures,
