@@ -28,12 +28,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     Raises:
         SystemExit: The arguments are wrong (code 2), or the command ends by itself.
     """
-    from timm_ait.cli import data, export, predict, run
+    from timm_ait.cli import data, explain, export, predict, run
 
     parser = _Parser(prog='python -m timm_ait', description='Associative Transformer (AiT) for timm.')
     parser.add_argument('--version', action='version', version=f'timm_ait {__version__}')
     commands = parser.add_subparsers(metavar='COMMAND', required=True)
-    for command in (predict, export, data, run):
+    for command in (predict, explain, export, data, run):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     return args.main(args)
