@@ -1,7 +1,7 @@
 """ Training with a global batch, by one process or by each of several ranks. """
 import contextlib
 from functools import partial
-from typing import Callable, Dict
+from typing import Callable, Dict, Optional
 
 import timm
 import torch
@@ -23,8 +23,8 @@ SMALL = dict(num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=20, global_
 BATCH_SIZE = 6
 
 
-def vit(**kwargs) -> nn.Module:
-    return timm.create_model('test_ait', img_size=16, depth=2, num_classes=5, **{**SMALL, **kwargs})
+def vit(depth: int = 2, **kwargs) -> nn.Module:
+    return timm.create_model('test_ait', img_size=16, depth=depth, num_classes=5, **{**SMALL, **kwargs})
 
 
 class SynchronizedBatchNorm(nn.BatchNorm2d):
@@ -78,6 +78,7 @@ def train(
         checkpointing: bool = False,
         task: bool = False,
         fsdp: bool = False,
+        bucket_cap_mb: Optional[float] = None,
         gate: float = 0.,
         **model_kwargs,
 ) -> Dict[str, torch.Tensor]:
@@ -93,6 +94,7 @@ def train(
         checkpointing: Checkpoint gradients.
         task: Take the loss from timm's task.
         fsdp: Shard the parameters of several ranks, instead of DDP.
+        bucket_cap_mb: Of DDP, whose collectives of many buckets run between those of the workspaces.
         gate: Initial gate of gated workspaces.
         **model_kwargs: Of the workspace.
 
@@ -114,7 +116,7 @@ def train(
     elif num_ranks > 1 and fsdp:
         net = shard(model)
     elif num_ranks > 1:
-        net = DistributedDataParallel(model)
+        net = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     results = {'loss': [], 'gradient': [], 'memory': [], 'coverage': []}
@@ -158,6 +160,8 @@ TRAININGS = {
     'uneven shares, fraction': dict(batch_size=5, bottleneck=0.2),
     'a rank without images': dict(batch_size=1),
     'a rank without images, fraction': dict(batch_size=1, bottleneck=0.2),
+    'many buckets': dict(depth=4, bucket_cap_mb=1e-3),
+    'many buckets, a rank without images': dict(depth=4, bucket_cap_mb=1e-3, batch_size=1),
     'accumulation': dict(num_batches=2),
     'checkpointing': dict(checkpointing=True),
     'masks': dict(make_model=MaskedClassifier, black=True),
