@@ -67,6 +67,9 @@ NAMES = {
     'timm_ait': timm_ait,
     'torch': torch,
     'images': torch.zeros(2, 3, 32, 32),
+    'labels': torch.zeros(2, dtype=torch.long),
+    'criterion': torch.nn.CrossEntropyLoss(),
+    'optimizer': torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1),
 }
 # what is replaced in Python blocks
 BLOCKS = {
@@ -214,7 +217,10 @@ class Workplace:
                 if config.get('dataset') == 'sort_of_clevr' or 'benchmarks.validate_sort_of_clevr' in arguments:
                     arguments[i] = str(self.sort_of_clevr)
                 else:
-                    write_image_folder(self.folder / argument, int(option(arguments, '--num-classes') or 10))
+                    model = option(arguments, '--model') or config.get('model') or ''
+                    of_tag = timm.get_pretrained_cfg_value(model, 'num_classes') if '.' in model else None
+                    num_classes = option(arguments, '--num-classes') or config.get('num_classes') or of_tag or 10
+                    write_image_folder(self.folder / argument, int(num_classes))
         self.prepare_weights(arguments, config)
         written = (option(arguments, name) for name in ('--experiment', '--output', '--out'))
         self.written |= {name for name in written if name}
