@@ -359,7 +359,8 @@ def clear_grads(*tensors: torch.Tensor) -> None:
 
 
 def evaluate(args: argparse.Namespace, module: nn.Module, x: torch.Tensor) -> None:
-    module.eval()
+    if module.training:
+        module.eval()
     with torch.inference_mode(), autocast(args):
         module(x)
 

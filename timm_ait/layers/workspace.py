@@ -136,6 +136,8 @@ class GlobalWorkspace(nn.Module):
     gated: Final[bool]
     beta: Final[float]
     retrieval_steps: Final[int]
+    dim: Final[int]
+    num_slots: Final[int]
 
     def __init__(
             self,
@@ -299,11 +301,14 @@ class GlobalWorkspace(nn.Module):
         """Add to x or to the normed tokens, both (..., E), what the latter retrieve from the attractors (M, E)."""
         keys = attractors if self.beta == 1. else self.beta * attractors
         state = tokens
-        for _ in range(self.retrieval_steps):
+        for _ in range(self.retrieval_steps - 1):
             state = F.linear(state, keys).softmax(dim=-1).to(x.dtype) @ attractors
-        if self.gate is None:
-            return tokens + state
-        return x + (self.gate * state).to(x.dtype)
+        association = F.linear(state, keys).softmax(dim=-1).to(x.dtype)
+        # the gate on the few attractors, and the residual in the product, are fewer passes over the tokens
+        values = attractors if self.gate is None else (attractors * self.gate).to(x.dtype)
+        residual = tokens if self.gate is None else x
+        output = torch.addmm(residual.reshape(-1, self.dim), association.reshape(-1, self.num_slots), values)
+        return output.view(x.shape).to(x.dtype)
 
     @torch.jit.unused
     def _write_and_read(self, x: torch.Tensor, token_mask: Optional[torch.Tensor]) -> torch.Tensor:
