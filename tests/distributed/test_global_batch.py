@@ -59,7 +59,7 @@ class TestTraffic:
     def test_forward_with_a_fraction_counts_the_tokens(self, results):
         A, M, D = self.A, self.M, self.D
         for result in results('traffic'):
-            assert result['fraction']['forward'] == 4 * (1 + A * M * 10 + A * M + A + 2 + M * D + 2 * A)
+            assert result['fraction']['forward'] == 8 + 4 * (A * M * 10 + A * M + A + 2 + M * D + 2 * A)
 
     @pytest.mark.parametrize('kind', ['count', 'fraction'])
     def test_backward(self, results, kind):

@@ -185,6 +185,14 @@ class TestAdvance:
         assert torch.equal(layer.memory, before)
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(differentiable_write=False), dict(retrieval=False)])
+def test_every_parameter_that_wants_a_gradient_gets_one(kwargs):
+    layer = make_workspace(**kwargs)
+    (layer(tokens()).square().sum() + balance_loss(layer)).backward()
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        name for name, p in layer.named_parameters() if p.grad is not None}
+
+
 class TestRefusals:
 
     @pytest.mark.parametrize('retrieval_steps', [1, 2])

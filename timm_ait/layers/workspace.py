@@ -230,6 +230,10 @@ class GlobalWorkspace(nn.Module):
             self.v = Projection(dim, workspace_heads * slot_dim, **dd)
             self.proj = Projection(workspace_heads * slot_dim, slot_dim, **dd)
             self.slot_norm = nn.LayerNorm(slot_dim, eps=1e-6, **dd)
+            if not (differentiable_write and retrieval):
+                # no gradient reaches them, for which distributed training would wait
+                for module in (self.v, self.proj, self.slot_norm):
+                    module.requires_grad_(False)
         self.register_buffer('memory', torch.empty(num_slots, slot_dim, **dd))
         # what the last training forward wrote; not finite where there is nothing
         self.register_buffer('pending', torch.empty(num_slots, slot_dim, **dd), persistent=False)
@@ -394,7 +398,7 @@ class GlobalWorkspace(nn.Module):
             return self.bottleneck
         num_tokens = tokens.shape[0] if mask is None else int(mask.sum())
         if global_batch:
-            count = torch.tensor(float(num_tokens), device=tokens.device)
+            count = torch.tensor(num_tokens, device=tokens.device)
             dist.all_reduce(count)
             num_tokens = int(count)
         # integers, since compilers do not carry a float into a shape
