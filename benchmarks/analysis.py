@@ -9,9 +9,12 @@ flowers, is resized to 64 px. What was trained or measured once is kept in the o
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
+import re
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -39,6 +42,7 @@ CURVE_EVERY = 20  # steps between two looks at the memory
 NUM_BATCHES = 8  # for figures of tokens; accuracies are of more images
 MAX_IMAGES = 2048  # of a shipped checkpoint
 NUM_CLUSTERS = 16
+SPEED_MODEL = 'ait_vit_small_patch14_dinov2.pets'  # 12 blocks
 NOISES, BETAS = (0., 0.25, 0.5, 0.75, 1., 1.5, 2., 3.), (0.5, 1., 2., 4., 8., 16.)
 
 Batches = List[Tuple[torch.Tensor, torch.Tensor]]  # images (B, C, S, S), normalised, and labels (B,)
@@ -273,6 +277,28 @@ def purities(model: torch.nn.Module, batches: Batches) -> Dict[str, Dict[str, fl
     return result
 
 
+@torch.no_grad()
+def coordination_writes(model: torch.nn.Module, images: torch.Tensor) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
+    """What each block of a Coordination writes for images of a memory each: weights (B, A, M, N), memory (B, M, D)."""
+    result, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, SharedWorkspace):
+            weights: List[torch.Tensor] = []
+
+            def keep_weights(_, inputs, weights=weights):
+                weights.append(inputs[0])
+
+            def keep_memory(_, inputs, output, name=name, weights=weights):
+                result[name] = (weights[0], output[1])  # the write comes first, the broadcast may come after
+
+            handles += [
+                module.attn_drop.register_forward_pre_hook(keep_weights), module.register_forward_hook(keep_memory)]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
 def measure_model(model: torch.nn.Module, batches: Batches) -> Dict[str, Any]:
     """All figures of an image classifier, those of tokens over the first NUM_BATCHES batches."""
     few = batches[:NUM_BATCHES]
@@ -282,14 +308,9 @@ def measure_model(model: torch.nn.Module, batches: Batches) -> Dict[str, Any]:
             name: counts.tolist() for name, counts in analysis.self_attention_interactions(model, few[0][0]).items()},
     }
     if any(isinstance(module, SharedWorkspace) for module in model.modules()):
-        attentions = analysis.write_attentions(model, few[0][0])
-        memories = analysis.memories(model, few[0][0])
         result['layers'] = {
-            name: {
-                **analysis.competition(attention),
-                **_mean([slot_statistics(memory) for memory in memories[name]]),
-            } for name, attention in attentions.items()
-        }
+            name: {**analysis.competition(attention), **_mean(list(map(slot_statistics, memories)))}
+            for name, (attention, memories) in coordination_writes(model, few[0][0]).items()}
     elif timm_ait.memory_statistics(model):
         result['layers'] = analysis.analyse(model, (images for images, _ in few))
         result['purity'] = purities(model, few)
@@ -375,8 +396,8 @@ def measure_agreement(runs_: List[Run], data: Dict[str, Dict[str, Split]], folde
                 found = [
                     analysis.agreement(a[name][kind], b[name][kind], torch.Generator().manual_seed(0))
                     for a, b in itertools.combinations(maps, 2)]
-                row[kind] = statistics.fmean(agreement.mean for agreement in found)
-                row[f'{kind}_by_chance'] = statistics.fmean(agreement.chance for agreement in found)
+                row[kind] = statistics.fmean(mean for mean, _, _ in found)
+                row[f'{kind}_by_chance'] = statistics.fmean(chance for _, chance, _ in found)
             rows.append(row)
     return rows
 
@@ -392,6 +413,33 @@ def measure_bottlenecks(run: Run, data: Dict[str, Dict[str, Split]], folder: Pat
             analysis.competition(analysis.write_attention(model.get_submodule(name), x, _share(text)))
             for name, x in tokens.items()])
         for text in BOTTLENECKS}
+
+
+def analyse_files(name: str, folder: Path, number: int) -> Tuple[int, float]:
+    """Analyse validation images with a checkpoint; returns how many, and the peak memory of this process in GB."""
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    dataset = create_dataset('', root=folder, split='validation')
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:number]
+    analysis.analyse(model, (
+        torch.stack([transform(dataset[index][0].convert('RGB')) for index in indices])
+        for indices in order.split(BATCH_SIZE)))
+    peak = re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]
+    return len(order), int(peak) * 1024 / 1e9
+
+
+def measure_speed(folders: Dict[str, Optional[Path]], folder: Path) -> Dict[str, Dict[str, float]]:
+    """Seconds and peak memory in GB of analyses of numbers of images, each in a process of its own, from its start."""
+    file = folder / 'speed.json'
+    if not file.exists() and folders['pets']:
+        measured = {}
+        for number in (1, 1000):
+            start = time.perf_counter()
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as pool:
+                count, peak = pool.submit(analyse_files, SPEED_MODEL, folders['pets'], number).result()
+            measured[str(count)] = {'seconds': time.perf_counter() - start, 'peak': peak}
+        write_json({'threads': torch.get_num_threads(), 'numbers': measured}, file)
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def write_json(content: Any, file: Path) -> None:
@@ -432,6 +480,7 @@ class Results:
         shipped = sorted(path.name for path in weights_dir().iterdir() if (path / 'model.safetensors').is_file())
         self.shipped = {
             name: measure_shipped(name, folders, folder) for name in tqdm(shipped, unit='checkpoint measured')}
+        self.speed = measure_speed(folders, folder)
 
     def run(self, run: Run) -> Dict[str, Any]:
         return self.runs[default_free(run).name]
@@ -479,12 +528,12 @@ def competition_section(results: Results, figures: Path) -> str:
         'of a head select; effective tokens are exp of the entropy of the write weights. All are means over layers.',
         table(header, rows),
         '![Coverage and overlap against the bottleneck](figures/analysis_bottleneck.svg)',
-        f'**Answer.** A tighter bottleneck leaves more tokens out: coverage falls to {rows[0][2]} %. But slots do not '
-        'compete with each other for those that are left, they want the same: two slots share '
+        '**Answer.** Of tokens for a place yes, of slots for tokens no. A tighter bottleneck leaves more tokens out: '
+        f'coverage falls to {rows[0][2]} %. But slots do not divide those that are left, they want the same: two share '
         f'{ratios[-1]:.1f} times the tokens that they would by chance with the widest bottleneck, {ratios[0]:.1f} '
-        'times with the tightest. Nor do tokens compete within a slot once they are selected: their weights are as good as '
-        f'even ({percent(min(even))} to {percent(max(even))} % of them count), since the scores of slots of unit norm '
-        f'hardly differ. Accuracy goes from {percent(min(accuracies))} to {percent(max(accuracies))} %, which one seed '
+        'times with the tightest. Nor do tokens compete within a slot once they are selected: their weights are as '
+        f'good as even ({percent(min(even))} to {percent(max(even))} % of them count), since the scores of slots of '
+        f'unit norm hardly differ. Accuracy goes from {percent(min(accuracies))} to {percent(max(accuracies))} %, which one seed '
         'each cannot tell apart.',
         '**Open.** Whether scores that differ more (a learned temperature of the write, slots of a larger norm) make '
         'it one.',
@@ -536,23 +585,30 @@ def sizes_section(results: Results) -> str:
 
 
 def balance_section(results: Results) -> str:
-    rows, collapsed, spread = [], [], []
+    rows, ranks, coverage = [], {}, {}
     for data, title in TITLES.items():
         for rule in ('orthogonal', 'normalize'):
             for slots in (SLOTS if rule == 'normalize' else (32,)):
                 for weight in (BALANCE if slots == 32 else BALANCE[:2]):
                     measured = results.run(_ait(data, num_slots=slots, memory_update=rule, balance_weight=weight))
-                    rank = over_layers(measured, 'effective_rank', min)
-                    (collapsed if rule == 'normalize' else spread).append(
-                        rank if rule == 'normalize' else over_layers(measured, 'coverage'))
+                    key = (data, rule, slots, weight)
+                    ranks[key] = over_layers(measured, 'effective_rank', min)
+                    coverage[key] = over_layers(measured, 'coverage')
                     rows.append([
                         f'{title}, {rule}, {slots} slots, {weight:g}',
-                        f'{rank:.1f} of {min(slots, 32)}',
+                        f'{ranks[key]:.1f} of {min(slots, 32)}',
                         f'{over_layers(measured, "mean_cosine", max):.2f}',
-                        percent(over_layers(measured, 'coverage')),
+                        percent(coverage[key]),
                         percent(over_layers(measured, 'overlap')),
                         percent(measured['accuracy']),
                     ])
+    collapsed = [rank for (_, rule, _, _), rank in ranks.items() if rule == 'normalize']
+    rises = [
+        coverage[data, 'normalize', slots, BALANCE[1]] > coverage[data, 'normalize', slots, BALANCE[0]]
+        for data in INPUTS for slots in SLOTS]
+    spread = ', from '.join(
+        f'{" to ".join(percent(coverage[data, "orthogonal", 32, weight]) for weight in BALANCE)} % on {title}'
+        for data, title in TITLES.items())
     return section(
         'How does the balance loss change the diversity of the priors?',
         "Its weight (none, the paper's 0.01, and 0.1) under the rule that keeps slots orthonormal and under the "
@@ -560,11 +616,11 @@ def balance_section(results: Results) -> str:
         'of the slots of any layer, mean coverage and overlap.',
         table(['data, rule, slots, weight', 'rank', 'cosine', 'coverage', 'overlap', 'accuracy'], rows),
         '![Rank over training](figures/analysis_rank.svg)',
-        '**Answer.** It spreads what slots select and does not keep the slots apart. Under the published rule they '
-        f'collapse with it as without, to a rank of {min(collapsed):.1f} to {max(collapsed):.1f} in the worst layer, '
-        f'within {STEPS} steps. Under the orthogonal rule the rank is full by construction, and the coverage goes with '
-        f'the weight from {percent(spread[0])} over {percent(spread[1])} to {percent(spread[2])} % on CIFAR-10, from '
-        f'{percent(spread[3])} over {percent(spread[4])} to {percent(spread[5])} % on flowers.',
+        '**Answer.** It spreads what slots select and does not keep the slots apart, on both data sets and at all '
+        f'three sizes. Under the published rule they collapse with it as without, to a rank of {min(collapsed):.1f} to '
+        f"{max(collapsed):.1f} in the worst layer, within {STEPS} steps; the paper's weight raises the coverage in "
+        f'{sum(rises)} of {len(rises)} cases. Under the orthogonal rule the rank is full by construction, and the '
+        f'coverage goes with the weight from {spread}.',
         '**Open.** Longer training, and a loss whose gradient reaches tokens that were not selected.',
     )
 
@@ -656,10 +712,9 @@ def attractors_section(results: Results, figures: Path) -> str:
         table(header, rows),
         '![Share of priors that return](figures/analysis_basins.svg)',
         '**Answer.** There is a threshold in β. Below it, repeated retrieval takes priors and tokens to one fixed '
-        'point near the mean of all; above, every prior is an attractor with a basin about as wide as its norm. The β = 1 of '
-        "training lies below the threshold or about it, so the paper's single step reads a weighted mean of many slots "
-        f'rather than one of them. Attractors at β = 1, by layer: {shares}. A retrieval step raises the energy of '
-        f'{percent(max(rises))} % of the tokens, as theory has it.',
+        'point near the mean of all; above, every prior is an attractor with a basin about as wide as its norm. The '
+        f'β = 1 of training lies below the threshold or about it. Attractors at β = 1, by layer: {shares}. A retrieval '
+        f'step raises the energy of {percent(max(rises))} % of the tokens, as theory has it.',
         '**Open.** Training with a larger β or with several retrieval steps, where basins could matter to the output: '
         'with the one step of the paper, no token is ever at a fixed point when it is read.',
     )
@@ -694,7 +749,7 @@ def read_section(results: Results, figures: Path) -> str:
     for label, seeds in measured.items():
         mean = {key: statistics.fmean(m['contribution'][key] for m in seeds) for key in seeds[0]['contribution']}
         for losses, how in ((removed, 'removed'), (constant, 'constant')):
-            losses.append(f'{round(100. * (mean["unchanged"] - mean[how]), 1) + 0.:+.1f}')
+            losses.append(100. * (mean['unchanged'] - mean[how]))
         rows.append([
             label,
             seeds[0]['num_images'],
@@ -715,9 +770,10 @@ def read_section(results: Results, figures: Path) -> str:
         'block, and the share of the energy of the readings that is the same for all tokens, means over layers.',
         table(header, rows),
         '![Accuracy without the memory](figures/analysis_contribution.svg)',
-        '**Answer.** Next to nothing that accuracy would show. In the order of the table, the reading as a whole is '
-        f'worth {", ".join(removed)} points, and what depends on the token in it, which is retrieval proper, '
-        f'{", ".join(constant)}. Short runs on CIFAR-10 reach {without} % without reading and {with_} % with it.',
+        f'**Answer.** Next to nothing that accuracy would show. The reading as a whole is worth {min(removed):+.1f} to '
+        f'{max(removed):+.1f} points, and what depends on the token in it, which is retrieval proper, '
+        f'{min(constant):+.1f} to {max(constant):+.1f}. Short runs on CIFAR-10 reach {without} % without reading and '
+        f'{with_} % with it.',
         '**Open.** Models in which reading is the only way from token to token (`attention=False`), after more steps.',
     )
 
@@ -816,11 +872,23 @@ def specialisation_section(results: Results) -> str:
         'shuffled.',
         table(['model', 'written', 'by chance', 'read', 'by chance'], seed_rows),
         '**Answer.** A little: slots prefer kinds of token by a few points more than chance, clusters more than '
-        f'classes. And seeds agree, matched slots correlate at {means["written", True]:.2f} in what they would write and at '
-        f'{means["read", True]:.2f} in who reads them; of which most, {means["written", False]:.2f} and '
+        f'classes. And seeds agree, matched slots correlate at {means["written", True]:.2f} in what they would write '
+        f'and at {means["read", True]:.2f} in who reads them; of which most, {means["written", False]:.2f} and '
         f'{means["read", False]:.2f}, is there before the first step of training.',
         '**Open.** Whether slots mean something to people: `python -m timm_ait explain` draws them on pictures of '
         'your own.',
+    )
+
+
+def speed_section(speed: Dict[str, Any]) -> str:
+    return section(
+        'How long does an analysis take?',
+        f'`timm_ait.analysis.analyse` of {SPEED_MODEL} (12 blocks, images of 196 px) over photographs of pets in '
+        f'batches of {BATCH_SIZE}: from the start of the process, with loading the model and reading the files, on '
+        f'{speed["threads"]} CPU cores.',
+        table(['images', 'seconds', 'peak memory, GB'], [
+            [f'{int(number):,}', f'{measured["seconds"]:.1f}', f'{measured["peak"]:.2f}']
+            for number, measured in speed['numbers'].items()]),
     )
 
 
@@ -867,6 +935,7 @@ def write_page(results: Results, page: Path) -> None:
         read_section(results, figures),
         sparsity_section(results, figures),
         specialisation_section(results),
+        *([speed_section(results.speed)] if results.speed else []),
     ]
     temporary = page.with_suffix('.tmp')
     temporary.write_text('\n'.join(sections))

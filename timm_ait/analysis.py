@@ -1,7 +1,7 @@
 """ What a workspace does: competition, attractors, diversity, contribution.
 
-Small functions on any model with workspaces, all without gradients and in evaluation: AiT, models with `add_workspace`,
-and, where each image has a memory of its own, Coordination. `analyse` puts them together.
+Small functions on any model with workspaces, AiT or a model with `add_workspace`, all without gradients and in
+evaluation. `analyse` puts them together.
 
 Shapes: T tokens of width E; a memory of M slots of width D; A heads; B images of N tokens. Layers go by the names of
 their workspaces in `model.named_modules()`.
@@ -10,24 +10,24 @@ Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `Hopfield Networks is All You Need` - https://arxiv.org/abs/2008.02217
 """
 import contextlib
+import functools
 import math
-from collections import defaultdict
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
+import networkx
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_ait.layers import GlobalWorkspace
-from timm_ait.models.coordination import SharedWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import project_memory, slot_statistics
 
 __all__ = [
     'REPLACEMENTS', 'accuracy', 'agreement', 'analyse', 'attractors', 'basins', 'collect_tokens', 'competition',
-    'contribution', 'fixed_points', 'interactions', 'kmeans', 'match_slots', 'memories', 'purity', 'read_shares',
+    'contribution', 'fixed_points', 'interactions', 'kmeans', 'match_slots', 'read_shares',
     'read_weights', 'replaced_memory', 'retrieval', 'self_attention_interactions', 'slot_purity', 'workspaces',
-    'write_attention', 'write_attentions',
+    'write_attention', 'write_scores',
 ]
 
 REPLACEMENTS = ('removed', 'constant', 'shuffled', 'random')
@@ -54,12 +54,19 @@ def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
 
 
 @contextlib.contextmanager
-def _observed(model: nn.Module, hooks: Dict[nn.Module, Callable], before: bool = False) -> Iterator[None]:
-    """A model in evaluation without gradients, with hooks after or before modules; all is as it was afterwards."""
+def _observed(
+        model: nn.Module,
+        modules: Dict[str, nn.Module] = {},
+        hook: Optional[Callable] = None,
+        before: bool = False,
+) -> Iterator[None]:
+    """A model in evaluation without gradients, with a hook(name, module, inputs, output) after modules, or before them
+    without the output; all is as it was afterwards.
+    """
     training = [module for module in model.modules() if module.training]
     handles = [
-        module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook)
-        for module, hook in hooks.items()]
+        (module.register_forward_pre_hook if before else module.register_forward_hook)(functools.partial(hook, name))
+        for name, module in modules.items()]
     model.eval()
     try:
         with torch.no_grad():
@@ -77,35 +84,29 @@ def _forward(
         **kwargs,
 ) -> Tuple[Dict[str, torch.Tensor], Dict[str, Dict[str, float]]]:
     """One pass: what `collect_tokens` and `read_shares` return."""
-    tokens, shares, reads, hooks = {}, {}, {}, {}
+    tokens, shares, reads = {}, {}, {}
 
-    def after_workspace(name: str) -> Callable:
-        def hook(workspace: GlobalWorkspace, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = inputs[0]
-            tokens[name] = workspace.norm(x).float().reshape(x.shape[0], -1, x.shape[-1])
-            if workspace.retrieves:
-                read = reads[name] = (output - _base(workspace, x)).float()
-                flat = read.flatten(0, -2)
-                shares[name] = {
-                    'branch_share': _mean_ratio(read, output),
-                    'residual_share': float('nan'),
-                    'constant_share': float(
-                        flat.mean(dim=0).square().sum() / flat.square().sum(dim=-1).mean().clamp_min(1e-20)),
-                }
-        return hook
+    def after_workspace(name: str, workspace: GlobalWorkspace, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor):
+        x = inputs[0]
+        tokens[name] = workspace.norm(x).float().reshape(x.shape[0], -1, x.shape[-1])
+        if workspace.retrieves:
+            read = reads[name] = (output - _base(workspace, x)).float()
+            energy = read.flatten(0, -2).square().sum(dim=-1).mean().clamp_min(1e-20)
+            shares[name] = {
+                'branch_share': _mean_ratio(read, output),
+                'residual_share': float('nan'),
+                'constant_share': float(read.flatten(0, -2).mean(dim=0).square().sum() / energy),
+            }
 
-    def after_block(name: str) -> Callable:
-        def hook(block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            read = reads.pop(name)
-            shares[name]['residual_share'] = _mean_ratio(block.ls2(read) if hasattr(block, 'ls2') else read, output)
-        return hook
+    def after_block(name: str, block: nn.Module, inputs: Any, output: torch.Tensor):
+        read = reads.pop(name)
+        shares[name]['residual_share'] = _mean_ratio(block.ls2(read) if hasattr(block, 'ls2') else read, output)
 
-    for name, workspace in workspaces(model).items():
-        hooks[workspace] = after_workspace(name)
-        block, _, suffix = name.rpartition('.mlp.')
-        if suffix == 'workspace' and workspace.retrieves:
-            hooks[model.get_submodule(block)] = after_block(name)
-    with _observed(model, hooks):
+    found, suffix = workspaces(model), '.mlp.workspace'
+    blocks = {
+        name: model.get_submodule(name.removesuffix(suffix))
+        for name, workspace in found.items() if name.endswith(suffix) and workspace.retrieves}
+    with _observed(model, found, after_workspace), _observed(model, blocks, after_block):
         model(images, **kwargs)
     return tokens, shares
 
@@ -117,8 +118,8 @@ def _base(workspace: GlobalWorkspace, x: torch.Tensor) -> torch.Tensor:
 
 def _mean_ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
     """Norm of the part of each token relative to that of the whole, mean over tokens."""
-    norms = [x.float().norm(dim=-1).flatten() for x in (part, whole)]
-    return float((norms[0] / norms[1].clamp_min(1e-20)).mean())
+    part, whole = (x.float().norm(dim=-1).flatten() for x in (part, whole))
+    return float((part / whole.clamp_min(1e-20)).mean())
 
 
 def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, torch.Tensor]:
@@ -139,6 +140,27 @@ def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str
 
 
 @torch.no_grad()
+def write_scores(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores q k / sqrt(D) of tokens for the slots that they compete for, (A, M, T).
+
+    Source: bottleneck attention, section 3 of the paper; `naive.attend`.
+
+    Args:
+        workspace: Layer that writes.
+        tokens: Normed tokens (T, E), or (B, N, E) for those of a batch.
+
+    Raises:
+        ValueError: The layer does not write.
+    """
+    if not workspace.writes:
+        raise ValueError('workspace: it was made with write=False, no tokens compete for it')
+    slots, tokens = workspace.stored_memory(), tokens.flatten(0, -2).float()
+    queries, keys = (
+        F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
+        for x, projection in ((slots, workspace.q), (tokens, workspace.k)))
+    return queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
+
+
 def write_attention(
         workspace: GlobalWorkspace,
         tokens: torch.Tensor,
@@ -146,64 +168,23 @@ def write_attention(
 ) -> torch.Tensor:
     """Weights with which tokens would write into the slots, (A, M, T), zero where a token is not selected.
 
-    Source: bottleneck attention, section 3 of the paper; `naive.attend`. All tokens compete with each other.
+    All tokens compete with each other.
 
     Args:
-        workspace: Layer that writes.
-        tokens: Normed tokens (T, E), or (B, N, E) for those of a batch.
+        workspace: As `write_scores`.
+        tokens: As `write_scores`.
         bottleneck: Tokens that each slot and head keep, a float is a share of T; by default the layer's own.
 
     Raises:
         ValueError: The layer does not write, or the bottleneck is not positive.
     """
-    if not workspace.writes:
-        raise ValueError('workspace: it was made with write=False, no tokens compete for it')
     bottleneck = workspace.bottleneck if bottleneck is None else bottleneck
     if bottleneck <= 0 or (isinstance(bottleneck, float) and bottleneck > 1):
         raise ValueError(f'bottleneck must be a positive integer or a share in (0, 1], got {bottleneck!r}')
-    tokens = tokens.flatten(0, -2).float()
-    num_kept = bottleneck if isinstance(bottleneck, int) else max(1, round(bottleneck * tokens.shape[0]))
-
-    def heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
-
-    keys = heads(tokens, workspace.k.weight)
-    return naive.attend(heads(workspace.stored_memory(), workspace.q.weight), keys, keys[..., :0], num_kept)[1]
-
-
-def write_attentions(
-        model: nn.Module,
-        images: torch.Tensor,
-        bottleneck: Optional[Union[int, float]] = None,
-) -> Dict[str, torch.Tensor]:
-    """`write_attention` of every layer that writes, (A, M, B * N); of Coordination, one per image, (B, A, M, N).
-
-    Args:
-        model: Model with workspaces, or a Coordination.
-        images: (B, C, H, W).
-        bottleneck: As `write_attention`; Coordination has its own alone.
-
-    Raises:
-        ValueError: The model has no workspaces, or asks for a question; or a bottleneck is given for Coordination.
-    """
-    shared = {name: module for name, module in model.named_modules() if isinstance(module, SharedWorkspace)}
-    if not shared:
-        tokens = collect_tokens(model, images)
-        return {
-            name: write_attention(workspace, tokens[name], bottleneck)
-            for name, workspace in workspaces(model).items() if workspace.writes}
-    if bottleneck is not None:
-        raise ValueError(f'bottleneck: a Coordination has its own, create it with bottleneck={bottleneck!r}')
-    attentions = {}
-
-    def keep(name: str) -> Callable:
-        def hook(dropout: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
-            attentions.setdefault(name, inputs[0])  # the write comes first, the broadcast may come after
-        return hook
-
-    with _observed(model, {module.attn_drop: keep(name) for name, module in shared.items()}, before=True):
-        model(images)
-    return attentions
+    scores = write_scores(workspace, tokens)
+    num_kept = bottleneck if isinstance(bottleneck, int) else max(1, round(bottleneck * scores.shape[-1]))
+    kept = scores.topk(min(num_kept, scores.shape[-1]), dim=-1)
+    return torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
 
 
 def competition(attention: torch.Tensor) -> Dict[str, float]:
@@ -229,7 +210,7 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
     kept = float(size.mean())
     return {
         'coverage': float(selected.flatten(-3, -2).any(dim=-2).double().mean()),
-        'overlap': float(jaccard[..., others].mean()) if num_slots > 1 else float('nan'),
+        'overlap': float(jaccard[..., others].mean()),
         'chance_overlap': kept / (2 * num_tokens - kept),
         'effective_tokens': float(_perplexity(attention).mean()),
         'largest_weight': float(attention.amax(dim=-1).mean()),
@@ -238,26 +219,25 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
 
 def _perplexity(weights: torch.Tensor) -> torch.Tensor:
     """exp of the entropy of weights that sum to one over the last dimension: how many they effectively are."""
-    return torch.exp(-torch.special.xlogy(weights, weights).sum(dim=-1))
+    return torch.special.entr(weights).sum(dim=-1).exp()
 
 
-def interactions(attention: torch.Tensor, share: float = 0.9) -> torch.Tensor:
-    """Smallest number of keys that carry a share of each query's attention.
+def interactions(attention: torch.Tensor) -> torch.Tensor:
+    """Smallest number of keys that carry 90 % of each query's attention.
 
     Source: figure 5 of the paper, after section 3 of `Hopfield Networks is All You Need`.
 
     Args:
         attention: Weights that sum to one over the last dimension, (..., queries, keys).
-        share: Share of the weight to carry.
 
     Returns:
         Counts (..., queries), from 1 to the number of keys.
     """
     carried = attention.sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    return ((carried < share - 1e-6).sum(dim=-1) + 1).clamp_max(attention.shape[-1])
+    return ((carried < 0.9 - 1e-6).sum(dim=-1) + 1).clamp_max(attention.shape[-1])
 
 
-def self_attention_interactions(model: nn.Module, images: torch.Tensor, share: float = 0.9) -> Dict[str, torch.Tensor]:
+def self_attention_interactions(model: nn.Module, images: torch.Tensor) -> Dict[str, torch.Tensor]:
     """`interactions` of every self-attention of a timm transformer, mean per head (A,), in units of tokens.
 
     Up to 32 queries of each head, evenly spaced, are counted.
@@ -265,31 +245,29 @@ def self_attention_interactions(model: nn.Module, images: torch.Tensor, share: f
     Args:
         model: Transformer with timm's attention, with workspaces or without.
         images: (B, C, H, W).
-        share: As `interactions`.
 
     Returns:
         By module name of the attention; nothing for models without.
     """
-    attentions = {
+    found = {
         name: module for name, module in model.named_modules()
-        if hasattr(module, 'fused_attn') and hasattr(module, 'attn_drop') and not isinstance(module, SharedWorkspace)}
-    fused = {name: module.fused_attn for name, module in attentions.items()}
+        if hasattr(module, 'fused_attn') and hasattr(module, 'qkv')}
+    fused = {name: module.fused_attn for name, module in found.items()}
     counts = {}
 
-    def keep(name: str) -> Callable:
-        def hook(dropout: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
-            weights = inputs[0]  # (B, A, N, N)
-            queries = weights[..., ::math.ceil(weights.shape[-2] / _MAX_QUERIES), :]
-            counts[name] = interactions(queries.float(), share).float().mean(dim=(0, -1))
-        return hook
+    def before_dropout(name: str, dropout: nn.Module, inputs: Tuple[torch.Tensor, ...]):
+        weights = inputs[0]  # (B, A, N, N)
+        queries = weights[..., ::math.ceil(weights.shape[-2] / _MAX_QUERIES), :]
+        counts[name] = interactions(queries.float()).float().mean(dim=(0, -1))
 
     try:
-        for module in attentions.values():
+        for module in found.values():
             module.fused_attn = False  # the fused operator does not give its weights
-        with _observed(model, {module.attn_drop: keep(name) for name, module in attentions.items()}, before=True):
+        dropouts = {name: module.attn_drop for name, module in found.items()}
+        with _observed(model, dropouts, before_dropout, before=True):
             model(images)
     finally:
-        for name, module in attentions.items():
+        for name, module in found.items():
             module.fused_attn = fused[name]
     return counts
 
@@ -320,17 +298,6 @@ def read_weights(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tens
     return (workspace.beta * tokens.float() @ attractors(workspace).T).softmax(dim=-1)
 
 
-class FixedPoints(NamedTuple):
-    """ Where retrieval leads.
-
-    `state` (T, E); `steps` (T,), the number until a step moves less than the tolerance, nan where none did; `distance`
-    (T,) from the start to the end.
-    """
-    state: torch.Tensor
-    steps: torch.Tensor
-    distance: torch.Tensor
-
-
 @torch.no_grad()
 def fixed_points(
         state: torch.Tensor,
@@ -338,7 +305,7 @@ def fixed_points(
         beta: float = 1.,
         max_steps: int = 100,
         tolerance: float = 1e-3,
-) -> FixedPoints:
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """Repeat Hopfield retrieval until it moves no more.
 
     Source: section 3 of the paper and theorem 2 of `Hopfield Networks is All You Need`. After one step the state is
@@ -350,6 +317,9 @@ def fixed_points(
         beta: Inverse temperature.
         max_steps: Steps at most, at least 1.
         tolerance: Length of a step that counts as none, relative to the largest norm of an attractor.
+
+    Returns:
+        Where it ends (T, E), and the number of steps until one moves less than the tolerance (T,), nan where none did.
     """
     gram = attractors @ attractors.T
     limit = tolerance * float(attractors.norm(dim=-1).max())
@@ -359,22 +329,11 @@ def fixed_points(
     for step in range(1, max_steps):
         if not steps.isnan().any():
             break
-        following = (beta * weights @ gram).softmax(dim=-1)
-        change = following - weights
+        previous, weights = weights, (beta * weights @ gram).softmax(dim=-1)
+        change = weights - previous
         moves = (change @ gram * change).sum(dim=-1).clamp_min(0.).sqrt()
         steps = torch.where(steps.isnan() & (moves <= limit), float(step), steps)
-        weights = following
-    end = weights @ attractors
-    return FixedPoints(end, steps, (end - state).norm(dim=-1))
-
-
-def _num_distinct(points: torch.Tensor, radius: float) -> int:
-    """How many of the points (T, E) are left when each that is kept removes those within a radius."""
-    number = 0
-    while len(points):
-        points = points[(points - points[0]).norm(dim=-1) > radius]
-        number += 1
-    return number
+    return weights @ attractors, steps
 
 
 def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, float]:
@@ -400,17 +359,21 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
     before = naive.energy(tokens, stored, beta)
     after = naive.energy(weights @ stored, stored, beta)
     starts = tokens[::math.ceil(len(tokens) / _MAX_STARTS)]
-    end = fixed_points(starts, stored, beta)
+    ends, steps = fixed_points(starts, stored, beta)
+    num_distinct, left = 0, ends
+    while len(left):  # each takes those that are close to it away
+        left = left[(left - left[0]).norm(dim=-1) > 0.01 * stored.norm(dim=-1).max()]
+        num_distinct += 1
     return {
         'effective_slots': float(_perplexity(weights).mean()),
         'largest_read_weight': float(weights.amax(dim=-1).mean()),
         'energy_before': float(before.mean()),
         'energy_after': float(after.mean()),
         'energy_rises': float((after > before + 1e-5 * before.abs().clamp_min(1.)).double().mean()),
-        'converged': float((~end.steps.isnan()).double().mean()),
-        'steps': float(end.steps.nanmean()),
-        'distance': float((end.distance / starts.norm(dim=-1)).mean()),
-        'num_fixed_points': float(_num_distinct(end.state, 0.01 * float(stored.norm(dim=-1).max()))),
+        'converged': float((~steps.isnan()).double().mean()),
+        'steps': float(steps.nanmean()),
+        'distance': float(((ends - starts).norm(dim=-1) / starts.norm(dim=-1)).mean()),
+        'num_fixed_points': float(num_distinct),
     }
 
 
@@ -441,15 +404,12 @@ def basins(
     directions = torch.randn(num_trials, num_slots, num_slots, generator=generator).to(attractors)
     directions = directions @ (attractors - attractors.mean(dim=0))
     starts = attractors + noise * attractors.norm(dim=-1, keepdim=True) * F.normalize(directions, dim=-1)
-    end = fixed_points(starts.flatten(0, 1), attractors, beta).state.view_as(starts)
-    return ((end - attractors).norm(dim=-1) < reach).float().mean(dim=0)
+    ends = fixed_points(starts.flatten(0, 1), attractors, beta)[0].view_as(starts)
+    return ((ends - attractors).norm(dim=-1) < reach).float().mean(dim=0)
 
 
 def match_slots(similarity: torch.Tensor) -> torch.Tensor:
     """Assign a column to each row so that the sum of the similarities is the largest, (M,) column numbers.
-
-    Rows are added one by one, each along the cheapest path of exchanges to a free column (Bellman-Ford), which keeps
-    the assignment the best one of the rows so far.
 
     Args:
         similarity: (M, M') with M <= M', finite.
@@ -460,40 +420,18 @@ def match_slots(similarity: torch.Tensor) -> torch.Tensor:
     num_rows, num_columns = similarity.shape
     if num_rows > num_columns or not bool(similarity.isfinite().all()):
         raise ValueError(f'similarity must be finite, with no more rows than columns, got {num_rows} x {num_columns}')
-    cost = -similarity.detach().double().cpu()
-    owner = torch.full((num_columns,), -1)  # row of each column
-    for row in range(num_rows):
-        taken = (owner >= 0).nonzero().flatten()
-        length = cost[row].clone()  # of the cheapest path to each column
-        previous = torch.full((num_columns,), -1)  # column before it on the path
-        for _ in range(len(taken)):
-            # the owner of a taken column gives it up for another
-            through = (length[taken] - cost[owner[taken], taken]).unsqueeze(-1) + cost[owner[taken]]
-            shortest, via = through.min(dim=0)
-            shorter = shortest < length - 1e-12
-            if not shorter.any():
-                break
-            length = torch.where(shorter, shortest, length)
-            previous = torch.where(shorter, taken[via], previous)
-        column = int(length.masked_fill(owner >= 0, float('inf')).argmin())
-        while previous[column] >= 0:
-            owner[column] = owner[previous[column]]
-            column = int(previous[column])
-        owner[column] = row
-    columns = torch.empty(num_rows, dtype=torch.long)
-    taken = (owner >= 0).nonzero().flatten()
-    columns[owner[taken]] = taken
-    return columns
+    graph = networkx.Graph()
+    graph.add_weighted_edges_from(
+        (i, num_rows + j, weight) for i, row in enumerate(similarity.tolist()) for j, weight in enumerate(row))
+    pairs = map(sorted, networkx.max_weight_matching(graph, maxcardinality=True))
+    return torch.tensor([column - num_rows for _, column in sorted(pairs)], dtype=torch.long)
 
 
-class Agreement(NamedTuple):
-    """ Correlation of matched slots, what matching finds where there is nothing to find, and the matches (M,). """
-    mean: float
-    chance: float
-    columns: torch.Tensor
-
-
-def agreement(a: torch.Tensor, b: torch.Tensor, generator: Optional[torch.Generator] = None) -> Agreement:
+def agreement(
+        a: torch.Tensor,
+        b: torch.Tensor,
+        generator: Optional[torch.Generator] = None,
+) -> Tuple[float, float, torch.Tensor]:
     """How far two sets of slots do the same, whatever their order.
 
     Args:
@@ -505,59 +443,15 @@ def agreement(a: torch.Tensor, b: torch.Tensor, generator: Optional[torch.Genera
         Mean Pearson correlation over the pairs that `match_slots` finds, the same for b with its features permuted, and
         the slot of b for each of a.
     """
-    def normalised(x: torch.Tensor) -> torch.Tensor:
-        x = x.double()
-        return F.normalize(x - x.mean(dim=-1, keepdim=True), dim=-1)
-
-    a, b = normalised(a), normalised(b)
-    results = []
-    for other in (b, b[:, torch.randperm(b.shape[-1], generator=generator).to(b.device)]):
-        similarity = (a @ other.T).cpu()
-        columns = match_slots(similarity)
-        results.append((float(similarity[torch.arange(len(columns)), columns].mean()), columns))
-    return Agreement(results[0][0], results[1][0], results[0][1])
+    a, b = (F.normalize(x - x.mean(dim=-1, keepdim=True), dim=-1) for x in (a.double(), b.double()))
+    order = torch.randperm(b.shape[-1], generator=generator).to(b.device)
+    similarities = [(a @ other.T).cpu() for other in (b, b[:, order])]
+    matches = [match_slots(similarity) for similarity in similarities]
+    mean, chance = (float(x[torch.arange(len(y)), y].mean()) for x, y in zip(similarities, matches))
+    return mean, chance, matches[0]
 
 
 # diversity
-
-
-def memories(model: nn.Module, images: Optional[torch.Tensor] = None) -> Dict[str, torch.Tensor]:
-    """Memory (M, D) of each workspace as evaluation reads it; of Coordination, after each block's write, (B, M, D).
-
-    Args:
-        model: Model with workspaces, or a Coordination.
-        images: (B, C, H, W), for Coordination.
-
-    Raises:
-        ValueError: The model has no workspaces, or is a Coordination without images or with questions.
-    """
-    shared = {name: module for name, module in model.named_modules() if isinstance(module, SharedWorkspace)}
-    if not shared:
-        return {name: workspace.stored_memory() for name, workspace in workspaces(model).items()}
-    if images is None:
-        raise ValueError('images: the memory of a Coordination is that of an image, give some')
-    written = {}
-
-    def keep(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: Any, output: Tuple[torch.Tensor, torch.Tensor]) -> None:
-            written[name] = output[1]
-        return hook
-
-    with _observed(model, {module: keep(name) for name, module in shared.items()}):
-        model(images)
-    return written
-
-
-def purity(clusters: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of items that have the most frequent label of their cluster, 1 if no cluster mixes labels.
-
-    Args:
-        clusters: Number of each item's cluster, (T,).
-        labels: Number of its label, (T,).
-    """
-    table = torch.zeros(int(clusters.max()) + 1, int(labels.max()) + 1, dtype=torch.double)
-    table.index_put_((clusters.cpu(), labels.cpu()), torch.ones(len(labels), dtype=torch.double), accumulate=True)
-    return float(table.amax(dim=-1).sum() / len(labels))
 
 
 def slot_purity(weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -572,18 +466,12 @@ def slot_purity(weights: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kmeans(
-        points: torch.Tensor,
-        num_clusters: int,
-        max_steps: int = 50,
-        generator: Optional[torch.Generator] = None,
-) -> torch.Tensor:
-    """Cluster (T,) of each point (T, E) by Lloyd's algorithm, started from distinct points far from each other.
+def kmeans(points: torch.Tensor, num_clusters: int, generator: Optional[torch.Generator] = None) -> torch.Tensor:
+    """Cluster (T,) of each point by Lloyd's algorithm, at most 50 steps, started from points far from each other.
 
     Args:
         points: (T, E), at least as many as clusters.
         num_clusters: Number of clusters.
-        max_steps: Steps at most.
         generator: Source of the start (k-means++).
 
     Raises:
@@ -595,12 +483,12 @@ def kmeans(
     while len(centres) < num_clusters:
         nearest = torch.cdist(points, centres).amin(dim=-1).square().cpu() + 1e-20
         centres = torch.cat([centres, points[torch.multinomial(nearest, 1, generator=generator).to(points.device)]])
-    labels = None
-    for _ in range(max_steps):
-        previous, labels = labels, torch.cdist(points, centres).argmin(dim=-1)
+    previous = None
+    for _ in range(50):
+        labels = torch.cdist(points, centres).argmin(dim=-1)
         if previous is not None and torch.equal(labels, previous):
             break
-        members = F.one_hot(labels, num_clusters).to(points)
+        members, previous = F.one_hot(labels, num_clusters).to(points), labels
         sizes = members.sum(dim=0).unsqueeze(-1)
         centres = torch.where(sizes > 0, members.T @ points / sizes.clamp_min(1.), centres)
     return labels
@@ -610,12 +498,7 @@ def kmeans(
 
 
 def read_shares(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, Dict[str, float]]:
-    """How much the reading of each layer adds.
-
-    Args:
-        model: Model with workspaces.
-        images: (B, C, H, W).
-        **kwargs: As `collect_tokens`.
+    """How much the reading of each layer adds; arguments and errors as `collect_tokens`.
 
     Returns:
         By layer, where it reads:
@@ -623,9 +506,6 @@ def read_shares(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, D
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the residual stream
             behind the block, mean over tokens; nan where the layer is not at the end of a block's MLP.
         'constant_share': Share of the readings' energy in their mean over all tokens: 1 if all tokens read the same.
-
-    Raises:
-        ValueError: The model has no workspaces, or asks for a question.
     """
     return _forward(model, images, **kwargs)[1]
 
@@ -655,47 +535,37 @@ def replaced_memory(
     if how not in REPLACEMENTS:
         raise ValueError(f'how must be one of {REPLACEMENTS}, got {how!r}')
     found = {name: workspace for name, workspace in workspaces(model).items() if workspace.retrieves}
-    unknown = sorted(set(layers or ()) - found.keys())
+    layers = list(found) if layers is None else layers
+    unknown = sorted(set(layers) - found.keys())
     if unknown:
         raise ValueError(f'layers: the model has no reading workspace {", ".join(unknown)}; it has {", ".join(found)}')
-    chosen = list(found.values()) if layers is None else [found[name] for name in layers]
 
     def without_reading(workspace: GlobalWorkspace, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor):
         base = _base(workspace, inputs[0])
-        if how == 'removed':
-            return base
         read = output - base
-        return base + read.mean(dim=tuple(range(read.ndim - 1)), keepdim=True)
+        return base if how == 'removed' else base + read.flatten(0, -2).mean(dim=0)
 
-    handles, stored = [], []
-    try:
-        for workspace in chosen:
+    def other_slots(workspace: GlobalWorkspace) -> torch.Tensor:
+        if how == 'shuffled':
+            order = torch.randperm(workspace.slot_dim, generator=generator).to(workspace.memory.device)
+            return workspace.stored_memory()[:, order]
+        slots = torch.randn(workspace.memory.shape, generator=generator)
+        return project_memory(slots, workspace.memory_update, num_iterations=32)
+
+    with contextlib.ExitStack() as undo:
+        for workspace in map(found.get, layers):
             if how in ('removed', 'constant'):
-                handles.append(workspace.register_forward_hook(without_reading))
-                continue
-            memory = workspace.memory
-            stored.append((memory, memory.clone()))
-            if how == 'shuffled':
-                order = torch.randperm(memory.shape[1], generator=generator).to(memory.device)
-                slots = workspace.stored_memory()[:, order]
+                undo.callback(workspace.register_forward_hook(without_reading).remove)
             else:
-                slots = torch.randn(memory.shape, generator=generator)
-                slots = project_memory(slots, workspace.memory_update, num_iterations=32)
-            with torch.no_grad():
-                memory.copy_(slots)
+                undo.callback(workspace.memory.copy_, workspace.memory.clone())
+                workspace.memory.copy_(other_slots(workspace))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for memory, value in stored:
-                memory.copy_(value)
 
 
 def accuracy(model: nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Top-1 accuracy in evaluation, 0 to 1, over batches of images (B, C, H, W) and labels (B,)."""
     right = total = 0
-    with _observed(model, {}):
+    with _observed(model):
         for images, labels in batches:
             right += int((model(images).argmax(dim=-1) == labels).sum())
             total += len(labels)
@@ -717,14 +587,13 @@ def contribution(
         seed: Of the random replacements.
     """
     result = {'unchanged': accuracy(model, batches)}
-    for how in REPLACEMENTS:
-        with replaced_memory(model, how, generator=torch.Generator().manual_seed(seed)):
-            result[how] = accuracy(model, batches)
+    trials = [(how, how, None) for how in REPLACEMENTS]
     if each_layer:
-        for name, workspace in workspaces(model).items():
-            if workspace.retrieves:
-                with replaced_memory(model, 'removed', [name]):
-                    result[f'removed in {name}'] = accuracy(model, batches)
+        reading = [name for name, workspace in workspaces(model).items() if workspace.retrieves]
+        trials += [(f'removed in {name}', 'removed', [name]) for name in reading]
+    for key, how, layers in trials:
+        with replaced_memory(model, how, layers, torch.Generator().manual_seed(seed)):
+            result[key] = accuracy(model, batches)
     return result
 
 
@@ -752,28 +621,20 @@ def analyse(
         ValueError: The model has no workspaces, or asks for a question; or there are no batches.
     """
     found = workspaces(model)
-    collected: Dict[str, Dict[str, List[float]]] = {name: defaultdict(list) for name in found}
-
-    def add(name: str, figures: Dict[str, float]) -> None:
-        for key, value in figures.items():
-            collected[name][key].append(value)
-
-    num_batches = 0
-    for num_batches, images in enumerate(batches, start=1):
-        tokens_of, shares = _forward(model, images)
-        for name, tokens in tokens_of.items():
-            if found[name].writes:
-                add(name, competition(write_attention(found[name], tokens, bottleneck)))
-            if found[name].retrieves:
-                add(name, retrieval(found[name], tokens))
-        for name, figures in shares.items():
-            add(name, figures)
-    if not num_batches:
-        raise ValueError('batches: there are none')
-
+    figures: Dict[str, List[Dict[str, float]]] = {name: [] for name in found}
+    for images in batches:
+        tokens, shares = _forward(model, images)
+        for name, workspace in found.items():
+            figures[name].append({
+                **(competition(write_attention(workspace, tokens[name], bottleneck)) if workspace.writes else {}),
+                **(retrieval(workspace, tokens[name]) if workspace.retrieves else {}),
+                **shares.get(name, {}),
+            })
     result = {}
     for name, workspace in found.items():
-        result[name] = {key: sum(values) / len(values) for key, values in collected[name].items()}
+        if not figures[name]:
+            raise ValueError('batches: there are none')
+        result[name] = {key: sum(f[key] for f in figures[name]) / len(figures[name]) for key in figures[name][0]}
         result[name].update(slot_statistics(workspace.stored_memory()))
         if workspace.retrieves:
             statistics = slot_statistics(attractors(workspace))

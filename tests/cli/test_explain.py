@@ -8,7 +8,6 @@ from PIL import Image
 from timm.models import save_for_hf
 
 import timm_ait
-from timm_ait import analysis
 from timm_ait.__main__ import main
 from timm_ait.cli.explain import draw_sheet, layer_maps, select_slots, token_grid
 
@@ -148,7 +147,7 @@ class TestErrors:
         assert 'no file or folder nowhere' in error_of(capsys, 'nowhere', '--model', model, '--out', out)
 
     def test_folder_that_is_a_file(self, capsys, model, image):
-        assert f'--out {image}' in error_of(capsys, image, '--model', model, '--out', image)
+        assert f'--out: {image}' in error_of(capsys, image, '--model', model, '--out', image)
 
     @pytest.mark.parametrize('option, value', [
         ('--layers', '0'), ('--slots', '-1'), ('--bottleneck', '0'), ('--bottleneck', '1.5'), ('--device', 'toaster')])
@@ -199,8 +198,7 @@ class TestSheet:
         maps = layer_maps(model, image, 0.1)
         if change:
             maps = [change(layer) for layer in maps]
-        figures = analysis.analyse(model, [image], 0.1)
-        return draw_sheet(Image.new('RGB', size, 'grey'), 'title', 'subtitle', maps, len(maps), figures, 2)
+        return draw_sheet(Image.new('RGB', size, 'grey'), 'title', 'subtitle', maps, len(maps), 2)
 
     def test_shows_where_a_slot_selects(self):
         def only_the_corner(layer):
@@ -209,8 +207,8 @@ class TestSheet:
             return layer._replace(selected=selected)
 
         sheet = np.asarray(self.sheet(only_the_corner)).astype(int)
-        top = 28 + 192 + 22 + 24
-        left = 28 + 2 * (192 + 14)
+        top = 28 + 208 + 24 + 24
+        left = 28 + 250 + 16 + 208 + 16
         corner, far = sheet[top + 10, left + 10], sheet[top + 180, left + 180]
         assert corner.sum() > 2 * far.sum()
 
@@ -220,4 +218,4 @@ class TestSheet:
 
     def test_has_a_row_for_each_layer(self):
         one, two = (self.sheet(depth=depth).height for depth in (1, 2))
-        assert two - one == 192 + 66
+        assert two - one == 208 + 68

@@ -138,6 +138,17 @@ class TestLoadImage:
         image.save(tmp_path / 'image.png', transparency=0)
         assert load_image(tmp_path / 'image.png').getpixel((0, 0)) == (255, 0, 0)
 
+    @pytest.mark.parametrize('damage', ['EXIF', 'LZW'])
+    def test_nothing_is_written_beside_the_error(self, tmp_path, damage, capfd, recwarn):
+        # Pillow warns of the one, its libtiff writes of the other
+        file = tmp_path / 'image.tif'
+        Image.radial_gradient('L').save(file, compression='tiff_lzw')
+        content = file.read_bytes()
+        file.write_bytes(content[:-8] if damage == 'EXIF' else content[:5000] + bytes(200) + content[5200:])
+        with pytest.raises(Exception):
+            load_image(file)
+        assert capfd.readouterr().err == '' and not recwarn.list
+
     @pytest.mark.parametrize('mode', ['I', 'F'])
     def test_pixels_without_a_range_are_refused(self, tmp_path, mode):
         Image.new(mode, (4, 4)).save(tmp_path / 'image.tif')

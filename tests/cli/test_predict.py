@@ -166,7 +166,12 @@ class TestSheet:
     def test_bad_file(self, capsys, model, images, tmp_path, name, message):
         (tmp_path / 'folder.png').mkdir()
         error = error_of(capsys, images, '--model', model, '--sheet', tmp_path / name)
-        assert f'--sheet {tmp_path / name}' in error and message in error
+        assert f'--sheet: {tmp_path / name}' in error and message in error
+
+    def test_too_many_images(self, capsys, model, images, tmp_path, monkeypatch):
+        monkeypatch.setattr('timm_ait.cli.predict.MAX_TILES', 2)
+        error = error_of(capsys, images, '--model', model, '--sheet', tmp_path / 'sheet.png')
+        assert '--sheet has room for 2 images, there are 3' in error
 
     def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, images, tmp_path, monkeypatch):
         def save(image, file, format):
@@ -255,8 +260,10 @@ class TestCommandLine:
         assert result.returncode == 0, result.stderr
         assert len(json.loads(result.stdout)['images']) == 3
 
-    def test_a_closed_pipe_ends_it_quietly(self, model, images):
-        command = f'{sys.executable} -m timm_ait predict {images} --model {model} --batch-size 1 | true'
+    @pytest.mark.parametrize('arguments', ['predict --batch-size 1', 'explain --out sheets'])
+    def test_a_closed_pipe_ends_it_quietly(self, model, images, tmp_path, arguments):
+        arguments = arguments.replace('sheets', str(tmp_path / 'sheets'))
+        command = f'{sys.executable} -m timm_ait {arguments} {images} --model {model} | true'
         result = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert result.returncode == 0
         assert 'Error' not in result.stderr and 'Exception' not in result.stderr

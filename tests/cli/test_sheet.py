@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from timm_ait.cli.sheet import Tile, check_sheet, contact_sheet
+from timm_ait.cli.sheet import Tile, contact_sheet, fit
 
 
 def blue(**kwargs):
@@ -25,7 +25,6 @@ def test_long_names_stay_in_their_cell():
     assert sheet.crop((140, 140, sheet.width, 156)).getcolors() == [(16 * (sheet.width - 140), (255, 255, 255))]
 
 
-def test_too_many_images_are_refused(tmp_path):
-    check_sheet(tmp_path / 'sheet.png', 1000)
-    with pytest.raises(ValueError, match='--sheet'):
-        check_sheet(tmp_path / 'sheet.png', 1001)
+@pytest.mark.parametrize('size, fitted', [((256, 128), (128, 64)), ((8, 16), (64, 128)), ((1000, 1), (128, 1))])
+def test_images_are_scaled_to_their_place(size, fitted):
+    assert fit(Image.new('L', size), 128).size == fitted

@@ -13,8 +13,8 @@ from PIL import Image
 
 from timm_ait.data import sort_of_clevr, triangle
 
-from . import one_line
-from .sheet import Tile, check_sheet, contact_sheet, save_sheet
+from . import integer, one_line
+from .sheet import Tile, contact_sheet, save_sheet, sheet_file
 
 __all__ = ['add_parser']
 
@@ -83,10 +83,11 @@ def add_parser(commands) -> None:
     )
     parser.add_argument('dataset', choices=_DATA_SETS, help='data set to write')
     parser.add_argument('--out', required=True, type=Path, metavar='FOLDER', help='folder to write')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed (default: %(default)s)')
-    parser.add_argument('--train', type=int, metavar='N', help='training images (default: 50000 or 9800)')
-    parser.add_argument('--validation', type=int, metavar='N', help='validation images (default: 10000 or 200)')
-    parser.add_argument('--sheet', type=Path, metavar='FILE',
+    parser.add_argument('--seed', type=integer(0), default=0, metavar='N', help='seed (default: %(default)s)')
+    parser.add_argument('--train', type=integer(1), metavar='N', help='training images (default: 50000 or 9800)')
+    parser.add_argument('--validation', type=integer(1), metavar='N',
+                        help='validation images (default: 10000 or 200)')
+    parser.add_argument('--sheet', type=sheet_file, metavar='FILE',
                         help='also write a contact sheet of the first samples, .png or .jpg')
     parser.add_argument('--force', action='store_true', help='replace a data set that is there already')
     parser.set_defaults(main=functools.partial(_main, parser))
@@ -94,12 +95,7 @@ def add_parser(commands) -> None:
 
 def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     module, write, sheet = _DATA_SETS[args.dataset]
-    num_train = module.NUM_TRAIN if args.train is None else args.train
-    num_validation = module.NUM_VALIDATION if args.validation is None else args.validation
-    minima = (('--train', num_train, 1), ('--validation', num_validation, 1), ('--seed', args.seed, 0))
-    for name, value, minimum in minima:
-        if not minimum <= value < 2 ** 64:
-            parser.error(f'{name} must be at least {minimum} and less than 2**64, got {value}')
+    num_train, num_validation = args.train or module.NUM_TRAIN, args.validation or module.NUM_VALIDATION
     if args.out.exists():
         if not args.force:
             parser.error(f'--out: {args.out} exists; choose another folder, or replace it with --force')
@@ -107,8 +103,6 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             parser.error(f'--out: {args.out} is not a data set of this command, so --force does not replace it')
     about = {'dataset': args.dataset, 'seed': args.seed, 'train': num_train, 'validation': num_validation}
     try:
-        if args.sheet:
-            check_sheet(args.sheet, 1)
         with _new_folder(args.out) as folder:
             write(folder, args.seed, num_train, num_validation)
             (folder / _MARKER).write_text(json.dumps(about, indent=2) + '\n')

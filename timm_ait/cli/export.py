@@ -20,7 +20,7 @@ from timm.utils import ParseKwargs
 
 from timm_ait.layers import GlobalWorkspace
 
-from . import one_line
+from . import integer, nearest_folder, one_line, output_folder
 
 __all__ = ['add_parser', 'export', 'write_onnx']
 
@@ -56,26 +56,17 @@ def export(
         if not tensor.isfinite().all():
             raise ValueError(f'{name} has values that are not finite in {dtype}')
 
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        # written beside, then moved, so that an interruption leaves no half file
-        with tempfile.TemporaryDirectory(dir=folder) as staging:
-            save_for_hf(model, staging, safe_serialization=True)
-            config_file = Path(staging, 'config.json')
-            config = json.loads(config_file.read_text())
-            config_file.write_text(json.dumps(_with_names(config, label_names), indent=2))
-            # safetensors makes its file private
-            shutil.copymode(config_file, Path(staging, 'model.safetensors'))
-            if onnx:
-                write_onnx(model, Path(staging, 'model.onnx'))
-            for file in Path(staging).iterdir():
-                os.replace(file, folder / file.name)
-    except BaseException:
-        if is_new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
+    # written beside, then moved, so that an interruption leaves no half file
+    with tempfile.TemporaryDirectory(dir=nearest_folder(folder)) as staging:
+        save_for_hf(model, staging, safe_serialization=True)
+        config_file = Path(staging, 'config.json')
+        config_file.write_text(json.dumps(_with_names(json.loads(config_file.read_text()), label_names), indent=2))
+        shutil.copymode(config_file, Path(staging, 'model.safetensors'))  # safetensors makes its file private
+        if onnx:
+            write_onnx(model, Path(staging, 'model.onnx'))
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in Path(staging).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def _with_names(config: Dict[str, Any], label_names: Optional[Sequence[str]]) -> Dict[str, Any]:
@@ -155,8 +146,8 @@ def add_parser(commands) -> None:
     )
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='checkpoint of train.py')
     parser.add_argument('--model', required=True, metavar='NAME', help='model that was trained')
-    parser.add_argument('--out', required=True, type=Path, metavar='FOLDER', help='folder to write to')
-    parser.add_argument('--num-classes', type=int, metavar='N', help="number of classes, if not the model's own")
+    parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER', help='folder to write to')
+    parser.add_argument('--num-classes', type=integer(0), metavar='N', help="number of classes, if not the model's own")
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=_ParseKwargs, metavar='KEY=VALUE',
                         help='further arguments of the model, as given to train.py')
     names = parser.add_mutually_exclusive_group()
@@ -184,11 +175,6 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
     if not args.checkpoint.is_file():
         parser.error(f'CHECKPOINT: there is no file {args.checkpoint}')
-    if args.num_classes is not None and args.num_classes < 0:
-        parser.error(f'--num-classes must be at least 0, got {args.num_classes}')
-    existing = next(path for path in (args.out.absolute(), *args.out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        parser.error(f'--out {args.out}: {existing} is not a folder that can be written to')
     if args.data_dir and not args.data_dir.is_dir():
         parser.error(f'--data-dir: there is no folder {args.data_dir}')
     missing = [name for name in ('onnx', 'onnxscript') if args.onnx and not importlib.util.find_spec(name)]

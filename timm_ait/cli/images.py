@@ -1,31 +1,41 @@
 """ Image files and models as the commands read them. """
+import argparse
+import contextlib
 import os
-import stat
-from contextlib import suppress
+import warnings
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import create_model
 
 from . import one_line
 
-__all__ = ['KNOWN_FORMATS', 'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'find_images', 'load_image', 'load_model']
+__all__ = ['MAX_ASPECT_RATIO', 'MAX_PIXELS', 'add_arguments', 'find_images', 'image_reader', 'load_image', 'load_model']
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
 
 # image formats that this Pillow may lack: such a file in a folder is named, any other of an unknown extension is not
-KNOWN_FORMATS = {
-    '.heic', '.heif', '.hif', '.avif', '.jxl', '.jp2', '.webp', '.svg', '.exr', '.hdr', '.raw', '.dng', '.cr2', '.cr3',
-    '.nef', '.arw', '.orf', '.raf', '.rw2',
-}
+_KNOWN_FORMATS = set('.heic .heif .hif .avif .jxl .jp2 .webp .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .raf '
+                     '.rw2'.split())
 
 Problem = Tuple[Path, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
+    """Arguments for `find_images` and `load_model`."""
+    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE',
+                        help='image, or folder to search for images; those of formats that Pillow here does not read '
+                             f'are named ({" ".join(sorted(_KNOWN_FORMATS))}), hidden ones are left out')
+    parser.add_argument('--model', default='ait_small', metavar='NAME',
+                        help=f'{models}: a timm model, hf-hub:<user>/<model> or local-dir:<folder> '
+                             '(default: %(default)s)')
+    parser.add_argument('--device', help='device to run on (default: cuda if there is one, else cpu)')
 
 
 def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
@@ -51,53 +61,55 @@ def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
     readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
     files, problems, seen = [], [], set()
     for path in map(Path, paths):
-        candidates, unreadable = _search(path) if os.path.isdir(path) else ([path], [])
-        found = []
-        for file in candidates:
-            extension = file.suffix.lower()
-            if file != path and extension not in readable | KNOWN_FORMATS:
-                continue
-            found.append(file)
-            real = os.path.realpath(file)
+        found = [path]
+        if os.path.isdir(path):
+            found, unreadable = _search(path, readable | _KNOWN_FORMATS)
+            if not found and not unreadable:
+                raise ValueError(f'IMAGE: the folder {path} has no files with the extension of an image format')
+            problems += unreadable
+        for file in found:
+            real, extension = os.path.realpath(file), file.suffix.lower()
             if real in seen:
                 continue
             seen.add(real)
-            try:
-                is_regular = stat.S_ISREG(os.stat(file).st_mode)
-            except OSError as e:
-                problems.append((file, e.strerror))
-                continue
-            if not is_regular:
-                problems.append((file, 'not a regular file'))
+            if not os.path.isfile(file):
+                problems.append((file, 'not a regular file' if os.path.exists(file) else 'cannot be reached'))
             elif file != path and extension not in readable:
                 problems.append((file, f'Pillow here does not read {extension} files'))
             else:
                 files.append(file)
-        if not found and not unreadable:
-            raise ValueError(f'IMAGE: the folder {path} has no files with the extension of an image format')
-        problems += unreadable
     return files, problems
 
 
-def _search(root: Path) -> Tuple[List[Path], List[Problem]]:
-    """All files below a folder, sorted, and the folders that cannot be listed. Each folder is visited once."""
+def _search(root: Path, extensions: Sequence[str]) -> Tuple[List[Path], List[Problem]]:
+    """Files below a folder with these extensions, sorted, and the folders that cannot be listed."""
     files, problems, visited = [], [], set()
-
-    def report(error: OSError) -> None:
-        problems.append((Path(error.filename), error.strerror))
-
     pending = [root]  # links to folders are followed last, so that files go by the names they have without
     for start in pending:
-        for folder, subfolders, names in os.walk(start, onerror=report):
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in visited:
+        for folder, subfolders, names in os.walk(
+                start, onerror=lambda e: problems.append((Path(e.filename), e.strerror))):
+            if os.path.realpath(folder) in visited:
                 subfolders.clear()
                 continue
-            visited.add((status.st_dev, status.st_ino))
+            visited.add(os.path.realpath(folder))
             subfolders[:] = [name for name in subfolders if not name.startswith('.') and name != '__MACOSX']
             pending += [Path(folder, name) for name in sorted(subfolders) if os.path.islink(os.path.join(folder, name))]
             files += [Path(folder, name) for name in names if not name.startswith('.')]
-    return sorted(files), problems
+    return sorted(file for file in files if file.suffix.lower() in extensions), problems
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings, and without what the C libraries of Pillow write to standard error themselves."""
+    with warnings.catch_warnings(), open(os.devnull, 'wb') as nowhere:
+        warnings.simplefilter('ignore')
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
@@ -112,14 +124,14 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
             are 32-bit numbers, whose range is not known.
         Exception: Whatever Pillow raises on a damaged file.
     """
-    with Image.open(file) as image:
+    with _quiet(), Image.open(file) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f'{width} x {height} pixels are more than {MAX_PIXELS // 10 ** 6} million')
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
         image.load()
-        with suppress(SyntaxError):  # damaged EXIF data, which says nothing about the orientation
+        with contextlib.suppress(SyntaxError):  # damaged EXIF data, which says nothing about the orientation
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
             # Pillow's own conversion clips at 255, which leaves a white image
@@ -127,6 +139,19 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         elif image.mode in ('I', 'F'):
             raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
         return image if image.mode == mode else image.convert(mode)  # without a copy, images may be large
+
+
+def image_reader(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, torch.Tensor]]:
+    """Function from a file to its image and a model's input (C, H, W), by the transforms of the model's config."""
+    config = resolve_model_data_config(model)
+    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+    transform = create_transform(**config, is_training=False)
+
+    def read(file: Path) -> Tuple[Image.Image, torch.Tensor]:
+        image = load_image(file, mode)
+        return image, transform(image)
+
+    return read
 
 
 def load_model(name: str, device: Optional[str] = None) -> nn.Module:

@@ -3,23 +3,20 @@ import argparse
 import functools
 import json
 import math
-import os
 import sys
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from timm.data import create_transform, resolve_model_data_config
-
-from . import one_line
-from .images import KNOWN_FORMATS, MAX_ASPECT_RATIO, MAX_PIXELS, find_images, load_image, load_model
+from . import integer, one_line, quietly
+from .images import MAX_ASPECT_RATIO, MAX_PIXELS, add_arguments, find_images, image_reader, load_model
 from .labels import class_names, match_labels, read_labels
-from .sheet import Tile, check_sheet, contact_sheet, save_sheet
+from .sheet import MAX_TILES, Tile, contact_sheet, fit, save_sheet, sheet_file
 
 __all__ = ['Prediction', 'add_parser', 'classify']
 
@@ -28,10 +25,9 @@ _COLOURS = {True: '#137333', False: '#c5221f'}
 
 
 class Prediction(NamedTuple):
-    """ An image's most probable classes, or the error that left it without. """
+    """ An image's most probable classes, as pairs of index and probability, or the error that left it without. """
     file: Path
-    indices: Sequence[int] = ()
-    probabilities: Sequence[float] = ()
+    classes: Sequence[Tuple[int, float]] = ()
     thumbnail: Optional[Image.Image] = None
     error: Optional[str] = None
 
@@ -48,43 +44,25 @@ def classify(model: nn.Module, files: Iterable[Path], topk: int = 5, batch_size:
     Yields:
         Predictions; a file that cannot be read comes before the others of its batch.
     """
-    config = resolve_model_data_config(model)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    transform = create_transform(**config, is_training=False)
-    device = next(model.parameters()).device
-
-    files = iter(files)
+    read, device, files = image_reader(model), next(model.parameters()).device, iter(files)
     while chunk := list(islice(files, batch_size)):
         batch = []
         for file in chunk:
             try:
-                image = load_image(file, mode)
-                batch.append((file, _thumbnail(image), transform(image)))
+                image, x = read(file)
+                batch.append((file, fit(image, _THUMBNAIL), x))
             except Exception as e:  # Pillow raises nearly anything on damaged files
                 yield Prediction(file, error=f'cannot be read ({one_line(e)})')
         if not batch:
             continue
-        batch_files, thumbnails, inputs = zip(*batch)
         with torch.inference_mode():
-            probabilities = model(torch.stack(inputs).to(device)).float().softmax(-1)
+            probabilities = model(torch.stack([x for _, _, x in batch]).to(device)).float().softmax(-1)
             values, indices = probabilities.topk(min(topk, probabilities.shape[-1]))
-        for prediction in map(Prediction, batch_files, indices.tolist(), values.tolist(), thumbnails):
-            if math.isnan(prediction.probabilities[0]):
-                prediction = Prediction(prediction.file, error="the model's output is not a number")
-            yield prediction
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    scale = _THUMBNAIL / max(image.size)
-    size = tuple(max(1, round(length * scale)) for length in image.size)
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.).convert('RGB')
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is not positive')
-    return value
+        for (file, thumbnail, _), *best in zip(batch, indices.tolist(), values.tolist()):
+            if math.isnan(best[1][0]):
+                yield Prediction(file, error="the model's output is not a number")
+            else:
+                yield Prediction(file, list(zip(*best)), thumbnail)
 
 
 def add_parser(commands) -> None:
@@ -96,101 +74,78 @@ def add_parser(commands) -> None:
                     'the other, are not read. The exit code is 1 if some files could not be read, which are named, '
                     '2 if nothing could be done.',
     )
-    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE',
-                        help='image, or folder to search for images; those of formats that Pillow here does not read '
-                             f'are named ({" ".join(sorted(KNOWN_FORMATS))}), hidden ones are left out')
-    parser.add_argument('--model', default='ait_small', metavar='NAME',
-                        help='any timm model, hf-hub:<user>/<model> or local-dir:<folder> (default: %(default)s)')
-    parser.add_argument('--device', help='device to run on (default: cuda if there is one, else cpu)')
-    parser.add_argument('--batch-size', type=_positive_int, default=64, metavar='N',
+    add_arguments(parser, 'classifier')
+    parser.add_argument('--batch-size', type=integer(1), default=64, metavar='N',
                         help='images in memory at a time (default: %(default)s)')
-    parser.add_argument('--topk', type=_positive_int, default=5, metavar='N',
+    parser.add_argument('--topk', type=integer(1), default=5, metavar='N',
                         help='predictions per image, at most the number of classes (default: %(default)s)')
     parser.add_argument('--labels', type=Path, metavar='FILE.csv',
                         help='true classes, in columns file (relative to the CSV file) and label: adds the accuracy')
-    parser.add_argument('--sheet', type=Path, metavar='FILE', help='write a contact sheet, .png or .jpg')
+    parser.add_argument('--sheet', type=sheet_file, metavar='FILE', help='write a contact sheet, .png or .jpg')
     parser.add_argument('--json', action='store_true', help='print one JSON document')
-    parser.set_defaults(main=functools.partial(_main, parser))
+    parser.set_defaults(main=functools.partial(quietly, _main, parser))
 
 
 def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    try:
-        code = _predict(parser, args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # whoever reads the output has seen enough, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
-        return 1
-
-
-def _predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     try:
         files, problems = find_images(args.images)
         labels = read_labels(args.labels) if args.labels else {}
         if args.labels and labels.keys().isdisjoint(file.resolve() for file in files):
             raise ValueError(
                 f'--labels {args.labels} has a label for none of the images; its files are relative to its own folder')
-        if args.sheet:
-            check_sheet(args.sheet, len(files))
+        if args.sheet and len(files) > MAX_TILES:
+            raise ValueError(f'--sheet has room for {MAX_TILES} images, there are {len(files)}')
         model = load_model(args.model, args.device)
         names, descriptions = class_names(model)
         targets = match_labels(labels, names, descriptions)
     except ValueError as e:
         parser.error(str(e))
 
-    def describe(index: Optional[int]) -> Optional[Dict[str, Any]]:
-        return None if index is None else {
-            'index': index, 'name': names[index], 'description': descriptions[index]}
+    def describe(index: int) -> Dict[str, Any]:
+        return {'index': index, 'name': names[index], 'description': descriptions[index]}
 
     images, errors, tiles = [], [], []
     failures = (Prediction(file, error=reason) for file, reason in problems)
     predictions = classify(model, files, args.topk, args.batch_size)
     progress = tqdm(predictions, total=len(files), unit='image', file=sys.stderr, disable=not files)
     for prediction in chain(failures, progress):
+        file = str(prediction.file)
         if prediction.error:
-            errors.append({'file': str(prediction.file), 'error': prediction.error})
-            tqdm.write(f'{prediction.file}: {prediction.error}', file=sys.stderr)
+            errors.append({'file': file, 'error': prediction.error})
+            tqdm.write(f'{file}: {prediction.error}', file=sys.stderr)
             continue
         target = targets.get(prediction.file.resolve())
-        correct = None if target is None else prediction.indices[0] == target
+        correct = None if target is None else prediction.classes[0][0] == target
         images.append({
-            'file': str(prediction.file),
-            'label': describe(target),
+            'file': file,
+            'label': None if target is None else describe(target),
             'correct': correct,
             'predictions': [
-                {**describe(index), 'probability': probability}
-                for index, probability in zip(prediction.indices, prediction.probabilities)
-            ],
+                {**describe(index), 'probability': probability} for index, probability in prediction.classes],
         })
+        truth = '' if target is None else 'right' if correct else f'is {descriptions[target]}'
         if not args.json:
-            _print_image(images[-1])
+            verdict = f'  wrong ({truth})' if correct is False else f'  {truth}' if truth else ''
+            _print(file + verdict + ''.join(f'  {p:.1%} {descriptions[index]}' for index, p in prediction.classes))
         if args.sheet:
-            lines = [f'{prediction.probabilities[0]:.0%} {descriptions[prediction.indices[0]]}']
-            colour = _COLOURS.get(correct)
-            if target is not None:
-                lines.append('right' if correct else f'is {descriptions[target]}')
-            tiles.append(Tile(prediction.thumbnail, lines, colour or 'black', colour))
+            index, probability = prediction.classes[0]
+            lines = [f'{probability:.0%} {descriptions[index]}', truth]
+            tiles.append(Tile(prediction.thumbnail, lines, _COLOURS.get(correct, 'black'), _COLOURS.get(correct)))
 
     if not images:
         parser.error('IMAGE: none of the files could be classified, the reasons are above')
     if args.sheet:
         save_sheet(contact_sheet(tiles, _THUMBNAIL), args.sheet)
-    correct = [image['correct'] for image in images if image['correct'] is not None]
-    accuracy = sum(correct) / len(correct) if correct else None
+    marks = [image['correct'] for image in images if image['correct'] is not None]
+    accuracy = sum(marks) / len(marks) if marks else None
     if args.json:
-        document = {'model': args.model, 'images': images, 'errors': errors, 'accuracy': accuracy}
-        print(json.dumps(document, indent=2))
-    elif accuracy is not None:
-        print(f'top-1 accuracy {accuracy:.1%} ({sum(correct)} of {len(correct)} labelled images)')
+        print(json.dumps({'model': args.model, 'images': images, 'errors': errors, 'accuracy': accuracy}, indent=2))
+    elif marks:
+        print(f'top-1 accuracy {accuracy:.1%} ({sum(marks)} of {len(marks)} labelled images)')
     return 1 if errors else 0
 
 
-def _print_image(image: Dict[str, Any]) -> None:
-    line = image['file']
-    if image['correct'] is not None:
-        line += '  right' if image['correct'] else f'  wrong (is {image["label"]["description"]})'
-    for prediction in image['predictions']:
-        line += f'  {prediction["probability"]:.1%} {prediction["description"]}'
+def _print(line: str) -> None:
     # not every file name can be printed as it is
     encoding = sys.stdout.encoding or 'utf-8'
     line = line.encode(encoding, 'backslashreplace').decode(encoding)

@@ -1,15 +1,18 @@
 """ Contact sheets: images in a grid with lines of text under them. """
 import math
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['Tile', 'check_sheet', 'contact_sheet', 'save_sheet']
+from . import replacing
+
+__all__ = ['MAX_TILES', 'Tile', 'contact_sheet', 'fit', 'save_sheet', 'sheet_file', 'shorten']
 
 _FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}
-_MAX_TILES = 1000  # a sheet of about 5000 px square
+MAX_TILES = 1000  # a sheet of about 5000 px square
 _MARGIN, _LINE = 8, 18  # pixels
 
 
@@ -19,6 +22,19 @@ class Tile(NamedTuple):
     lines: Sequence[str]
     colour: str = 'black'
     frame: Optional[str] = None
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """The image in RGB, its longer side scaled to `size` pixels."""
+    width, height = (max(1, round(size * side / max(image.size))) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.).convert('RGB')
+
+
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The text, cut where it would be longer than `width` pixels."""
+    while font.getlength(text) > width:
+        text = text[:-2] + '…'
+    return text
 
 
 def contact_sheet(tiles: Sequence[Tile], size: int = 128) -> Image.Image:
@@ -42,33 +58,23 @@ def contact_sheet(tiles: Sequence[Tile], size: int = 128) -> Image.Image:
         if tile.frame:
             draw.rectangle((left - 3, top - 3, left + w + 2, top + h + 2), outline=tile.frame, width=3)
         for row, text in enumerate(tile.lines):
-            while font.getlength(text) > size:
-                text = text[:-2] + '…'
-            draw.text((x, y + size + 5 + row * _LINE), text, tile.colour, font)
+            draw.text((x, y + size + 5 + row * _LINE), shorten(text, font, size), tile.colour, font)
     return sheet
 
 
-def check_sheet(file: Path, num_tiles: int) -> None:
-    """Find out before the work whether a sheet can be written.
-
-    Raises:
-        ValueError: It is not a PNG or JPEG file in a folder that can be written to, or there are too many tiles.
-    """
+def sheet_file(text: str) -> Path:
+    """Type of an argument: a PNG or JPEG file in a folder that can be written to."""
+    file = Path(text)
     if file.suffix.lower() not in _FORMATS:
-        raise ValueError(f'--sheet {file}: give a name that ends in .png or .jpg')
+        raise ArgumentTypeError(f'{file}: give a name that ends in .png or .jpg')
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ValueError(f'--sheet {file}: {file.parent} is not a folder that can be written to')
+        raise ArgumentTypeError(f'{file}: {file.parent} is not a folder that can be written to')
     if file.is_dir():
-        raise ValueError(f'--sheet {file}: this is a folder, give the name of a file')
-    if num_tiles > _MAX_TILES:
-        raise ValueError(f'--sheet {file}: a sheet has room for {_MAX_TILES} images, there are {num_tiles}')
+        raise ArgumentTypeError(f'{file}: this is a folder, give the name of a file')
+    return file
 
 
 def save_sheet(image: Image.Image, file: Path) -> None:
     """Write a sheet; a failure leaves the file as it was."""
-    temporary = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    try:
+    with replacing(file) as temporary:
         image.save(temporary, format=_FORMATS[file.suffix.lower()])
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
