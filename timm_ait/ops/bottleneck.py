@@ -255,6 +255,51 @@ def write(
         num_heads, bottleneck, token_mask)[:3]
 
 
+def _spread(
+        weights: torch.Tensor,
+        indices: torch.Tensor,
+        num_slots: int,
+        num_tokens: int,
+        token_mask: Optional[torch.Tensor],
+        global_batch: bool,
+) -> Tuple[torch.Tensor, torch.Tensor, Union[int, torch.Tensor], torch.Tensor]:
+    """How the tokens of this rank differ in importance and in load; the means are those of all tokens.
+
+    Args:
+        weights: Of the selections, (A, M * k).
+        indices: Their tokens, (A, M * k).
+        num_slots: M.
+        num_tokens: Of this rank, masked ones too.
+        token_mask: As `naive.write`.
+        global_batch: As `write_normed`.
+
+    Returns:
+        Sums of squared deviations (2, A) and means (2, A) of importance and load; number of tokens there are, and the
+        share of them that at least one slot selected, both of all ranks.
+    """
+    num_heads = weights.shape[0]
+    zeros = weights.new_zeros((num_heads, num_tokens))
+    importance = zeros.scatter_add(1, indices, weights)
+    load = zeros.scatter_add(1, indices, (weights.detach() > 0).to(weights.dtype))
+    # selections per head, and tokens with any
+    counts = torch.cat([load.sum(dim=1), (load > 0).any(dim=0).sum().view(1).to(load.dtype)])
+    num_valid: Union[int, torch.Tensor] = num_tokens
+    if token_mask is not None or global_batch:
+        num_valid = counts.new_tensor(num_tokens) if token_mask is None else token_mask.sum().to(counts.dtype)
+        if global_batch:
+            counts = torch.cat([counts, num_valid.view(1)])
+            dist.all_reduce(counts)
+            num_valid = counts[-1]
+        num_valid = num_valid.clamp_min(1)
+    # the weights of a slot sum to one
+    means = torch.stack([torch.full_like(counts[:num_heads], num_slots), counts[:num_heads]]) / num_valid
+    deviations = [x - mean.unsqueeze(-1) for x, mean in zip((importance, load), means)]
+    if token_mask is not None:
+        deviations = [x * token_mask for x in deviations]
+    squares = torch.stack([x.square().sum(dim=-1) for x in deviations])
+    return squares, means, num_valid, counts[num_heads] / num_valid
+
+
 def write_normed(
         tokens: torch.Tensor,
         norm: TokenNorm,
@@ -290,38 +335,20 @@ def write_normed(
     if num_tokens == 0:
         return memory, memory.new_zeros(()), memory.new_zeros(()), tokens
     num_slots, slot_dim = memory.shape
-    query = F.linear(memory, query_weight).view(num_slots, num_heads, slot_dim).transpose(0, 1)
-    folded = query @ key_weight.view(num_heads, slot_dim, -1) * slot_dim ** -0.5
+    queries = F.linear(memory, query_weight).view(num_slots, num_heads, slot_dim).transpose(0, 1)
+    folded = queries @ key_weight.view(num_heads, slot_dim, -1) * slot_dim ** -0.5
     pooled, weights, indices, tokens = _attend(
         folded.flatten(0, 1).to(tokens.dtype), tokens, bottleneck, token_mask, norm, global_batch)
     pooled = pooled.to(memory.dtype).view(num_heads, num_slots, -1)
-    pooled = pooled @ value_weight.view(num_heads, slot_dim, -1).transpose(1, 2)
-    written = F.linear(pooled.transpose(0, 1).flatten(1), output_weight)
+    values = pooled @ value_weight.view(num_heads, slot_dim, -1).transpose(1, 2)
+    written = F.linear(values.transpose(0, 1).flatten(1), output_weight)
 
-    weights, indices = weights.view(num_heads, -1), indices.view(num_heads, -1)
-    zeros = weights.new_zeros((num_heads, num_tokens))
-    importance = zeros.scatter_add(1, indices, weights)
-    load = zeros.scatter_add(1, indices, (weights.detach() > 0).to(weights.dtype))
-    # selections per head, and tokens with any
-    counts = torch.cat([load.sum(dim=1), (load > 0).any(dim=0).sum().view(1).to(load.dtype)])
-    num_valid: Union[int, torch.Tensor] = num_tokens
-    if token_mask is not None or global_batch:
-        num_valid = counts.new_tensor(num_tokens) if token_mask is None else token_mask.sum().to(counts.dtype)
-        if global_batch:
-            counts = torch.cat([counts, num_valid.view(1)])
-            dist.all_reduce(counts)
-            num_valid = counts[-1]
-        num_valid = num_valid.clamp_min(1)
-    # the weights of a slot sum to one
-    means = torch.stack([torch.full_like(counts[:num_heads], num_slots), counts[:num_heads]]) / num_valid
-    deviations = [x - mean.unsqueeze(-1) for x, mean in zip((importance, load), means)]
-    if token_mask is not None:
-        deviations = [x * token_mask for x in deviations]
-    squares = torch.stack([x.square().sum(dim=-1) for x in deviations])
+    squares, means, num_valid, coverage = _spread(
+        weights.view(num_heads, -1), indices.view(num_heads, -1), num_slots, num_tokens, token_mask, global_batch)
     if global_batch:
         reduced = _all_reduce(torch.cat([written.flatten(), squares.flatten().to(written.dtype)]))
         written, squares = reduced[:written.numel()].view_as(written), reduced[written.numel():].view_as(squares)
     num_free = max(num_valid - 1, 1) if isinstance(num_valid, int) else (num_valid - 1).clamp_min(1)
     balance = (squares / num_free / (means.square() + 1e-10)).sum()
     candidate = F.layer_norm(written + memory, (slot_dim,), norm_weight, norm_bias, eps=1e-6)
-    return candidate, balance, counts[num_heads] / num_valid, tokens
+    return candidate, balance, coverage, tokens

@@ -1,7 +1,7 @@
-""" Fused Hopfield read for training: two skinny GEMMs and a softmax over the slots, done in chunks of tokens that stay in cache.
+""" Fused Hopfield read for training.
 
-Tokens are normed where they are used, and backward recomputes norm and softmax from them, so that nothing else of the
-tokens' size is kept.
+Two skinny GEMMs and a softmax over the slots, done in chunks of tokens that stay in cache. Tokens are normed where they
+are used, and backward recomputes norm and softmax from them, so that nothing else of the tokens' size is kept.
 """
 from typing import Optional, Tuple
 

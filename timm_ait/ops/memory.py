@@ -73,11 +73,9 @@ def slot_statistics(memory: torch.Tensor) -> Dict[str, float]:
     memory = F.normalize(memory.detach().float(), dim=-1)
     s = torch.linalg.svdvals(memory)
     s = s / s.sum()
-    num_slots = memory.shape[0]
+    num_pairs = memory.shape[0] * (memory.shape[0] - 1)
     cosines = memory @ memory.T
-    off_diagonal = (cosines.sum() - cosines.diagonal().sum()) / (num_slots * (num_slots - 1)) \
-        if num_slots > 1 else torch.tensor(float('nan'))
     return {
         'effective_rank': float(torch.exp(-torch.special.xlogy(s, s).sum())),
-        'mean_cosine': float(off_diagonal),
+        'mean_cosine': float(cosines.sum() - cosines.trace()) / num_pairs if num_pairs else float('nan'),
     }

@@ -42,25 +42,25 @@ def select(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Scores (R, k), minus infinity where masked, and indices (R, k) of the tokens that each query scores highest."""
     num_tokens, size = tokens.shape[0], chunk_size(tokens)
-    scores = indices = None
+    best = indices = None
     for first in range(0, num_tokens, _SELECTION_CHUNK):
         last = min(first + _SELECTION_CHUNK, num_tokens)
-        chunk = queries.new_empty((queries.shape[0], last - first))
+        scores = queries.new_empty((queries.shape[0], last - first))
         for start in range(first, last, size):
             stop = min(start + size, last)
             normed, _ = normalize(tokens[start:stop], norm_weight, norm_bias, eps)
-            chunk[:, start - first:stop - first] = mm(queries, normed.T)
+            scores[:, start - first:stop - first] = mm(queries, normed.T)
         if token_mask is not None:
-            chunk.masked_fill_(~token_mask[first:last], float('-inf'))
-        more_scores, more_indices = _top_k(chunk, min(k, last - first))
-        if scores is None:
-            scores, indices = more_scores, more_indices
+            scores.masked_fill_(~token_mask[first:last], float('-inf'))
+        more, more_indices = _top_k(scores, min(k, last - first))
+        if best is None:
+            best, indices = more, more_indices
             continue
-        scores = torch.cat([scores, more_scores], dim=1)
+        best = torch.cat([best, more], dim=1)
         indices = torch.cat([indices, more_indices + first], dim=1)
-        scores, kept = torch.topk(scores, min(k, scores.shape[1]), dim=-1, sorted=False)
+        best, kept = torch.topk(best, min(k, best.shape[1]), dim=-1, sorted=False)
         indices = indices.gather(1, kept)
-    return scores, indices
+    return best, indices
 
 
 class Chunk(NamedTuple):
