@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import json
 
@@ -190,6 +191,29 @@ class TestFit:
         loaded = dict(timm.create_model(name, pretrained=True, **kwargs).named_parameters())
         key = next(key for key in loaded if key.endswith('blocks.2.mlp.fc1.weight'))
         assert torch.equal(loaded[key], model.blocks[2].mlp.fc1.weight)
+
+    @pytest.mark.parametrize('dtype', [torch.complex64, torch.int8, torch.bool])
+    @pytest.mark.parametrize('key', ['blocks.1.mlp.workspace.memory', 'head.weight'])
+    def test_numbers_of_another_kind_are_not_converted(self, key, dtype):
+        state_dict = make_model().state_dict()
+        state_dict[key] = state_dict[key].to(dtype)
+        with pytest.raises(RuntimeError, match=f'{key} {dtype}'):
+            timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(state_dict=state_dict))
+
+    @pytest.mark.parametrize('assign', [False, True])
+    @pytest.mark.parametrize('damage', ['missing', 'unexpected', 'shape', 'text'])
+    def test_an_error_leaves_the_model_as_it_was(self, damage, assign):
+        model = make_model()
+        kept, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+        state_dict = timm.create_model('test_ait', num_classes=3).state_dict()
+        key = 'blocks.2.mlp.workspace.memory'
+        state_dict['x' if damage == 'unexpected' else key] = {'text': 'x'}.get(damage, torch.zeros(3))
+        if damage == 'missing':
+            del state_dict[key]
+        with pytest.raises(RuntimeError, match='x' if damage == 'unexpected' else key):
+            model.load_state_dict(state_dict, assign=assign)
+        assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+        assert all(a is b for a, b in zip(model.parameters(), parameters))  # an optimizer holds them
 
     def test_models_without_weights_say_so(self):
         assert not get_pretrained_cfg('test_ait').has_weights

@@ -33,7 +33,7 @@ def _names(entry: Any) -> List[str]:
 
 
 def _check_fit(state_dict: Dict[str, Any], model: nn.Module) -> None:
-    """Compare keys and shapes before anything is loaded.
+    """Compare keys, shapes and kinds of numbers before anything is loaded.
 
     Left to timm is what it adapts: the first convolution to other channels, the classifier to other classes. For other
     classes it no longer minds what else is missing, which is right for the pooling and norms before the classifier.
@@ -50,12 +50,18 @@ def _check_fit(state_dict: Dict[str, Any], model: nn.Module) -> None:
 
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(head)}
     found = {key: tuple(value.shape) for key, value in state_dict.items() if not key.startswith(head)}
+    floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
     problems = {
         'they lack': [key for key in expected if key not in found],
         'they have, unlike the model,': [key for key in found if key not in expected],
         'of another shape:': [
             f'{key} {found[key]} in place of {shape}' for key, shape in expected.items()
             if found.get(key, shape) != shape and key not in first_convs
+        ],
+        # PyTorch would convert them, complex numbers too
+        'no floating point numbers:': [
+            f'{key} {value.dtype}' for key, value in state_dict.items()
+            if key in floating and not value.is_floating_point()
         ],
     }
     text = '; '.join(

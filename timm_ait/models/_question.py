@@ -1,5 +1,6 @@
 """ What the models share: questions about images, and the pretrained cfg of models for small images. """
-from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
+import copy
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
 
 import torch
 
@@ -76,6 +77,15 @@ class QuestionViT(VisionTransformer):
         super().__init__(*args, **kwargs)
         self.question_embed = QuestionEmbed(
             question_dim, self.embed_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's, which on an error leaves what it has loaded by then: here the model is as it was."""
+        before = self.state_dict(keep_vars=True) if assign else copy.deepcopy(self.state_dict())
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except Exception:
+            super().load_state_dict(before, assign=assign)
+            raise
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
