@@ -294,6 +294,11 @@ class TestAblations:
         with pytest.raises(ValueError, match='workspace'):
             AssociativeTransformer(32, 8, 3, 5, 'avg', class_token=False, workspace=workspace)
 
+    @pytest.mark.parametrize('name, value', [('qk_norm', True), ('attn_drop_rate', 0.1), ('attn_layer', 'diff')])
+    def test_without_attention_its_arguments_are_refused(self, name, value):
+        with pytest.raises(ValueError, match=f'{name}.*attention=False'):
+            self.make(attention=False, **{name: value})
+
     def test_without_attention_tokens_meet_in_the_workspace_alone(self):
         model = self.make(attention=False)
         assert not [name for name, _ in model.named_parameters() if 'attn' in name or 'norm1' in name]

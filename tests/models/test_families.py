@@ -132,10 +132,16 @@ class TestOptions:
         ('test_set_transformer', 'mlp_ratio', 2.),
         ('test_perceiver', 'reg_tokens', 2),
         ('test_perceiver', 'qk_norm', True),
+        ('test_perceiver', 'qkv_bias', False),
+        ('test_perceiver', 'no_embed_class', False),
     ])
     def test_arguments_of_a_vit_without_a_use_are_refused(self, name, argument, value):
         with pytest.raises(ValueError, match=argument):
             make_model(name, **{argument: value})
+
+    def test_they_are_refused_by_position_too(self):
+        with pytest.raises(ValueError, match='qk_norm'):
+            Coordination(32, 8, 3, 5, 'avg', 64, 1, 2, 4., True, True)
 
     @pytest.mark.parametrize('name', FAMILIES)
     def test_an_unknown_argument_is_named(self, name):

@@ -144,9 +144,9 @@ class TestModel:
 
     @pytest.mark.parametrize('kwargs, message', [
         (dict(num_cross_heads=3), 'must be a multiple of num_heads, got num_heads=3'),
-        (dict(depth=0), 'depth must be at least 1, got 0'),
-        (dict(num_latents=0), 'num_latents must be at least 1, got 0'),
-        (dict(num_iterations=0), 'num_iterations must be at least 1, got 0'),
+        (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
+        (dict(num_latents=0), 'num_latents must be an integer of at least 1, got 0'),
+        (dict(num_iterations=0), 'num_iterations must be an integer of at least 1, got 0'),
         (dict(share_weights=True), "share_weights must be 'none', 'after_first' or 'all', got True"),
         (dict(global_pool='token'), "global_pool must be one of .* got 'token'"),
     ])

@@ -111,9 +111,9 @@ class TestModel:
 
     @pytest.mark.parametrize('kwargs, message', [
         (dict(num_heads=3), 'must be a multiple of num_heads, got num_heads=3'),
-        (dict(depth=0), 'depth must be at least 1, got 0'),
-        (dict(num_inducing=0), 'num_inducing must be at least 1, got 0'),
-        (dict(num_seeds=0), 'num_seeds must be at least 1, got 0'),
+        (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
+        (dict(num_inducing=0), 'num_inducing must be an integer of at least 1, got 0'),
+        (dict(num_seeds=0), 'num_seeds must be an integer of at least 1, got 0'),
     ])
     def test_a_bad_argument_is_named(self, kwargs, message):
         with pytest.raises(ValueError, match=message):

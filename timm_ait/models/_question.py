@@ -1,17 +1,19 @@
-""" What the models share: questions about images, and the pretrained cfg of models for small images. """
+""" What the models share: questions about images, and how models of small images are configured and built. """
 import copy
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple, Union
+import inspect
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Type, Union
 
 import torch
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import checkpoint
+from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers import QuestionEmbed
+from timm_ait.weights import check_weights
 
-__all__ = ['QuestionViT', 'cifar_cfg', 'refuse_arguments', 'refuse_masks']
+__all__ = ['QuestionViT', 'build_vit', 'check_at_least', 'cifar_cfg', 'refuse_arguments', 'refuse_masks']
 
 
 def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -33,16 +35,43 @@ def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     }
 
 
-def refuse_arguments(kwargs: Dict[str, Any], names: Iterable[str], reason: str) -> Dict[str, Any]:
-    """Keyword arguments without those of a ViT that a model has no use for.
+def build_vit(
+        model_cls: Type[VisionTransformer],
+        filter_fn: Callable,
+        variant: str,
+        pretrained: bool = False,
+        **kwargs,
+) -> VisionTransformer:
+    """Build a registered model, of as few as one block, whose checkpoint filter refuses weights of other models."""
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=check_weights(filter_fn),
+        feature_cfg=dict(out_indices=kwargs.pop('out_indices', min(3, kwargs['depth'])), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def check_at_least(minimum: int, **values) -> None:
+    """Raise a ValueError that names the first value that is no integer, or too small."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}.')
+
+
+def refuse_arguments(args: Tuple[Any, ...], kwargs: Dict[str, Any], reason: str, **fixed) -> Dict[str, Any]:
+    """Arguments of a ViT by name, without those that in a model have one value, the fixed one.
 
     Raises:
-        ValueError: One of them is set.
+        ValueError: One of them is given another value.
     """
-    for name in names:
-        if kwargs.get(name):
-            raise ValueError(f'{name}={kwargs[name]!r} cannot be had: {reason}.')
-    return {name: value for name, value in kwargs.items() if name not in names}
+    kwargs = {**inspect.signature(VisionTransformer).bind_partial(*args).arguments, **kwargs}
+    for name, value in fixed.items():
+        given = kwargs.pop(name, value)
+        if given != value and (given or value):  # None, 0 and False are all off
+            raise ValueError(f'{name}={given!r} cannot be had: {reason}.')
+    return kwargs
 
 
 def refuse_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
@@ -179,8 +208,7 @@ class QuestionViT(VisionTransformer):
             reshape: bool = False,
             return_prefix_tokens: bool = False,
             norm: bool = False,
-            attn_mask: Optional[torch.Tensor] = None,
-            question: Optional[torch.Tensor] = None,
+            **kwargs,
     ) -> List[torch.Tensor]:
         """Intermediate layer outputs by the interface of DINO, see `forward_intermediates`."""
         return self.forward_intermediates(
@@ -189,8 +217,7 @@ class QuestionViT(VisionTransformer):
             norm=norm,
             output_fmt='NCHW' if reshape else 'NLC',
             intermediates_only=True,
-            attn_mask=attn_mask,
-            question=question,
+            **kwargs,
         )
 
     def forward_features(

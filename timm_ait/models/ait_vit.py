@@ -18,19 +18,18 @@ from typing import Dict
 
 import torch
 
-from timm.models import (
-    PretrainedCfg, build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model)
+from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
-from timm_ait.weights import check_weights, shipped_weights
+from timm_ait.weights import shipped_weights
 
+from ._question import build_vit
 from .associative_transformer import AssociativeTransformer
 from .from_timm import add_fresh_workspaces
 
 __all__ = []
 
 
-@check_weights
 def checkpoint_filter_fn(
         state_dict: Dict[str, torch.Tensor],
         model: AssociativeTransformer,
@@ -70,14 +69,8 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_ait_vit(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
-    return build_model_with_cfg(
-        AssociativeTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
-        **dict(dict(gated=True), **kwargs),
-    )
+    kwargs.setdefault('gated', True)
+    return build_vit(AssociativeTransformer, checkpoint_filter_fn, variant, pretrained, **kwargs)
 
 
 @register_model

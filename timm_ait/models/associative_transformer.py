@@ -17,8 +17,7 @@ import torch
 import torch.nn as nn
 
 from timm.layers import HybridEmbed, Mlp
-from timm.models import (
-    build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function)
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 
@@ -26,9 +25,9 @@ from timm_ait.data.sort_of_clevr import ANSWERS, QUESTION_DIM
 from timm_ait.data.triangle import CLASSES as TRIANGLE_CLASSES
 from timm_ait.layers import WorkspaceMlp
 from timm_ait.layers.workspace import split_workspace_kwargs
-from timm_ait.weights import check_weights, shipped_weights
+from timm_ait.weights import shipped_weights
 
-from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['AssociativeTransformer']
 
@@ -114,14 +113,17 @@ class AssociativeTransformer(QuestionViT):
             raise ValueError(f'workspace must be True or False, got {workspace!r}: its arguments go beside it.')
         if not attention and not workspace:
             raise ValueError('attention=False needs workspace=True: without either, tokens would not meet.')
-        kwargs = refuse_arguments(kwargs, ['block_fn'], 'the blocks hand masks to the workspaces')
+        unused = {} if attention else dict(
+            qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
+        reason = f'the blocks are those with attention={attention}, which hand masks to the workspaces'
+        kwargs = refuse_arguments(args, kwargs, reason, block_fn=None, **unused)
         workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock
             mlp_layer = partial(mlp_layer or WorkspaceMlp, **workspace_kwargs)
         else:
             block_fn, mlp_layer = Block, mlp_layer or Mlp
-        super().__init__(*args, block_fn=block_fn, mlp_layer=mlp_layer, **kwargs)
+        super().__init__(block_fn=block_fn, mlp_layer=mlp_layer, **kwargs)
 
 
 _CIFAR10_CLASSES = (
@@ -147,17 +149,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_associative_transformer(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
-    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
-    return build_model_with_cfg(
-        AssociativeTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
-
+_create_associative_transformer = partial(build_vit, AssociativeTransformer, checkpoint_filter_fn)
 
 # the paper's input: 32 px images in 64 patches, average pooling
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')

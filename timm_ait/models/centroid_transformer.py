@@ -10,19 +10,18 @@ Parameters without the classifier: base 85.1M, ViT-Base with the seventh of its 
 attention, which has the same parameters. Small 14.8M, near AiT-Small's 15.1M, but three blocks 640 wide in place of two
 768 wide: one before, one of centroid attention and one after are the least that make the family.
 """
-from typing import Any, Optional, Tuple
+from functools import partial
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from timm.layers import Attention
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
-from timm_ait.weights import check_weights
-
-from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT, build_vit, check_at_least, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['CentroidTransformer']
 
@@ -46,23 +45,13 @@ class CentroidAttention(Attention):
     """
 
     def forward(self, centroids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Step of the centroids, without their own value.
-
-        Args:
-            centroids: (B, M, C), normed.
-            x: Tokens (B, N, C), normed.
-
-        Returns:
-            (B, M, C).
-        """
+        """Step (B, M, C) of the centroids (B, M, C) towards the tokens x (B, N, C), both normed."""
         B, M, _ = centroids.shape
         N = x.shape[1]
-        if self.qkv.bias is None:
-            q = F.linear(centroids, self.qkv.weight[:self.attn_dim])
-            kv = F.linear(x, self.qkv.weight[self.attn_dim:])
-        else:
-            q = F.linear(centroids, self.qkv.weight[:self.attn_dim], self.qkv.bias[:self.attn_dim])
-            kv = F.linear(x, self.qkv.weight[self.attn_dim:], self.qkv.bias[self.attn_dim:])
+        C = self.attn_dim
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(centroids, weight[:C], None if bias is None else bias[:C])
+        kv = F.linear(x, weight[C:], None if bias is None else bias[C:])
         q = q.reshape(B, M, self.num_heads, self.head_dim).transpose(1, 2)
         k, v = kv.reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -71,7 +60,7 @@ class CentroidAttention(Attention):
         sim = self.attn_drop(sim)
         x = (sim @ v) * (M / N)
 
-        x = x.transpose(1, 2).reshape(B, M, self.attn_dim)
+        x = x.transpose(1, 2).reshape(B, M, C)
         x = self.norm(x)
         x = self.proj(x)
         x = self.proj_drop(x)
@@ -104,7 +93,7 @@ class CentroidBlock(Block):
             num_steps: Number of steps, of the same parameters.
             **kwargs: As `Block`.
         """
-        super().__init__(*args, attn_layer=CentroidAttention, **kwargs)
+        super().__init__(*args, **{**kwargs, 'attn_layer': CentroidAttention})
         self.grid_size = grid_size
         self.num_prefix_tokens = num_prefix_tokens
         self.pool_size = pool_size
@@ -159,31 +148,26 @@ class CentroidTransformer(QuestionViT):
             ValueError: An option of other blocks, or a size that is not possible.
         """
         kwargs = refuse_arguments(
+            args,
             kwargs,
-            ('attn_layer', 'block_fn', 'dynamic_img_size', 'dynamic_img_pad', 'patch_drop_rate'),
             'centroids start from the means of a full grid of tokens of one size',
+            attn_layer=None, block_fn=None, dynamic_img_size=False, dynamic_img_pad=False, patch_drop_rate=0.,
         )
-        for name, value, low in (
-                ('centroid_index', centroid_index, 0),
-                ('centroid_pool', centroid_pool, 1),
-                ('centroid_steps', centroid_steps, 1),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f'{name} must be an integer of at least {low}, got {value!r}.')
+        check_at_least(0, centroid_index=centroid_index)
+        check_at_least(1, centroid_pool=centroid_pool, centroid_steps=centroid_steps)
 
-        def block_fn(depth: int, attn_layer: Any, **block_kwargs) -> nn.Module:
-            if depth != centroid_index:
-                return Block(depth=depth, attn_layer=attn_layer, **block_kwargs)
+        def block_fn(**block_kwargs) -> nn.Module:
+            if block_kwargs['depth'] != centroid_index:
+                return Block(**block_kwargs)
             return CentroidBlock(
                 grid_size=self.patch_embed.grid_size,
                 num_prefix_tokens=self.num_prefix_tokens,
                 pool_size=centroid_pool,
                 num_steps=centroid_steps,
-                depth=depth,
                 **block_kwargs,
             )
 
-        super().__init__(*args, block_fn=block_fn, **kwargs)
+        super().__init__(block_fn=block_fn, **kwargs)
         if centroid_index >= len(self.blocks):
             raise ValueError(f'centroid_index={centroid_index} must be below the number of blocks, {len(self.blocks)}.')
         for info in self.feature_info[centroid_index:]:
@@ -191,18 +175,9 @@ class CentroidTransformer(QuestionViT):
         self.centroid_index = centroid_index
         self.centroid_pool = centroid_pool
 
-    def set_input_size(
-            self,
-            img_size: Optional[Tuple[int, int]] = None,
-            patch_size: Optional[Tuple[int, int]] = None,
-    ) -> None:
-        """Update the input image resolution and patch size, and with them the number of centroids.
-
-        Args:
-            img_size: New input resolution, if None current resolution is used.
-            patch_size: New patch size, if None existing patch size is used.
-        """
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
+    def set_input_size(self, *args, **kwargs) -> None:
+        """As `VisionTransformer`; the number of centroids changes with that of the patches."""
+        super().set_input_size(*args, **kwargs)
         for block in self.blocks:
             if isinstance(block, CentroidBlock):
                 block.grid_size = self.patch_embed.grid_size
@@ -222,17 +197,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_centroid_transformer(variant: str, pretrained: bool = False, **kwargs) -> CentroidTransformer:
-    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
-    return build_model_with_cfg(
-        CentroidTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
-
+_create_centroid_transformer = partial(build_vit, CentroidTransformer, checkpoint_filter_fn)
 
 # 32 px images in 64 patches, 16 centroids, average pooling
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')

@@ -18,13 +18,10 @@ import torch
 import torch.nn as nn
 
 from timm.layers import use_fused_attn
-from timm.models import (
-    build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, register_notrace_function)
+from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_function
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
-from timm_ait.weights import check_weights
-
-from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT, build_vit, check_at_least, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['Coordination']
 
@@ -66,8 +63,8 @@ class SharedWorkspace(nn.Module):
 
     Choices where the paper leaves one: the softmax runs over the k kept scores alone, so that the weights of a slot
     sum to one; slots may share tokens; the forget gate starts open, by the 1 in its bias; there is a gate per feature;
-    the broadcast has an output projection W_o, the write none; R is the normed state, and the residual connection, layer
-    scale and drop path are the block's. Blocks do not share parameters.
+    the broadcast has an output projection W_o, the write none; R is the normed state, and the residual connection,
+    layer scale and drop path are the block's. Blocks do not share parameters.
     """
     fused_attn: torch.jit.Final[bool]
 
@@ -101,10 +98,7 @@ class SharedWorkspace(nn.Module):
             ValueError: A width is no multiple of its number of heads, or a number is not a positive integer.
         """
         super().__init__()
-        numbers = dict(num_heads=num_heads, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
-        for name, value in numbers.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f'{name} must be an integer of at least 1, got {value!r}.')
+        check_at_least(1, num_heads=num_heads, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
         if dim % num_heads or slot_dim % slot_heads:
             raise ValueError(
                 f'The token width {dim} must be a multiple of num_heads={num_heads}, and slot_dim={slot_dim} one of '
@@ -130,10 +124,8 @@ class SharedWorkspace(nn.Module):
 
     def write(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Memory (B, M, D) after the tokens x (B, N, E) have written into it."""
-        B, N, _ = x.shape
-        q = self.write_q(memory).reshape(B, -1, self.slot_heads, self.slot_dim // self.slot_heads).transpose(1, 2)
-        k, v = self.write_kv(x).reshape(
-            B, N, 2, self.slot_heads, self.slot_dim // self.slot_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.write_q(memory).unflatten(-1, (self.slot_heads, -1)).transpose(1, 2)
+        k, v = self.write_kv(x).unflatten(-1, (2, self.slot_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         weights = topk_softmax((q * self.slot_scale) @ k.transpose(-2, -1), self.bottleneck)
         update = (self.attn_drop(weights) @ v).transpose(1, 2).reshape(memory.shape)
 
@@ -143,29 +135,18 @@ class SharedWorkspace(nn.Module):
 
     def broadcast(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """What the tokens x (B, N, E) read from the memory (B, M, D), of the shape of x."""
-        B, N, C = x.shape
-        q = self.read_q(x).reshape(B, N, self.num_heads, C // self.num_heads).transpose(1, 2)
-        k, v = self.read_kv(memory).reshape(
-            B, -1, 2, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.read_q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.read_kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.fused_attn:
             x = nn.functional.scaled_dot_product_attention(
                 q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
         else:
             weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
             x = self.attn_drop(weights) @ v
-        x = x.transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Write, then broadcast.
-
-        Args:
-            x: Tokens (B, N, E), normed.
-            memory: Slots (B, M, D).
-
-        Returns:
-            What the tokens read (B, N, E), and the memory after the write (B, M, D).
-        """
+        """What the normed tokens x (B, N, E) read after they have written, and the memory (B, M, D) then."""
         memory = self.write(x, memory)
         return self.broadcast(x, memory), memory
 
@@ -173,37 +154,11 @@ class SharedWorkspace(nn.Module):
 class CoordinationBlock(Block):
     """Pre-norm transformer block with a shared workspace in place of self-attention."""
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            slot_dim: int = 320,
-            slot_heads: int = 5,
-            bottleneck: int = 5,
-            qkv_bias: bool = False,
-            proj_bias: bool = True,
-            attn_drop: float = 0.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
-            **kwargs,
-    ) -> None:
-        kwargs['attn_layer'] = nn.Identity  # its place is taken below
-        super().__init__(
-            dim, num_heads, proj_bias=proj_bias, proj_drop=proj_drop, device=device, dtype=dtype, **kwargs)
+    def __init__(self, dim: int, num_heads: int, slot_dim: int, slot_heads: int, bottleneck: int, **kwargs) -> None:
+        super().__init__(dim, num_heads, **{**kwargs, 'attn_layer': nn.Identity})  # its place is taken below
+        shared = ('qkv_bias', 'proj_bias', 'attn_drop', 'proj_drop', 'device', 'dtype')
         self.attn = SharedWorkspace(
-            dim,
-            num_heads=num_heads,
-            slot_dim=slot_dim,
-            slot_heads=slot_heads,
-            bottleneck=bottleneck,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            device=device,
-            dtype=dtype,
-        )
+            dim, num_heads, slot_dim, slot_heads, bottleneck, **{name: kwargs[name] for name in shared})
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         received, memory = self.attn(self.norm1(x), memory)
@@ -232,20 +187,21 @@ class Coordination(QuestionViT):
         Args:
             *args: As `QuestionViT`.
             num_slots: Number of slots M of the memory.
-            slot_dim: Slot width D.
-            slot_heads: Heads of the write; `num_heads` are those of the broadcast.
-            bottleneck: Tokens k that write into a slot, for each head.
+            slot_dim, slot_heads, bottleneck: As `SharedWorkspace`.
             **kwargs: As `QuestionViT`, except for the options of its attention and of its blocks.
 
         Raises:
             ValueError: An option of self-attention, or a size that is not possible.
         """
         kwargs = refuse_arguments(
-            kwargs, ('qk_norm', 'scale_attn_norm', 'attn_layer', 'block_fn'), 'this model has no self-attention')
-        if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
-            raise ValueError(f'num_slots must be an integer of at least 1, got {num_slots!r}.')
+            args,
+            kwargs,
+            'this model has no self-attention',
+            qk_norm=False, scale_attn_norm=False, attn_layer=None, block_fn=None,
+        )
+        check_at_least(1, num_slots=num_slots)
         block_fn = partial(CoordinationBlock, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
-        super().__init__(*args, block_fn=block_fn, **kwargs)
+        super().__init__(block_fn=block_fn, **kwargs)
         self.blocks = nn.ModuleList(self.blocks)  # not a sequence of one tensor
         self.memory = LearnedSlots(num_slots, slot_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
 
@@ -256,7 +212,7 @@ class Coordination(QuestionViT):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
-        """Create regex patterns for parameter grouping."""
+        """As `QuestionViT`, with the memory in the stem."""
         matcher = super().group_matcher(coarse)
         return {**matcher, 'stem': matcher['stem'] + '|memory'}
 
@@ -290,17 +246,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_coordination(variant: str, pretrained: bool = False, **kwargs) -> Coordination:
-    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
-    return build_model_with_cfg(
-        Coordination,
-        variant,
-        pretrained,
-        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
-
+_create_coordination = partial(build_vit, Coordination, checkpoint_filter_fn)
 
 # 32 px images in 64 patches, average pooling
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')

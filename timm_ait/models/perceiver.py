@@ -22,14 +22,13 @@ import torch
 import torch.nn as nn
 
 from timm.layers import DropPath, LayerNorm, LayerType, Mlp, get_act_layer, get_norm_layer, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
 from timm_ait.layers.cross_attention import CrossAttention
-from timm_ait.weights import check_weights
 
-from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT, build_vit, check_at_least, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['Perceiver']
 
@@ -40,7 +39,7 @@ class CrossAttentionBlock(nn.Module):
     def __init__(
             self,
             dim: int,
-            num_heads: int = 1,
+            num_heads: int,
             mlp_ratio: float = 1.,
             proj_drop: float = 0.,
             attn_drop: float = 0.,
@@ -50,17 +49,7 @@ class CrossAttentionBlock(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        """
-        Args:
-            dim: Width E of latents and tokens.
-            num_heads: Number of heads.
-            mlp_ratio: Hidden width of the dense block, in units of `dim`.
-            proj_drop: Dropout rate after the attention's output projection and in the dense block.
-            attn_drop: Dropout rate of the attention weights.
-            drop_path: Stochastic depth rate.
-            act_layer: Activation of the dense block.
-            norm_layer: Normalization layer.
-        """
+        """As timm's `Block`, of latents and tokens of the same width."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
@@ -112,10 +101,7 @@ class Perceiver(QuestionViT):
     ) -> None:
         """
         Args:
-            img_size: Input image size.
-            patch_size: Patch size.
-            in_chans: Number of image input channels.
-            num_classes: Number of classes for the classification head; 0 for none.
+            img_size, patch_size, in_chans, num_classes: As `VisionTransformer`.
             global_pool: Pooling of the latents, 'avg' (the paper's), 'avgmax', 'max', or '' for none.
             embed_dim: Width E of latents and tokens.
             depth: Number of self-attention blocks of the latent transformer, which follows each cross-attention.
@@ -126,37 +112,28 @@ class Perceiver(QuestionViT):
             num_iterations: Number of iterations, of a cross-attention and a latent transformer each.
             share_weights: Weights that the iterations share: 'after_first' is the paper's, all except for the first
                 cross-attention; 'all' or 'none'.
-            proj_drop_rate: Dropout rate after the attentions' output projections and in the dense blocks.
-            attn_drop_rate: Attention dropout rate.
+            proj_drop_rate, attn_drop_rate, norm_layer, act_layer: As `VisionTransformer`.
             drop_path_rate: Stochastic depth rate, the same in all blocks, since a shared block has no depth.
-            norm_layer: Normalization layer.
-            act_layer: Activation of the dense blocks, GELU by default.
             **kwargs: As `QuestionViT`, except for what its blocks do not have.
 
         Raises:
             ValueError: An argument is out of its range, or one of other blocks.
         """
-        for name, value in dict(depth=depth, num_latents=num_latents, num_iterations=num_iterations).items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}.')
+        check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
         if share_weights not in ('none', 'after_first', 'all'):
             raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
         self._check_global_pool(global_pool)
         kwargs = refuse_arguments(
+            (),
             kwargs,
-            ('qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'init_values', 'class_token',
-             'no_embed_class', 'reg_tokens', 'final_norm', 'fc_norm', 'weight_init', 'fix_init', 'block_fn',
-             'mlp_layer', 'attn_layer'),
             'tokens are the patches and the question, and the blocks are those of the paper',
+            qkv_bias=True, qk_norm=False, scale_attn_norm=False, scale_mlp_norm=False, proj_bias=True, init_values=None,
+            class_token=False, no_embed_class=True, reg_tokens=0, final_norm=False, fc_norm=False, weight_init='',
+            fix_init=False, block_fn=None, mlp_layer=None, attn_layer=None,
         )
         dd = {'device': device, 'dtype': dtype}
         super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            num_classes,
-            global_pool,
-            embed_dim,
+            img_size, patch_size, in_chans, num_classes, global_pool, embed_dim,
             depth=0,  # the blocks are below
             class_token=False,
             no_embed_class=True,
@@ -205,7 +182,7 @@ class Perceiver(QuestionViT):
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Patterns that group the parameters by depth, shared ones by their first use."""
         return dict(
-            stem=r'^latents|cls_token|pos_embed|patch_embed|norm_pre|question_embed',
+            stem=super().group_matcher(coarse)['stem'] + '|latents',
             blocks=[(r'^cross_attns\.(\d+)', None), (r'^latent_transformers\.(\d+)\.(\d+)', None)],
         )
 
@@ -257,14 +234,7 @@ class Perceiver(QuestionViT):
                 taken.append(latents)
         return latents, taken
 
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            *,
-            output_fmt: str = 'NLC',
-            **kwargs,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+    def forward_intermediates(self, x: torch.Tensor, indices=None, *, output_fmt: str = 'NLC', **kwargs) -> Any:
         """As `QuestionViT`, with the latents after each iteration, which are no grids: `output_fmt` is 'NLC'."""
         assert output_fmt == 'NLC', 'Output format must be NLC: latents are not on a grid.'
         return super().forward_intermediates(x, indices, output_fmt=output_fmt, **kwargs)
@@ -297,8 +267,7 @@ def _create_perceiver(variant: str, pretrained: bool = False, **kwargs) -> Perce
         raise RuntimeError(
             'features_only is not implemented for Perceiver models, whose features are latents and not grids: use '
             'forward_intermediates.')
-    return build_model_with_cfg(
-        Perceiver, variant, pretrained, pretrained_filter_fn=check_weights(checkpoint_filter_fn), **kwargs)
+    return build_vit(Perceiver, checkpoint_filter_fn, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -16,19 +16,18 @@ blocks; base 90.6M as AiT-Base's, but 8 blocks 1024 wide instead of 12 blocks 76
 blocks, and norms after the residual sums are hard to train in a deeper stack.
 """
 from functools import partial
-from typing import Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Dict, Optional, Type
 
 import torch
 import torch.nn as nn
 
-from timm.layers import DropPath, LayerNorm, LayerType, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import DropPath, LayerNorm, LayerType
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from timm_ait.layers.cross_attention import CrossAttention
-from timm_ait.weights import check_weights
 
-from ._question import QuestionViT, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT, build_vit, check_at_least, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['SetTransformer']
 
@@ -54,17 +53,9 @@ class MultiheadAttentionBlock(nn.Module):
             norm_layer: Type[nn.Module] = LayerNorm,
             device=None,
             dtype=None,
+            **unused,
     ) -> None:
-        """
-        Args:
-            dim: Width d.
-            num_heads: Number of heads.
-            proj_drop: Dropout rate after the attention's output projection and in the rFF.
-            attn_drop: Dropout rate of the attention weights.
-            drop_path: Stochastic depth rate.
-            act_layer: Activation of the rFF.
-            norm_layer: Normalization layer.
-        """
+        """As timm's `Block`; what else its ViT hands to blocks is unused, and `SetTransformer` lets nobody set it."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.attn = CrossAttention(
@@ -86,39 +77,13 @@ class MultiheadAttentionBlock(nn.Module):
 class InducedSetAttentionBlock(nn.Module):
     """ISAB_m(X) = MAB(X, H) with H = MAB(I, X), I the m inducing points; equations 9 and 10."""
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            num_inducing: int,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            act_layer: Type[nn.Module] = nn.ReLU,
-            norm_layer: Type[nn.Module] = LayerNorm,
-            device=None,
-            dtype=None,
-            **unused,
-    ) -> None:
-        """
-        Args:
-            dim: Width d.
-            num_heads: Number of heads.
-            num_inducing: Number of inducing points m.
-            proj_drop: As `MultiheadAttentionBlock`, like the following.
-            attn_drop: Dropout rate of the attention weights.
-            drop_path: Stochastic depth rate.
-            act_layer: Activation of the rFF.
-            norm_layer: Normalization layer.
-            **unused: What else timm's ViT hands to its blocks; `SetTransformer` refuses to have it set.
-        """
+    def __init__(self, dim: int, num_inducing: int, device=None, dtype=None, **kwargs) -> None:
+        """Width d = dim and m = num_inducing points; the others as `MultiheadAttentionBlock`."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        mab = partial(
-            MultiheadAttentionBlock, dim, num_heads, proj_drop, attn_drop, drop_path, act_layer, norm_layer, **dd)
         self.inducing_points = nn.Parameter(torch.empty(num_inducing, dim, **dd))
-        self.induce = mab()
-        self.attend = mab()
+        self.induce = MultiheadAttentionBlock(dim, **kwargs, **dd)
+        self.attend = MultiheadAttentionBlock(dim, **kwargs, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,7 +107,6 @@ class PoolingByMultiheadAttention(nn.Module):
     def __init__(
             self,
             dim: int,
-            num_heads: int,
             num_seeds: int = 1,
             proj_drop: float = 0.,
             act_layer: Type[nn.Module] = nn.ReLU,
@@ -150,18 +114,10 @@ class PoolingByMultiheadAttention(nn.Module):
             dtype=None,
             **kwargs,
     ) -> None:
-        """
-        Args:
-            dim: Width d.
-            num_heads: Number of heads.
-            num_seeds: Number of seeds k.
-            proj_drop: Dropout rate after the attention's output projection and in the rFF.
-            act_layer: Activation of the rFF.
-            **kwargs: As `MultiheadAttentionBlock`.
-        """
+        """Width d = dim and k = num_seeds; the others as `MultiheadAttentionBlock`."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        mab = partial(MultiheadAttentionBlock, dim, num_heads, proj_drop=proj_drop, act_layer=act_layer, **kwargs, **dd)
+        mab = partial(MultiheadAttentionBlock, dim, proj_drop=proj_drop, act_layer=act_layer, **kwargs, **dd)
         self.seeds = nn.Parameter(torch.empty(num_seeds, dim, **dd))
         self.rff = RowwiseFeedForward(dim, act_layer, drop=proj_drop, **dd)
         self.mab = mab()
@@ -188,93 +144,46 @@ class SetTransformer(QuestionViT):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 32,
-            patch_size: Union[int, Tuple[int, int]] = 4,
-            in_chans: int = 3,
-            num_classes: int = 10,
-            global_pool: str = 'map',
-            embed_dim: int = 768,
-            depth: int = 2,
-            num_heads: int = 12,
-            *,
+            *args,
             num_inducing: int = 32,
             num_seeds: int = 1,
-            class_token: bool = False,
-            no_embed_class: bool = True,
-            norm_layer: Optional[LayerType] = None,
             act_layer: Optional[LayerType] = None,
             **kwargs,
     ) -> None:
         """
         Args:
-            img_size: Input image size.
-            patch_size: Patch size.
-            in_chans: Number of image input channels.
-            num_classes: Number of classes for the classification head; 0 for none.
-            global_pool: 'map' pools by multihead attention (PMA), the paper's decoder; the others are those of timm's
-                ViT, where 'token' is the question's.
-            embed_dim: Width d.
-            depth: Number of induced set attention blocks.
-            num_heads: Number of attention heads.
+            *args: As `QuestionViT`. As `global_pool`, 'map' pools by multihead attention (PMA), the paper's decoder;
+                the others are those of timm's ViT, where 'token' is the question's.
             num_inducing: Number of inducing points m of each block.
             num_seeds: Number of seeds k of the pooling by attention.
-            class_token: As `VisionTransformer`.
-            no_embed_class: As `VisionTransformer`.
-            norm_layer: Normalization layer.
             act_layer: Activation of the rFFs, ReLU by default.
             **kwargs: As `QuestionViT`, except for what its blocks do not have.
 
         Raises:
             ValueError: An argument is out of its range, or one of other blocks.
         """
-        for name, value in dict(depth=depth, num_inducing=num_inducing, num_seeds=num_seeds).items():
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}.')
         kwargs = refuse_arguments(
+            args,
             kwargs,
-            ('mlp_ratio', 'qkv_bias', 'qk_norm', 'scale_attn_norm', 'scale_mlp_norm', 'proj_bias', 'init_values',
-             'final_norm', 'fc_norm', 'weight_init', 'fix_init', 'block_fn', 'mlp_layer', 'attn_layer'),
             'the blocks are induced set attention blocks, with the norms, layers and initialisation of their paper',
+            mlp_ratio=None, qkv_bias=False, qk_norm=False, scale_attn_norm=False, scale_mlp_norm=False, proj_bias=False,
+            init_values=None, final_norm=False, fc_norm=False, weight_init='', fix_init=False, block_fn=None,
+            mlp_layer=None, attn_layer=None,
         )
-        act_layer = act_layer or nn.ReLU
+        check_at_least(1, depth=kwargs.get('depth', 12), num_inducing=num_inducing, num_seeds=num_seeds)
+        mab_args: Dict[str, Any] = {}
+
+        def block_fn(**block_args) -> nn.Module:
+            mab_args.update(block_args)
+            return InducedSetAttentionBlock(num_inducing=num_inducing, **block_args)
+
         super().__init__(
-            img_size,
-            patch_size,
-            in_chans,
-            num_classes,
-            global_pool,
-            embed_dim,
-            depth,
-            num_heads,
-            class_token=class_token,
-            no_embed_class=no_embed_class,
-            final_norm=False,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
-            block_fn=partial(InducedSetAttentionBlock, num_inducing=num_inducing),
-            weight_init='skip',
-            **kwargs,
-        )
-        if global_pool == 'map':
-            self.attn_pool = PoolingByMultiheadAttention(
-                embed_dim,
-                num_heads,
-                num_seeds=num_seeds,
-                proj_drop=kwargs.get('proj_drop_rate', 0.),
-                attn_drop=kwargs.get('attn_drop_rate', 0.),
-                act_layer=get_act_layer(act_layer),
-                norm_layer=get_norm_layer(norm_layer) or LayerNorm,
-                device=kwargs.get('device'),
-                dtype=kwargs.get('dtype'),
-            )
+            act_layer=act_layer or nn.ReLU, block_fn=block_fn, final_norm=False, weight_init='skip', **kwargs)
+        if self.global_pool == 'map':
+            self.attn_pool = PoolingByMultiheadAttention(num_seeds=num_seeds, **dict(mab_args, drop_path=0.))
             self.pool_include_prefix = True
         # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
         self.init_weights(needs_reset=False)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
-        """Create regex patterns for parameter grouping."""
-        return {**super().group_matcher(coarse), 'blocks': r'^blocks\.(\d+)'}
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """As `VisionTransformer`; other poolings than the one by attention leave out the question."""
@@ -291,34 +200,28 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_set_transformer(variant: str, pretrained: bool = False, **kwargs) -> SetTransformer:
-    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
-    return build_model_with_cfg(
-        SetTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+_create_set_transformer = partial(build_vit, SetTransformer, checkpoint_filter_fn)
+
+# 32 px images in 64 patches, of which a question, but no class token, has no position
+_CIFAR = dict(img_size=32, patch_size=4, class_token=False, no_embed_class=True, global_pool='map')
 
 
 @register_model
 def set_transformer_small(pretrained: bool = False, **kwargs) -> SetTransformer:
     """ Set Transformer of AiT-Small's width and depth, 32 px, patch 4. """
-    model_args = dict(embed_dim=768, depth=2, num_heads=12)
+    model_args = dict(_CIFAR, embed_dim=768, depth=2, num_heads=12)
     return _create_set_transformer('set_transformer_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def set_transformer_base(pretrained: bool = False, **kwargs) -> SetTransformer:
     """ Set Transformer of AiT-Base's size, 32 px, patch 4. """
-    model_args = dict(embed_dim=1024, depth=8, num_heads=16)
+    model_args = dict(_CIFAR, embed_dim=1024, depth=8, num_heads=16)
     return _create_set_transformer('set_transformer_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_set_transformer(pretrained: bool = False, **kwargs) -> SetTransformer:
     """ Set Transformer for unit tests. """
-    model_args = dict(embed_dim=64, depth=3, num_heads=2, num_inducing=8)
+    model_args = dict(_CIFAR, embed_dim=64, depth=3, num_heads=2, num_inducing=8)
     return _create_set_transformer('test_set_transformer', pretrained=pretrained, **dict(model_args, **kwargs))
