@@ -55,15 +55,7 @@ class CrossAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """Attend from x to the context.
-
-        Args:
-            x: Tokens (B, M, C) that ask.
-            context: Tokens (B, N, C) that are read.
-
-        Returns:
-            (B, M, C).
-        """
+        """What the tokens x (B, M, C) read from those of the context (B, N, C), of the shape of x."""
         B, M, C = x.shape
         N = context.shape[1]
         q = self.q(x).reshape(B, M, self.num_heads, self.head_dim).transpose(1, 2)

@@ -28,25 +28,10 @@ class PublishedWorkspace(GlobalWorkspace):
         self.memory.copy_(torch.where(written.isfinite().all(), written.to(self.memory.dtype), self.memory))
 
 
-def published_workspace_mlp(
-        in_features: int,
-        hidden_features: Optional[int] = None,
-        num_slots: int = 32,
-        slot_dim: int = 32,
-        workspace_heads: int = 8,
-        bottleneck: int = 512,
-        beta: float = 1.,
-) -> WorkspaceMlp:
-    """The MLP and workspace of the published implementation, see `PublishedWorkspace`."""
+def published_workspace_mlp(in_features: int, hidden_features: Optional[int] = None, **kwargs) -> WorkspaceMlp:
+    """The MLP and workspace of the published implementation; **kwargs as `PublishedWorkspace`."""
     mlp = WorkspaceMlp(in_features, hidden_features)
-    mlp.workspace = PublishedWorkspace(
-        in_features,
-        num_slots=num_slots,
-        slot_dim=slot_dim,
-        workspace_heads=workspace_heads,
-        bottleneck=bottleneck,
-        beta=beta,
-    )
+    mlp.workspace = PublishedWorkspace(in_features, **kwargs)
     return mlp
 
 

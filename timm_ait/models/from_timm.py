@@ -14,15 +14,8 @@ import torch.nn as nn
 
 from timm.layers import Mlp
 from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    create_model,
-    generate_default_cfgs,
-    get_model_input_config,
-    get_pretrained_cfg,
-    is_model,
-    register_model,
-)
+    PretrainedCfg, build_model_with_cfg, create_model, generate_default_cfgs, get_model_input_config,
+    get_pretrained_cfg, is_model, register_model)
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 
@@ -79,9 +72,8 @@ _UNMASKED = {cls.__bases__[1]: cls for cls in _Unmasked.__subclasses__()}
 
 def _select_blocks(mlps: List[Tuple[str, nn.Module]], blocks: Sequence[int]) -> List[Tuple[str, nn.Module]]:
     num_blocks = len(mlps)
-    valid = isinstance(blocks, Sequence) and not isinstance(blocks, str) and len(blocks) > 0 and all(
-        isinstance(i, int) and not isinstance(i, bool) and -num_blocks <= i < num_blocks for i in blocks)
-    if not valid or len({i % num_blocks for i in blocks}) < len(blocks):
+    valid = isinstance(blocks, Sequence) and all(type(i) is int and -num_blocks <= i < num_blocks for i in blocks)
+    if not valid or not blocks or len({i % num_blocks for i in blocks}) < len(blocks):
         raise ValueError(
             f'blocks must be a sequence of different block numbers from {-num_blocks} to {num_blocks - 1}, '
             f'got {blocks!r}.')
