@@ -3,7 +3,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, reset_sessions
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +18,15 @@ def hub(monkeypatch, tmp_path):
     with HubServer() as server:
         for key, value in {
             'ENDPOINT': server.endpoint,
-            'HUGGINGFACE_CO_URL_TEMPLATE': server.endpoint + '/{repo_id}/resolve/{revision}/{filename}',
             'HF_HUB_CACHE': str(tmp_path / 'hub_cache'),
-            'HF_HUB_DISABLE_XET': True,
             'HF_HUB_OFFLINE': False,
             'HF_TOKEN_PATH': str(tmp_path / 'no_token'),
         }.items():
             monkeypatch.setattr(huggingface_hub.constants, key, value)
+        template = server.endpoint + '/{repo_id}/resolve/{revision}/{filename}'
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):  # before 1.0 the latter has a copy
+            monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
+        reset_sessions()
         monkeypatch.delenv('HF_TOKEN', raising=False)
         monkeypatch.delenv('HUGGING_FACE_HUB_TOKEN', raising=False)
         yield server

@@ -13,7 +13,7 @@ from timm.models import save_for_hf
 
 import timm_ait  # registers the models
 
-from .hub_server import TOKEN
+from .hub_server import TOKEN, reset_sessions
 
 REPO = 'someone/test_ait.mine'
 
@@ -51,6 +51,7 @@ def same(a, b):
 
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    reset_sessions()
 
 
 class TestLoading:
@@ -105,7 +106,7 @@ class TestLoading:
 
     def test_in_another_process_with_the_hub_named_by_the_environment(self, hub, stored, tmp_path):
         code = f'import timm, timm_ait; print(timm.create_model("hf-hub:{REPO}", pretrained=True).num_classes)'
-        environment = {**os.environ, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path), 'HF_HUB_DISABLE_XET': '1'}
+        environment = {**os.environ, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path)}
         result = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
         assert result.stdout == '3\n', result.stderr
 
