@@ -597,8 +597,8 @@ drawn at random: `timm.models.load_checkpoint` into a model that is there, `crea
 bit for bit. *error after a warning*: of torch, or a line of timm's log. *as it was*, *other values*, *not finite*: it
 loads, and every tensor is what an independent reading of the file gives. *adapted*: so it is but for the position
 embedding, the patch embedding and the classifier, which timm fits to another image size, channels or classes. Any other
-column is a fault: *no message* is timm's, whose error is empty where a name is not that of a regular file; *half
-loaded* is PyTorch's, which raises after it has loaded what fits.""",
+column is a fault: *no message* is of timm and torch, whose errors are empty where a name is not that of a regular file
+and where a pickle is; *half loaded* is PyTorch's, which raises after it has loaded what fits.""",
     'images': """## {number:,} damaged images
 
 JPEG, PNG, GIF, BMP, TIFF and WebP, with EXIF data, palettes, transparency, 1, 8 and 16 bits, CMYK and animations, read
