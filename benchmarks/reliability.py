@@ -45,7 +45,7 @@ from timm_ait.ops.memory import project_memory
 MODELS = {'AiT': 'test_ait', 'ViT': 'test_vit'}
 ARGUMENTS = dict(num_classes=3, img_size=32, patch_size=4, depth=2, embed_dim=64)
 MEMORY_LIMIT = 2 ** 30  # bytes of address space beyond what the worker has
-TIMEOUT = 60.  # seconds a file
+TIMEOUT = 300.  # seconds a file, of a machine that others use too
 # any other outcome is a fault
 FINE = ('error', 'error after a warning', 'as it was', 'other values', 'not finite', 'adapted', 'picture', 'named')
 Damage = Callable[[random.Random, bytes], bytes]
@@ -520,12 +520,12 @@ class Training:
         return [file.name for file in place.glob('*.pth.tar')]
 
 
-def _differences(a: Any, b: Any, name: str) -> List[str]:
+def differences(a: Any, b: Any, name: str) -> List[str]:
     """Names of what is not the same, bit for bit, in two checkpoints."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [item for key in a for item in _differences(a[key], b[key], f'{name}.{key}')]
+        return [item for key in a for item in differences(a[key], b[key], f'{name}.{key}')]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [item for i, pair in enumerate(zip(a, b)) for item in _differences(*pair, f'{name}.{i}')]
+        return [item for i, pair in enumerate(zip(a, b)) for item in differences(*pair, f'{name}.{i}')]
     return [] if (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b) else [name]
 
 
@@ -544,7 +544,7 @@ def run_kills(model: str, modules: Sequence[str], number: int, seed: int) -> Lis
             left = training.kill(str(i), rng, 0.9 * (ended - started), i % 2 == 1)
             resumed = training.finish(str(i))
             keys = ('state_dict', 'state_dict_ema', 'optimizer', 'epoch')
-            results.append((left, [name for key in keys for name in _differences(whole[key], resumed[key], key)]))
+            results.append((left, [name for key in keys for name in differences(whole[key], resumed[key], key)]))
     return results
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import reliability
-from benchmarks.reliability import Checkpoints, Images, main, write_section
+from benchmarks.reliability import Checkpoints, Images, differences, main, report_kills, write_section
 
 
 class Faults:
@@ -73,6 +73,18 @@ def test_every_kind_of_damaged_image_is_made_and_read(images, kind, monkeypatch)
     drawn, read = images.prepare(random.Random(1), 'predict')
     outcome, detail = read()
     assert drawn == kind and outcome in ('picture', 'named'), detail
+
+
+def test_what_a_resumed_run_has_of_its_own_is_named():
+    kept = {'a': torch.zeros(2), 'b': [torch.ones(1), 3], 'c': {'d': 1}}
+    assert differences(kept, {**kept, 'a': torch.zeros(2)}, 'x') == []
+    changed = {'a': torch.tensor([0., 1e-9]), 'b': [torch.ones(1), 4], 'c': {}}
+    assert differences(kept, changed, 'x') == ['x.a', 'x.b.1', 'x.c']
+
+
+def test_a_memory_that_differs_is_counted():
+    runs = [(['tmp.pth.tar'], ['state_dict.blocks.0.mlp.workspace.memory']), (['last.pth.tar'], [])]
+    assert report_kills({'AiT': runs}).endswith('| AiT | 2 | 1 | 1 | 1 | 1 | 2 | 2 | 1 |')
 
 
 def test_without_timms_scripts_the_kills_say_so(monkeypatch, capsys):
