@@ -28,13 +28,8 @@ class QuestionEmbed(nn.Module):
         Args:
             question_dim: Width Q of the question vector, 0 for a model without questions.
             embed_dim: Token width E.
-
-        Raises:
-            ValueError: `question_dim` is negative or not an integer.
         """
         super().__init__()
-        if not isinstance(question_dim, int) or isinstance(question_dim, bool) or question_dim < 0:
-            raise ValueError(f'question_dim must be an integer of at least 0, got {question_dim!r}.')
         self.question_dim = question_dim
         self.proj = nn.Linear(question_dim, embed_dim, device=device, dtype=dtype) if question_dim else None
 

@@ -101,6 +101,7 @@ class QuestionViT(VisionTransformer):
         Raises:
             ValueError: `question_dim` is out of its range.
         """
+        check_at_least(0, question_dim=question_dim)
         if question_dim:
             kwargs['class_token'] = True
         super().__init__(*args, **kwargs)
