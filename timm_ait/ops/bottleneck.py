@@ -91,9 +91,11 @@ def _pool_backward_(
         grad_tokens += normalize_backward(grad_normed, tokens, norm_weight, norm_bias, statistics, grad_norm)
         return grad_queries, grad_norm
     grad_queries = torch.zeros_like(grad_pooled)
+    # a token's gradient sums weight * grad_pooled + grad_score * query over the queries that selected it
     table = torch.cat([grad_pooled.to(queries.dtype), queries])
     flat_weights, flat_grad_weights = weights.view(-1), grad_weights.view(-1)
     grad_scores = torch.empty_like(flat_weights)
+    # the selections in the order of their tokens, and where those of each token begin
     sorted_tokens, by_token = indices.flatten().int().sort(stable=True)
     token_offsets = positions(sorted_tokens, len(tokens))
     end = 0
