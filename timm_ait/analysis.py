@@ -56,8 +56,8 @@ def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
 @contextlib.contextmanager
 def _observed(
         model: nn.Module,
-        modules: Dict[str, nn.Module] = {},
-        hook: Optional[Callable] = None,
+        modules: Dict[str, nn.Module],
+        hook: Optional[Callable],
         before: bool = False,
 ) -> Iterator[None]:
     """A model in evaluation without gradients, with a hook(name, module, inputs, output) after modules, or before them
@@ -81,14 +81,15 @@ def _observed(
 def _forward(
         model: nn.Module,
         images: torch.Tensor,
+        visit: Callable[[str, torch.Tensor], Any],
         **kwargs,
-) -> Tuple[Dict[str, torch.Tensor], Dict[str, Dict[str, float]]]:
-    """One pass: what `collect_tokens` and `read_shares` return."""
-    tokens, shares, reads = {}, {}, {}
+) -> Dict[str, Dict[str, float]]:
+    """What `read_shares` returns, in one pass that visits the tokens (B, N, E) of each layer, by name, as they come."""
+    shares, reads = {}, {}
 
     def after_workspace(name: str, workspace: GlobalWorkspace, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor):
         x = inputs[0]
-        tokens[name] = workspace.norm(x).float().reshape(x.shape[0], -1, x.shape[-1])
+        visit(name, workspace.norm(x).float().reshape(x.shape[0], -1, x.shape[-1]))
         if workspace.retrieves:
             read = reads[name] = (output - _base(workspace, x)).float()
             energy = read.flatten(0, -2).square().sum(dim=-1).mean().clamp_min(1e-20)
@@ -108,7 +109,7 @@ def _forward(
         for name, workspace in found.items() if name.endswith(suffix) and workspace.retrieves}
     with _observed(model, found, after_workspace), _observed(model, blocks, after_block):
         model(images, **kwargs)
-    return tokens, shares
+    return shares
 
 
 def _base(workspace: GlobalWorkspace, x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +134,9 @@ def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str
     Raises:
         ValueError: The model has no workspaces, or asks for a question.
     """
-    return _forward(model, images, **kwargs)[0]
+    tokens = {}
+    _forward(model, images, tokens.__setitem__, **kwargs)
+    return tokens
 
 
 # competition
@@ -507,7 +510,7 @@ def read_shares(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, D
             behind the block, mean over tokens; nan where the layer is not at the end of a block's MLP.
         'constant_share': Share of the readings' energy in their mean over all tokens: 1 if all tokens read the same.
     """
-    return _forward(model, images, **kwargs)[1]
+    return _forward(model, images, lambda name, tokens: None, **kwargs)
 
 
 @contextlib.contextmanager
@@ -565,7 +568,7 @@ def replaced_memory(
 def accuracy(model: nn.Module, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Top-1 accuracy in evaluation, 0 to 1, over batches of images (B, C, H, W) and labels (B,)."""
     right = total = 0
-    with _observed(model):
+    with _observed(model, {}, hook=None):
         for images, labels in batches:
             right += int((model(images).argmax(dim=-1) == labels).sum())
             total += len(labels)
@@ -622,14 +625,17 @@ def analyse(
     """
     found = workspaces(model)
     figures: Dict[str, List[Dict[str, float]]] = {name: [] for name in found}
+
+    def visit(name: str, tokens: torch.Tensor) -> None:
+        workspace = found[name]
+        figures[name].append({
+            **(competition(write_attention(workspace, tokens, bottleneck)) if workspace.writes else {}),
+            **(retrieval(workspace, tokens) if workspace.retrieves else {}),
+        })
+
     for images in batches:
-        tokens, shares = _forward(model, images)
-        for name, workspace in found.items():
-            figures[name].append({
-                **(competition(write_attention(workspace, tokens[name], bottleneck)) if workspace.writes else {}),
-                **(retrieval(workspace, tokens[name]) if workspace.retrieves else {}),
-                **shares.get(name, {}),
-            })
+        for name, shares in _forward(model, images, visit).items():
+            figures[name][-1].update(shares)
     result = {}
     for name, workspace in found.items():
         if not figures[name]:
