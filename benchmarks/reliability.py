@@ -307,8 +307,9 @@ def _declare(rng: random.Random, data: bytes) -> bytes:
 
 
 def _spoil_exif(rng: random.Random, data: bytes) -> bytes:
-    start = 6 + max(data.find(mark) for mark in (b'Exif', b'II*', b'MM\0*'))
-    noise = rng.randbytes(rng.randrange(1, 60))
+    """Noise in the EXIF data, or in a TIFF's own tags."""
+    start = max(data.find(mark) for mark in (b'II*', b'MM\0*'))
+    start, noise = start + rng.randrange(4, 30), rng.randbytes(rng.randrange(1, 30) if start >= 0 else 0)
     return data[:start] + noise + data[start + len(noise):]
 
 
@@ -505,19 +506,22 @@ class Training:
         return torch.load(self.folder / experiment / 'last.pth.tar', weights_only=False)
 
     def kill(self, experiment: str, rng: random.Random, seconds: float, while_saving: bool) -> List[str]:
-        """Kill a run at a random time, or while it saves a random epoch; returns the names of the files it left."""
-        place, run = self.folder / experiment, self.start(experiment)
-        epoch = rng.randrange(EPOCHS - 1)
-        before = place / (f'checkpoint-{epoch - 1}.pth.tar' if epoch and while_saving else 'args.yaml')
-        while run.poll() is None and not before.exists():
-            time.sleep(1e-3)
-        while while_saving and run.poll() is None and not (place / 'tmp.pth.tar').exists():
-            pass
-        time.sleep(rng.uniform(0, 5e-3 if while_saving else seconds))
-        run.send_signal(signal.SIGKILL)
-        if run.wait() != -signal.SIGKILL:
-            raise RuntimeError((self.folder / 'log').read_text())
-        return [file.name for file in place.glob('*.pth.tar')]
+        """Kill a run in a random epoch, within some seconds or while it saves; returns the names of what it left."""
+        place = self.folder / experiment
+        while True:
+            run, epoch = self.start(experiment), rng.randrange(EPOCHS - 1)
+            before = place / (f'checkpoint-{epoch - 1}.pth.tar' if epoch else 'args.yaml')
+            while run.poll() is None and not before.exists():
+                time.sleep(1e-3)
+            while while_saving and run.poll() is None and not (place / 'tmp.pth.tar').exists():
+                pass
+            time.sleep(rng.uniform(0, 5e-3 if while_saving else seconds))
+            run.send_signal(signal.SIGKILL)
+            if run.wait() == -signal.SIGKILL:
+                return [file.name for file in place.glob('*.pth.tar')]
+            if run.returncode:
+                raise RuntimeError((self.folder / 'log').read_text())
+            shutil.rmtree(place)  # it was at its end before
 
 
 def differences(a: Any, b: Any, name: str) -> List[str]:
@@ -541,7 +545,7 @@ def run_kills(model: str, modules: Sequence[str], number: int, seed: int) -> Lis
         whole = training.finish('whole')
         started, ended = (Path(folder, 'whole', name).stat().st_mtime for name in ('args.yaml', 'last.pth.tar'))
         for i in range(number):
-            left = training.kill(str(i), rng, 0.9 * (ended - started), i % 2 == 1)
+            left = training.kill(str(i), rng, (ended - started) / EPOCHS, i % 2 == 1)
             resumed = training.finish(str(i))
             keys = ('state_dict', 'state_dict_ema', 'optimizer', 'epoch')
             results.append((left, [name for key in keys for name in differences(whole[key], resumed[key], key)]))

@@ -170,8 +170,13 @@ class TestLoadImage:
         assert image.size == (32, 16)
         assert image.getpixel((4, 8)) > 250 and image.getpixel((28, 8)) < 5
 
-    def test_damaged_exif_data_do_not_matter(self, tmp_path):
-        Image.new('RGB', (5, 4)).save(tmp_path / 'image.jpg', exif=b'Exif\0\0not a header')
+    @pytest.mark.parametrize('exif', [
+        b'not a header',
+        # orientation 3, and a tag of numbers that is a text
+        b'MM\0*\0\0\0\x08\0\x02\x01-\0\x02\0\0\0\x02a\0\0\0\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0',
+    ])
+    def test_damaged_exif_data_do_not_matter(self, tmp_path, exif):
+        Image.new('RGB', (5, 4)).save(tmp_path / 'image.jpg', exif=b'Exif\0\0' + exif)
         assert load_image(tmp_path / 'image.jpg').size == (5, 4)
 
     @pytest.mark.parametrize('width, height', [

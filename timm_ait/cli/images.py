@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import os
+import struct
 import warnings
 from pathlib import Path
 from typing import Callable, Iterator, List, Optional, Sequence, Tuple
@@ -131,7 +132,8 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
         image.load()
-        with contextlib.suppress(SyntaxError):  # damaged EXIF data, which says nothing about the orientation
+        # damaged EXIF data: they say nothing about the orientation, or cannot be kept without it
+        with contextlib.suppress(SyntaxError, TypeError, ValueError, LookupError, OverflowError, struct.error):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
             # Pillow's own conversion clips at 255, which leaves a white image
