@@ -602,13 +602,19 @@ bit for bit. *error after a warning*: of torch, or a line of timm's log. *as it 
 loads, and every tensor is what an independent reading of the file gives. *adapted*: so it is but for the position
 embedding, the patch embedding and the classifier, which timm fits to another image size, channels or classes. Any other
 column is a fault: *no message* is of timm and torch, whose errors are empty where a name is not that of a regular file
-and where a pickle is; *half loaded* is PyTorch's, which raises after it has loaded what fits.""",
+and where a pickle is; *half loaded* is PyTorch's, which raises after it has loaded what fits.
+
+Each is read in a process with {limit} MiB of address space beyond what it has, within {timeout} s; with `--case NUMBER`
+after the command below one is read again.""",
     'images': """## {number:,} damaged images
 
 JPEG, PNG, GIF, BMP, TIFF and WebP, with EXIF data, palettes, transparency, 1, 8 and 16 bits, CMYK and animations, read
 by the function that `python -m timm_ait predict` classifies files with. *picture*: it was classified. *named*: the file
 is named with its error in one line. In neither case is anything else written, by Pillow's C libraries either. Any other
-column is a fault.""",
+column is a fault.
+
+Each is read in a process with {limit} MiB of address space beyond what it has, within {timeout} s; with `--case NUMBER`
+after the command below one is read again.""",
     'kills': """## {number} killed training runs
 
 timm's train.py trains a small model for {epochs} epochs (random crops and flips, drop path, averaged weights, float32,
@@ -638,22 +644,28 @@ def main(argv: Optional[List[str]] = None) -> None:
         return
     if 'kills' in args.part and not Path(os.environ.get('TIMM_SCRIPTS', ''), 'train.py').is_file():
         parser.error("--part kills needs TIMM_SCRIPTS, the folder of timm's train.py; choose other parts without")
+    versions = [f'{name} {importlib.metadata.version(name)}' for name in ('timm', 'torch', 'safetensors', 'pillow')]
+
+    def write(part: str, number: int, result: str) -> None:
+        command = f'python -m benchmarks.reliability --part {part} --{part} {number} --seed {args.seed}'
+        text = TEXTS[part].format(number=number, epochs=EPOCHS, limit=MEMORY_LIMIT >> 20, timeout=int(TIMEOUT))
+        write_section(args.output, part, f'{text}\n\n`{command}`, with {", ".join(versions)}.\n\n{result}')
+
     for part in args.part:
         number = getattr(args, part)
         if part == 'kills':
             modules = ['timm_ait', 'seed_epochs']
-            result = report_kills({
+            write(part, number, report_kills({
                 'AiT': run_kills(MODELS['AiT'], modules, number, args.seed),
                 'ViT': run_kills(MODELS['ViT'], modules, -(-number // 4), args.seed),
-                'ViT, seeded once': run_kills(MODELS['ViT'], modules[:1], 1, args.seed)})
-        else:
-            result = report_cases(run_cases(PARTS[part], range(number), args.seed))
-            result = f'Each is read in a process with {MEMORY_LIMIT >> 20} MiB of address space beyond what it has, ' \
-                f'in {TIMEOUT:.0f} s; `--part {part} --seed {args.seed} --case NUMBER` reads one again.\n\n{result}'
-        versions = [f'{name} {importlib.metadata.version(name)}' for name in ('timm', 'torch', 'safetensors', 'pillow')]
-        command = f'python -m benchmarks.reliability --part {part} --{part} {number} --seed {args.seed}'
-        text = TEXTS[part].format(number=number, epochs=EPOCHS)
-        write_section(args.output, part, f'{text}\n\n`{command}`, with {", ".join(versions)}.\n\n{result}')
+                'ViT, seeded once': run_kills(MODELS['ViT'], modules[:1], 1, args.seed)}))
+            continue
+        results: Dict[str, List[Case]] = {name: [] for name in PARTS[part].names}
+        for start in range(0, number, 1000):  # the page says how far it is
+            stop = min(start + 1000, number)
+            for name, cases in run_cases(PARTS[part], range(start, stop), args.seed).items():
+                results[name] += cases
+            write(part, stop, report_cases(results))
 
 
 def write_section(page: Path, part: str, text: str) -> None:
