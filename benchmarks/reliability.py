@@ -455,6 +455,27 @@ def run_cases(part: Type, numbers: Sequence[int], seed: int) -> Dict[str, List[C
     return results
 
 
+def run_command_line(number: int, seed: int) -> str:
+    """Give damaged images to one run of the command line; what it made of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        images, files = Images(Path(folder)), []
+        export(images.model, Path(folder, 'model'), torch.float32)
+        for i in range(number):
+            images.prepare(random.Random(f'Images {seed} {i}'), 'predict')
+            file = next(Path(folder).glob('image.*'))
+            files.append(str(file.rename(file.with_stem(str(i)))))
+        options = ['--model', f'local-dir:{folder}/model', '--device', 'cpu', '--json']
+        command = [sys.executable, '-m', 'timm_ait', 'predict', *files, *options]
+        run = subprocess.run(command, capture_output=True, text=True)
+    document = json.loads(run.stdout)
+    named, pictures = (sorted(entry['file'] for entry in document[key]) for key in ('errors', 'images'))
+    lines = [line for line in run.stderr.splitlines() if line.strip() and not re.match(r' *\d+%\|', line)]
+    is_fine = sorted(named + pictures) == sorted(files) and sorted(line.split(': ')[0] for line in lines) == named
+    return (
+        f'{number} such files in one `python -m timm_ait predict`: {len(pictures)} pictures, {len(named)} named, exit '
+        f'code {run.returncode}; standard error has {"a line for each of these and no other" if is_fine else lines}.')
+
+
 # train.py seeds once, and no checkpoint holds the state of random numbers: with this an epoch is the same when resumed
 SEED_EPOCHS = """
 import random, numpy, torch
@@ -666,6 +687,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             for name, cases in run_cases(PARTS[part], range(start, stop), args.seed).items():
                 results[name] += cases
             write(part, stop, report_cases(results))
+        if part == 'images':
+            write(part, number, f'{report_cases(results)}\n\n{run_command_line(min(number, 48), args.seed)}')
 
 
 def write_section(page: Path, part: str, text: str) -> None:

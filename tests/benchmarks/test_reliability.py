@@ -27,6 +27,7 @@ def test_faults_are_counted_and_the_worker_replaced(monkeypatch, tmp_path):
     page = tmp_path / 'page.md'
     write_section(page, 'kills', 'stays')
     monkeypatch.setitem(reliability.PARTS, 'images', Faults)
+    monkeypatch.setattr(reliability, 'run_command_line', lambda *_: 'command line')
     main(['--part', 'images', '--images', '5', '--output', str(page)])
     text = page.read_text()
     # of the tracebacks, one is for want of memory
