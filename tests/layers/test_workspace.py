@@ -75,6 +75,13 @@ class TestForward:
         with torch.no_grad():
             assert torch.equal(layer(x), output)
 
+    def test_a_hook_in_evaluation_sees_all_tokens_at_once(self):
+        layer, seen = make_workspace().eval(), []
+        layer.norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+        with torch.no_grad():
+            layer(torch.randn(3, 700, 24))
+        assert seen == [(3, 700, 24)]
+
     @pytest.mark.parametrize('retrieval_steps', [1, 2, 3])
     def test_retrieval_steps(self, retrieval_steps):
         layer = make_workspace(retrieval_steps=retrieval_steps, beta=2.).eval()

@@ -38,6 +38,9 @@ __all__ = [
 MEMORY_INITS = ('normal', 'uniform', 'identity')
 MEMORY_UPDATES = ('orthogonal', 'normalize')
 
+# tokens that are read at once in evaluation: their temporaries stay in cache
+_TOKENS_PER_CHUNK = 512
+
 
 def _check_int(name: str, value: int, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
@@ -56,13 +59,17 @@ def _check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:
         raise ValueError(f'{name} must be one of {choices}, got {value!r}.')
 
 
+def _chunks(tokens: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    return tokens.reshape(-1, tokens.shape[-1]).split(_TOKENS_PER_CHUNK)
+
+
 def _version(tensor: torch.Tensor) -> float:
     """How often a tensor was changed in place; inference tensors do not count it: nan, which equals nothing."""
     return float('nan') if tensor.is_inference() else tensor._version
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is neither of a subclass (a fake one) nor one of torch.func's, which end with their transform."""
+    """Whether a tensor is neither of a subclass (a fake one) nor of torch.func, where it ends with its transform."""
     return type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -299,7 +306,20 @@ class GlobalWorkspace(nn.Module):
         slots = self.slots
         if not torch.jit.is_scripting():
             slots = self._current_slots()
-        return self._retrieve(x, self.norm(x).to(x.dtype), self.attractors(slots).to(x.dtype))
+        attractors = self.attractors(slots).to(x.dtype)
+        if not torch.jit.is_scripting():
+            if x.numel() > self.dim * _TOKENS_PER_CHUNK and self._is_unobserved(x):
+                output = torch.empty_like(x, memory_format=torch.contiguous_format)
+                for chunk, part in zip(_chunks(x), _chunks(output)):
+                    part.copy_(self._retrieve(chunk, self.norm(chunk).to(x.dtype), attractors))
+                return output
+        return self._retrieve(x, self.norm(x).to(x.dtype), attractors)
+
+    def _is_unobserved(self, x: torch.Tensor) -> bool:
+        """Whether nothing records how tokens are read (gradient, trace, hook), on the CPU, where caches count."""
+        return (
+            x.device.type == 'cpu' and _is_plain(x) and not torch.is_grad_enabled() and not torch.jit.is_tracing()
+            and not torch.compiler.is_compiling() and not self.norm._forward_hooks and not self.norm._forward_pre_hooks)
 
     def _retrieve(self, x: torch.Tensor, tokens: torch.Tensor, attractors: torch.Tensor) -> torch.Tensor:
         """Add to x or to the normed tokens, both (..., E), what the latter retrieve from the attractors (M, E)."""
@@ -331,7 +351,7 @@ class GlobalWorkspace(nn.Module):
         elsewhere = {parameter.device for parameter in self.parameters()} - {x.device}
         if elsewhere:  # offloaded, by tools that bring weights back where a module is called
             raise RuntimeError(
-                f'A workspace cannot write with parameters on {", ".join(map(str, elsewhere))} and tokens on {x.device}: '
+                f'A workspace cannot write with parameters on {", ".join(map(str, elsewhere))}, tokens on {x.device}: '
                 'call model.eval(), or train without offloading.')
 
         tokens = x.reshape(-1, self.dim)
