@@ -1,4 +1,5 @@
-""" The wheel by itself, away from the checkout. """
+""" The wheel by itself, away from the checkout, and what it requires. """
+import configparser
 import os
 import subprocess
 import sys
@@ -46,3 +47,13 @@ for name in {names!r}:
     assert model.pretrained_cfg['file'].startswith({str(installed)!r})
 ''')
     assert result.returncode == 0, result.stderr
+
+
+def test_floors_are_the_versions_of_the_constraints():
+    config = configparser.ConfigParser()
+    config.read(ROOT / 'setup.cfg')
+    lines = [config['options']['install_requires'], *config['options.extras_require'].values()]
+    required = {line.replace(' ', '') for text in lines for line in text.splitlines() if line}
+    constraints = (ROOT / 'tests' / 'constraints.txt').read_text(encoding='utf-8')
+    tested = {line.replace('==', '>=') for line in constraints.splitlines() if not line.startswith('#')}
+    assert required == tested
