@@ -43,7 +43,7 @@ from timm_ait.cli.predict import classify
 from timm_ait.ops.memory import project_memory
 
 MODELS = {'AiT': 'test_ait', 'ViT': 'test_vit'}
-ARGUMENTS = dict(num_classes=3, img_size=32, patch_size=4, depth=2, embed_dim=64)
+ARGUMENTS = dict(num_classes=3, img_size=32, patch_size=4, depth=2, embed_dim=64, dynamic_img_size=False)
 MEMORY_LIMIT = 2 ** 30  # bytes of address space beyond what the worker has
 TIMEOUT = 300.  # seconds a file, of a machine that others use too
 # any other outcome is a fault
@@ -622,8 +622,9 @@ drawn at random: `timm.models.load_checkpoint` into a model that is there, `crea
 bit for bit. *error after a warning*: of torch, or a line of timm's log. *as it was*, *other values*, *not finite*: it
 loads, and every tensor is what an independent reading of the file gives. *adapted*: so it is but for the position
 embedding, the patch embedding and the classifier, which timm fits to another image size, channels or classes. Any other
-column is a fault: *no message* is of timm and torch, whose errors are empty where a name is not that of a regular file
-and where a pickle is; *half loaded* is PyTorch's, which raises after it has loaded what fits.
+column is a fault: *no message* is of timm and torch, whose errors are empty where a name is not that of a regular file,
+where a pickle ends at once, and where an input size is not three numbers; *half loaded* is PyTorch's, which raises
+after it has loaded what fits.
 
 Each is read in a process with {limit} MiB of address space beyond what it has, within {timeout} s; with `--case NUMBER`
 after the command below one is read again.""",
