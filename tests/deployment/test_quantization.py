@@ -33,7 +33,7 @@ def dynamic_torchao(model):
 
 def pt2e(model):
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(model, (images(8),)).module(), quantizer)
+    prepared = prepare_pt2e(torch.export.export(model, (images(8),), strict=True).module(), quantizer)
     prepared(images(8))
     return convert_pt2e(prepared)
 
