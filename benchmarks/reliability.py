@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 import zlib
 from collections import Counter, defaultdict
@@ -284,7 +283,7 @@ def _command(*arguments: Any) -> None:
 def _read_tensors(file: Path) -> Dict[str, torch.Tensor]:
     if file.suffix == '.tar':
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, weights_only=True)['state_dict']
+            return torch.load(file, map_location='cpu', weights_only=True)['state_dict']
     data = file.read_bytes()
     start = 8 + struct.unpack('<Q', data[:8])[0]
     dtypes = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'F8_E4M3': 'float8_e4m3fn',
@@ -414,8 +413,8 @@ def _worker(connection, part: Type, seed: int, folder: str) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (_status('VmSize') + MEMORY_LIMIT, resource.RLIM_INFINITY))
             try:
                 outcome, detail = read()
-            except BaseException:
-                outcome, detail = 'traceback', traceback.format_exc()
+            except BaseException as e:
+                outcome, detail = 'traceback', repr(e)
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             if Path('harm').exists():
                 outcome = 'code was run'
