@@ -308,7 +308,7 @@ class GlobalWorkspace(nn.Module):
             slots = self._current_slots()
         attractors = self.attractors(slots).to(x.dtype)
         if not torch.jit.is_scripting():
-            if x.numel() > self.dim * _TOKENS_PER_CHUNK and self._is_unobserved(x):
+            if self._is_unobserved(x) and x.numel() > self.dim * _TOKENS_PER_CHUNK:
                 output = torch.empty_like(x, memory_format=torch.contiguous_format)
                 for chunk, part in zip(_chunks(x), _chunks(output)):
                     part.copy_(self._retrieve(chunk, self.norm(chunk).to(x.dtype), attractors))
@@ -317,9 +317,10 @@ class GlobalWorkspace(nn.Module):
 
     def _is_unobserved(self, x: torch.Tensor) -> bool:
         """Whether nothing records how tokens are read (gradient, trace, hook), on the CPU, where caches count."""
-        return (
-            x.device.type == 'cpu' and _is_plain(x) and not torch.is_grad_enabled() and not torch.jit.is_tracing()
-            and not torch.compiler.is_compiling() and not self.norm._forward_hooks and not self.norm._forward_pre_hooks)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+            return False
+        hooks = self.norm._forward_hooks or self.norm._forward_pre_hooks
+        return x.device.type == 'cpu' and _is_plain(x) and not hooks
 
     def _retrieve(self, x: torch.Tensor, tokens: torch.Tensor, attractors: torch.Tensor) -> torch.Tensor:
         """Add to x or to the normed tokens, both (..., E), what the latter retrieve from the attractors (M, E)."""
