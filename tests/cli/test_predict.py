@@ -180,8 +180,9 @@ class TestSheet:
 
         (tmp_path / 'sheet.png').write_bytes(b'old')
         monkeypatch.setattr(Image.Image, 'save', save)
-        with pytest.raises(OSError, match='disk full'):
+        with pytest.raises(SystemExit, match='2'):
             predict(images, '--model', model, '--sheet', tmp_path / 'sheet.png')
+        assert 'disk full' in capsys.readouterr().err.splitlines()[-1]
         assert (tmp_path / 'sheet.png').read_bytes() == b'old'
         assert {file.name for file in tmp_path.iterdir()} == {'images', 'sheet.png'}
 

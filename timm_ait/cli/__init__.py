@@ -17,7 +17,9 @@ def one_line(error: BaseException) -> str:
 
 
 def quietly(command: Callable[[ArgumentParser, Namespace], int], parser: ArgumentParser, args: Namespace) -> int:
-    """Run a command, which ends without a word when whoever reads its output has seen enough, such as head."""
+    """Run a command, which ends without a word when whoever reads its output has seen enough, such as head, and with a
+    line where a file cannot be written.
+    """
     try:
         code = command(parser, args)
         sys.stdout.flush()
@@ -25,6 +27,8 @@ def quietly(command: Callable[[ArgumentParser, Namespace], int], parser: Argumen
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
         return 1
+    except OSError as e:
+        parser.error(one_line(e))
 
 
 def integer(minimum: int) -> Callable[[str], int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Iterator, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_ait.data import sort_of_clevr, triangle
 
@@ -36,11 +36,10 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 def _sheet(images: np.ndarray, captions: Sequence[Sequence[str]], scale: int) -> Image.Image:
     """Contact sheet of images (n, S, S[, 3]), each pixel `scale` pixels wide."""
-    size = scale * images.shape[1]
     return contact_sheet([
-        Tile(Image.fromarray(image).convert('RGB').resize((size, size), Image.Resampling.NEAREST), lines, frame='lightgrey')
-        for image, lines in zip(images, captions)
-    ], size)
+        Tile(ImageOps.scale(image, scale, Image.Resampling.NEAREST), lines, frame='lightgrey')
+        for image, lines in zip((Image.fromarray(image).convert('RGB') for image in images), captions)
+    ], scale * images.shape[1])
 
 
 def _triangle_sheet(seed: int) -> Image.Image:

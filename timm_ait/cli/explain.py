@@ -217,7 +217,7 @@ def draw_sheet(
     text(x, y + 30, subtitle, 20, _INK)
     lines = [f'{len(layers)} of {num_layers} layers.']
     if any(layer.read is not None for layer in layers):
-        lines.append('Left: the slot that a patch reads with the largest weight; the fainter, the smaller the weight.')
+        lines.append('Left: the slot each patch reads most, fainter for smaller weights; grey are all but the first 7.')
     if slots:
         lines += [
             'Right: what slots would write (evaluation itself does not). In each head a slot selects its best '
