@@ -1,9 +1,15 @@
 """ Fixtures of several test files. """
+import os
+
 import huggingface_hub
 import pytest
 import torch
 
 from tests.hub_server import HubServer, reset_sessions
+
+# models here are too small for more threads, which wait for each other all the longer where a machine is busy
+os.environ['OMP_NUM_THREADS'] = '1'  # of processes that tests start
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,7 @@
 """ Loading from a Hub, by huggingface_hub's own client against the small server of `hub_server.py`. """
+import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -11,7 +9,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-import timm_ait  # registers the models
+import timm_ait  # noqa: F401, registers the models
 
 from .hub_server import TOKEN, reset_sessions
 
@@ -49,8 +47,8 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def offline(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+def offline(monkeypatch, yes=True):
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', yes)
     reset_sessions()
 
 
@@ -104,32 +102,26 @@ class TestLoading:
         with pytest.raises(RuntimeError, match=r'nothing was loaded.*blocks\.3'):
             load()
 
-    def test_in_another_process_with_the_hub_named_by_the_environment(self, hub, stored, tmp_path):
-        code = f'import timm, timm_ait; print(timm.create_model("hf-hub:{REPO}", pretrained=True).num_classes)'
-        environment = {**os.environ, 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path)}
-        result = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
-        assert result.stdout == '3\n', result.stderr
-
 
 class TestErrors:
     """They are those that timm's own models give."""
 
-    @pytest.fixture
-    def both(self, hub, tmp_path_factory):
-        """A repository each of an AiT and of timm's ViT, without files yet, and the files to put there."""
-        files = {f'someone/{name}': saved_files(name, tmp_path_factory)[1] for name in ('test_ait', 'test_vit')}
-
-        def add(leave_out=(), **kwargs):
-            for repo_id, content in files.items():
-                hub.add(repo_id, {name: data for name, data in content.items() if name not in leave_out}, **kwargs)
-
-        return add
-
-    @staticmethod
-    def assert_same_errors(by_tag=False, revision=''):
+    @pytest.mark.parametrize('problem, by_tag', [
+        *itertools.product(['no repository', 'private', 'no weights', 'no revision', 'offline'], [False, True]),
+        ('no config', False), ('another library', False)])
+    def test_are_those_of_a_vit(self, hub, tmp_path_factory, monkeypatch, problem, by_tag):
         errors = []
         for name in ('test_ait', 'test_vit'):
-            repo_id = f'someone/{name}{revision}'
+            repo_id = f'someone/{name}'
+            left_out = {'no config': 'config.json', 'no weights': 'model.safetensors'}.get(problem)
+            files = {key: data for key, data in saved_files(name, tmp_path_factory)[1].items() if key != left_out}
+            if problem == 'another library':
+                files = {'config.json': b'{"architectures": ["ViTForImageClassification"]}'}
+            if problem != 'no repository':
+                hub.add(repo_id, files, private=problem == 'private')
+            if problem == 'no revision':
+                repo_id += '@v9'
+            offline(monkeypatch, problem == 'offline')
             with pytest.raises(Exception) as error:
                 if by_tag:
                     load(name, pretrained_cfg_overlay=dict(hf_hub_id=repo_id))
@@ -138,40 +130,6 @@ class TestErrors:
             text = re.sub(r'0x[0-9a-f]+|Request ID: \S+', '', str(error.value))
             errors.append((type(error.value), text.replace(name, 'NAME')))
         assert errors[0] == errors[1]
-
-    @pytest.mark.parametrize('by_tag', [False, True])
-    def test_a_repository_that_is_not_there(self, hub, by_tag):
-        self.assert_same_errors(by_tag)
-
-    @pytest.mark.parametrize('by_tag', [False, True])
-    def test_a_private_repository_without_a_token(self, both, by_tag):
-        both(private=True)
-        self.assert_same_errors(by_tag)
-
-    def test_a_repository_without_a_config(self, both):
-        both(leave_out=['config.json'])
-        self.assert_same_errors()
-
-    @pytest.mark.parametrize('by_tag', [False, True])
-    def test_a_repository_without_weights(self, both, by_tag):
-        both(leave_out=['model.safetensors'])
-        self.assert_same_errors(by_tag)
-
-    def test_a_config_of_another_library(self, hub):
-        for name in ('test_ait', 'test_vit'):
-            hub.add(f'someone/{name}', {'config.json': b'{"architectures": ["ViTForImageClassification"]}'})
-        self.assert_same_errors()
-
-    @pytest.mark.parametrize('by_tag', [False, True])
-    def test_a_revision_that_is_not_there(self, both, by_tag):
-        both()
-        self.assert_same_errors(by_tag, revision='@v9')
-
-    @pytest.mark.parametrize('by_tag', [False, True])
-    def test_offline_with_an_empty_cache(self, both, monkeypatch, by_tag):
-        both()
-        offline(monkeypatch)
-        self.assert_same_errors(by_tag)
 
     def test_of_models_that_are_not_ours_nothing_changes(self):
         assert timm.models._factory.load_model_config_from_hf is timm.models._hub.load_model_config_from_hf

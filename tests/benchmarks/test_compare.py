@@ -1,6 +1,7 @@
 """ benchmarks.compare on a data set of a few images. """
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,17 @@ def commands(capsys):
     return Commands(capsys)
 
 
+@pytest.fixture(scope='module')
+def one_run(images, tmp_path_factory):
+    """Recipe and output of a run with one seed."""
+    recipe = recipe_of(seeds=[0], amp_dtype='float32')
+    recipe['runs'].pop('ViT')
+    folder = tmp_path_factory.mktemp('one_run')
+    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
+    compare_main([str(folder / 'recipe.yaml'), '--data-dir', str(images), '--output', str(folder / 'out')])
+    return recipe, folder / 'out'
+
+
 def recipe_of(**changes):
     return {
         'dataset': 'cifar10',
@@ -109,12 +121,9 @@ def test_a_run_may_have_seeds_of_its_own(commands, images, tmp_path):
     assert {row[0]: row[header.index('seeds')] for row in rows} == {'AiT': '2', 'ViT': '1'}
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(commands, images, tmp_path):
-    recipe = recipe_of(seeds=[0], amp_dtype='float32')
-    recipe['runs'].pop('ViT')
-    assert commands.compare(recipe, images, tmp_path / 'whole').returncode == 0
-    interrupted = tmp_path / 'interrupted'
-    assert commands.compare(recipe, images, interrupted).returncode == 0
+def test_an_interrupted_run_goes_on_to_the_same_result(commands, images, one_run, tmp_path):
+    recipe, whole = one_run
+    interrupted = Path(shutil.copytree(whole, tmp_path / 'out'))
     # as it was when the second of two evaluations had not been reached
     run = interrupted / 'AiT' / 'seed0'
     (run / 'result.json').unlink()
@@ -122,7 +131,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(commands, images, tmp_pat
     (run / 'checkpoint-1.pth.tar').rename(run / 'last.pth.tar')
     assert commands.compare(recipe, images, interrupted).returncode == 0
     whole, resumed = (json.loads((folder / 'AiT' / 'seed0' / 'result.json').read_text())
-                      for folder in (tmp_path / 'whole', interrupted))
+                      for folder in (whole, interrupted))
     assert [entry['step'] for entry in resumed['log']] == [2, 4]
     assert resumed['log'] == whole['log'] and resumed['accuracy'] == whole['accuracy']
 
@@ -138,23 +147,22 @@ def test_every_device_sees_the_same_batches(commands, images, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_finished_runs_are_kept(commands, images, tmp_path):
-    recipe = recipe_of(seeds=[0])
-    assert commands.compare(recipe, images, tmp_path / 'out').returncode == 0
-    before = (tmp_path / 'out' / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns
-    result = commands.compare(recipe, tmp_path / 'no_data_is_needed', tmp_path / 'out')
+def test_finished_runs_are_kept(commands, one_run, tmp_path):
+    recipe, finished = one_run
+    output = Path(shutil.copytree(finished, tmp_path / 'out'))
+    before = (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns
+    result = commands.compare(recipe, tmp_path / 'no_data_is_needed', output)
     assert result.returncode == 0, result.err
-    assert (tmp_path / 'out' / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns == before
+    assert (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns == before
 
 
-def test_runs_of_other_settings_are_not_mixed(commands, images, tmp_path):
-    recipe = recipe_of(seeds=[0])
-    recipe['runs'].pop('ViT')
-    assert commands.compare(recipe, images, tmp_path / 'out').returncode == 0
-    table = (tmp_path / 'out' / 'table.md').read_bytes()
-    result = commands.compare(recipe, images, tmp_path / 'out', '--steps', '6')
+def test_runs_of_other_settings_are_not_mixed(commands, images, one_run, tmp_path):
+    recipe, finished = one_run
+    output = Path(shutil.copytree(finished, tmp_path / 'out'))
+    table = (output / 'table.md').read_bytes()
+    result = commands.compare(recipe, images, output, '--steps', '6')
     assert result.returncode == 2 and 'trained with other settings' in result.err
-    assert (tmp_path / 'out' / 'table.md').read_bytes() == table
+    assert (output / 'table.md').read_bytes() == table
 
 
 @pytest.mark.parametrize('run', [
@@ -305,10 +313,8 @@ class TestBadInput:
         assert_refused(result, tmp_path / 'out', '--data-dir', 'classes')
 
 
-def test_results_go_into_their_block_of_the_page(commands, images, tmp_path):
-    recipe = recipe_of(seeds=[0])
-    recipe['runs'].pop('ViT')
-    commands.compare(recipe, images, tmp_path / 'mine')
+def test_results_go_into_their_block_of_the_page(commands, one_run, tmp_path):
+    shutil.copytree(one_run[1], tmp_path / 'mine')
     page = tmp_path / 'PAGE.md'
     page.write_text('# Before\n<!-- mine -->\nold\n<!-- end of mine -->\nafter\n')
     for _ in range(2):  # the second time it replaces its own text
@@ -322,10 +328,8 @@ def test_results_go_into_their_block_of_the_page(commands, images, tmp_path):
             assert (tmp_path / figure).is_file()
 
 
-def test_a_page_without_the_block_is_left_alone(commands, images, tmp_path):
-    recipe = recipe_of(seeds=[0])
-    recipe['runs'].pop('ViT')
-    commands.compare(recipe, images, tmp_path / 'mine')
+def test_a_page_without_the_block_is_left_alone(commands, one_run, tmp_path):
+    shutil.copytree(one_run[1], tmp_path / 'mine')
     page = tmp_path / 'PAGE.md'
     page.write_text('text')
     result = commands.run(results_main, tmp_path / 'mine', '--page', page)

@@ -58,7 +58,8 @@ def test_an_interrupted_run_leaves_nothing(dataset, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('argument, value', [('--train', '0'), ('--validation', '0'), ('--seed', '-1'), ('--seed', str(2 ** 64))])
+@pytest.mark.parametrize('argument, value', [
+    ('--train', '0'), ('--validation', '0'), ('--seed', '-1'), ('--seed', str(2 ** 64))])
 def test_bad_numbers_are_named(dataset, tmp_path, capsys, argument, value):
     with pytest.raises(SystemExit, match='2'):
         main(['data', dataset, '--out', str(tmp_path / 'out'), argument, value])

@@ -59,10 +59,6 @@ class TestFiles:
         assert Image.open(out / 'image.png').format == 'PNG'
         assert json.loads((out / 'image-2.json').read_text())['file'] == str(other)
 
-    def test_names_the_sheets(self, capsys, model, image, out):
-        explain(image, '--model', model, '--out', out)
-        assert capsys.readouterr().out.split() == [str(out / 'image.png')]
-
     def test_unreadable_files_are_named_and_skipped(self, capsys, model, image, out):
         broken = image.with_name('broken.png')
         broken.write_text('not an image')
@@ -137,13 +133,6 @@ class TestModels:
 
 
 class TestErrors:
-
-    def test_nothing_readable(self, capsys, model, image, out):
-        image.write_text('not an image')
-        assert 'none of the files' in error_of(capsys, image, '--model', model, '--out', out)
-
-    def test_missing_image(self, capsys, model, out):
-        assert 'no file or folder nowhere' in error_of(capsys, 'nowhere', '--model', model, '--out', out)
 
     def test_folder_that_is_a_file(self, capsys, model, image):
         assert f'--out: {image}' in error_of(capsys, image, '--model', model, '--out', image)

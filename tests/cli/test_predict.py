@@ -254,17 +254,8 @@ class TestErrors:
 
 class TestCommandLine:
 
-    def test_from_a_shell(self, model, images):
-        result = subprocess.run(
-            [sys.executable, '-m', 'timm_ait', 'predict', str(images), '--model', model, '--json'],
-            capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        assert len(json.loads(result.stdout)['images']) == 3
-
-    @pytest.mark.parametrize('arguments', ['predict --batch-size 1', 'explain --out sheets'])
-    def test_a_closed_pipe_ends_it_quietly(self, model, images, tmp_path, arguments):
-        arguments = arguments.replace('sheets', str(tmp_path / 'sheets'))
-        command = f'{sys.executable} -m timm_ait {arguments} {images} --model {model} | true'
+    def test_a_closed_pipe_ends_it_quietly(self, model, images):
+        command = f'{sys.executable} -m timm_ait predict {images} --model {model} --batch-size 1 | true'
         result = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert result.returncode == 0
         assert 'Error' not in result.stderr and 'Exception' not in result.stderr

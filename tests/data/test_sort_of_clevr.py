@@ -56,9 +56,8 @@ def answer_from_pixels(image, question):
 
 class TestSortOfClevr:
 
-    @pytest.mark.parametrize('seed', [0, 5])
-    def test_answers_agree_with_the_pixels(self, seed):
-        indices = np.arange(60)
+    def test_answers_agree_with_the_pixels(self):
+        seed, indices = 5, np.arange(40)
         objects = scenes(seed, indices)
         images = draw(objects)
         questions, answers = ask(seed, indices, objects)
@@ -67,7 +66,7 @@ class TestSortOfClevr:
             for question, answer in zip(image_questions, image_answers):
                 assert ANSWERS[answer] == answer_from_pixels(image, question), question
                 asked[tuple(question[12:])] += 1
-        assert len(asked) == 9 and min(asked.values()) > 100
+        assert len(asked) == 9 and min(asked.values()) > 80
 
     def test_encoding_is_one_hot_in_each_part(self):
         questions, answers = ask(0, np.arange(40), scenes(0, np.arange(40)))

@@ -4,10 +4,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.deployment import images, make_ait, make_vit, workspaces
+from tests.deployment import images, make_ait, workspaces
 
 
 @pytest.fixture(autouse=True)
@@ -17,8 +17,8 @@ def differentiable_attention():
         yield
 
 
-def make_double(make=make_ait, **kwargs):
-    return make(**kwargs).double()
+def make_double(**kwargs):
+    return make_ait(**kwargs).double()
 
 
 def doubles(batch_size=2, seed=1):
@@ -30,23 +30,18 @@ def finite_difference(function, x, direction, step=1e-5):
         return (function(x + step * direction) - function(x - step * direction)) / (2 * step)
 
 
-MODELS = pytest.mark.parametrize('make', [make_ait, make_vit])
-
-
 class TestJvp:
 
-    @MODELS
     @pytest.mark.parametrize('requires_grad', [True, False])
-    def test_of_images(self, make, requires_grad):
-        model, x, direction = make_double(make).requires_grad_(requires_grad), doubles(), doubles(seed=2)
+    def test_of_images(self, requires_grad):
+        model, x, direction = make_double().requires_grad_(requires_grad), doubles(), doubles(seed=2)
         _, tangent = jvp(model, (x,), (direction,))
         expected = finite_difference(model, x, direction)
         assert expected.norm() > 1e-3
         torch.testing.assert_close(tangent, expected, atol=1e-7, rtol=1e-5)
 
-    @MODELS
-    def test_of_parameters(self, make):
-        model, x = make_double(make), doubles()
+    def test_of_parameters(self):
+        model, x = make_double(), doubles()
         parameters = {name: value.detach() for name, value in model.named_parameters()}
         directions = {name: torch.randn_like(value) for name, value in parameters.items()}
         _, tangent = jvp(lambda p: functional_call(model, p, x), (parameters,), (directions,))
@@ -75,30 +70,15 @@ class TestJacobians:
         directional = torch.einsum('ijkl,kl->ij', forward, x)
         torch.testing.assert_close(directional, finite_difference(layer, x, x), atol=1e-7, rtol=1e-5)
 
-    def test_of_the_class_scores_to_the_image_is_that_of_autograd(self):
-        model, x = make_double(), doubles(1)
-        jacobian = jacrev(model)(x)[0]
-        x.requires_grad_()
-        expected = torch.stack([torch.autograd.grad(score, x, retain_graph=True)[0] for score in model(x)[0]])
-        torch.testing.assert_close(jacobian, expected)
-
-    def test_vjp_is_that_of_autograd(self):
-        model, x, cotangent = make_double(), doubles(), torch.randn(2, 5, dtype=torch.float64)
-        _, pull_back = vjp(model, x)
-        x.requires_grad_()
-        torch.testing.assert_close(pull_back(cotangent)[0], torch.autograd.grad(model(x), x, cotangent)[0])
-
 
 class TestVmap:
 
-    @MODELS
-    def test_over_images(self, make):
-        model, x = make_double(make), doubles(3)
+    def test_over_images(self):
+        model, x = make_double(), doubles(3)
         torch.testing.assert_close(vmap(lambda image: model(image[None])[0])(x), model(x))
 
-    @MODELS
-    def test_gradients_of_each_image(self, make):
-        model, x, labels = make_double(make), doubles(3), torch.arange(3)
+    def test_gradients_of_each_image(self):
+        model, x, labels = make_double(), doubles(3), torch.arange(3)
         parameters = {name: value.detach() for name, value in model.named_parameters()}
 
         def loss(p, image, label):
@@ -122,22 +102,10 @@ class TestVmap:
             torch.testing.assert_close(actual, model(x))
 
 
-class TestFunctionalCall:
-
-    def test_reads_the_memory_that_it_is_given(self):
-        model, other = make_double(), make_double()
-        for workspace in workspaces(other):
-            workspace.memory.copy_(torch.eye(*workspace.memory.shape))
-        x, before = doubles(), model(doubles())
-        torch.testing.assert_close(functional_call(model, dict(other.state_dict()), x), other(x))
-        torch.testing.assert_close(model(x), before)
-
-
 class TestDoubleBackward:
 
-    @MODELS
-    def test_of_the_model(self, make):
-        model = make_double(make)
+    def test_of_the_model(self):
+        model = make_double()
         direction = doubles(1, seed=2)
 
         def slope(x):
@@ -167,9 +135,8 @@ class TestDoubleBackward:
 
 class TestAttribution:
 
-    @MODELS
-    def test_integrated_gradients_are_complete(self, make):
-        model, x, target, num_steps = make_double(make), doubles(1), 3, 128
+    def test_integrated_gradients_are_complete(self):
+        model, x, target, num_steps = make_double(), doubles(1), 3, 128
         baseline = torch.zeros_like(x)
         # midpoint rule on the straight path
         along = (torch.arange(num_steps, dtype=x.dtype) + 0.5).view(-1, 1, 1, 1) / num_steps
@@ -188,11 +155,3 @@ class TestAttribution:
         logits = model(doubles())
         (gradient,) = torch.autograd.grad(logits[:, 0].sum(), outputs[0])
         assert gradient.shape == (8, 64) and (gradient.abs().amax(dim=1) > 0).all()
-
-
-def test_forward_mode_of_autograd_in_a_module_call():
-    model, x, direction = make_double(), doubles(), doubles(seed=2)
-    with torch.autograd.forward_ad.dual_level():
-        dual = model(torch.autograd.forward_ad.make_dual(x, direction))
-        tangent = torch.autograd.forward_ad.unpack_dual(dual).tangent
-    torch.testing.assert_close(tangent, finite_difference(model, x, direction), atol=1e-7, rtol=1e-5)

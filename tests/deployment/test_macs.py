@@ -4,7 +4,7 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, balance_loss
+from timm_ait.layers import GlobalWorkspace, balance_loss
 
 from tests.deployment import images, make_ait, make_vit
 
@@ -40,18 +40,6 @@ COUNTERS = pytest.mark.parametrize('count', [count_torch, count_fvcore])
 def test_of_evaluation(count, steps):
     layer = make_workspace(retrieval_steps=steps).eval()
     assert count(layer, torch.randn(BATCH, TOKENS, DIM)) == read_macs(BATCH * TOKENS, steps=steps)
-
-
-@COUNTERS
-def test_of_a_workspace_that_does_not_read(count):
-    assert count(make_workspace(retrieval=False).eval(), torch.randn(BATCH, TOKENS, DIM)) == 0
-
-
-@COUNTERS
-def test_of_an_mlp(count):
-    mlp = WorkspaceMlp(DIM, 48, num_slots=SLOTS, slot_dim=SLOT_DIM).eval()
-    expected = 2 * BATCH * TOKENS * DIM * 48 + read_macs(BATCH * TOKENS)
-    assert count(mlp, torch.randn(BATCH, TOKENS, DIM)) == expected
 
 
 @COUNTERS

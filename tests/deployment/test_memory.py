@@ -10,18 +10,17 @@ import torch.nn as nn
 from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from timm_ait.layers import GlobalWorkspace, advance_memory
+from timm_ait.layers import advance_memory
 
 from tests.deployment import images, make_ait, train
+from tests.layers import make_workspace
 
 SHAPE = (8, 16)
 RULES = pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
 
 
-def make_layer(seed=0, **kwargs):
-    torch.manual_seed(seed)
-    layer = GlobalWorkspace(24, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=10, **kwargs)
-    return layer.eval()
+def make_layer(**kwargs):
+    return make_workspace(**kwargs).eval()
 
 
 def tokens(dtype=torch.float32):
@@ -51,6 +50,13 @@ def assert_reads_its_memory(layer, dtype=torch.float32, **tolerance):
     torch.testing.assert_close(layer(tokens(dtype)), expected_read(layer, tokens(dtype)), **tolerance)
 
 
+def saved_and_loaded(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
 @RULES
 class TestOfALayer:
     """Each layer has read once with another memory."""
@@ -67,15 +73,25 @@ class TestOfALayer:
         return layer
 
     @pytest.mark.parametrize('change', [
-        lambda memory: memory.copy_(some_memory()),
-        lambda memory: memory[2].add_(1.),
-        lambda memory: nn.init.normal_(memory),
-        lambda memory: memory.view(-1)[:16].zero_().add_(torch.arange(16.)),
-        lambda memory: memory.detach().mul_(torch.arange(1., 17.)),
-        lambda memory: torch._foreach_add_([memory], [some_memory()]),
-    ], ids=['copy', 'row', 'init', 'view', 'detached', 'foreach'])
-    def test_changed_in_place(self, layer, change):
-        change(layer.memory)
+        lambda layer: layer.memory.copy_(some_memory()),
+        lambda layer: layer.memory[2].add_(1.),
+        lambda layer: nn.init.normal_(layer.memory),
+        lambda layer: layer.memory.view(-1)[:16].zero_().add_(torch.arange(16.)),
+        lambda layer: layer.memory.detach().mul_(torch.arange(1., 17.)),
+        lambda layer: torch._foreach_add_([layer.memory], [some_memory()]),
+        lambda layer: setattr(layer, 'memory', some_memory()),
+        lambda layer: layer._buffers.update(memory=some_memory()),
+        lambda layer: [layer.memory.data.copy_(some_memory()), layer.eval()],
+        lambda layer: layer.load_state_dict({**layer.state_dict(), 'memory': some_memory()}),
+        lambda layer: layer.load_state_dict({**layer.state_dict(), 'memory': some_memory()}, assign=True),
+        lambda layer: nn.Sequential(layer).load_state_dict({
+            **nn.Sequential(layer).state_dict(), '0.memory': some_memory()}),
+        lambda layer: layer.reset_parameters(),
+    ], ids=[
+        'copy', 'row', 'init', 'view', 'detached', 'foreach', 'replaced', 'replaced-in-buffers', 'data-ahead-of-eval',
+        'loaded', 'assigned', 'loaded-as-a-part', 'reset'])
+    def test_changed(self, layer, change):
+        change(layer)
         assert_reads_its_memory(layer)
 
     def test_changed_in_inference_mode(self, layer):
@@ -91,31 +107,13 @@ class TestOfALayer:
             layer.memory.copy_(some_memory())
             assert_reads_its_memory(layer)
 
-    def test_replaced(self, layer):
-        layer.memory = some_memory()
-        assert_reads_its_memory(layer)
-
-    def test_replaced_in_the_dictionary_of_buffers(self, layer):
-        layer._buffers['memory'] = some_memory()
-        assert_reads_its_memory(layer)
-
-    def test_changed_through_data_ahead_of_eval(self, layer):
-        layer.memory.data.copy_(some_memory())
-        assert_reads_its_memory(layer.eval())
-
     @pytest.mark.parametrize('assign', [False, True])
-    def test_loaded(self, layer, assign):
-        layer.load_state_dict({**layer.state_dict(), 'memory': some_memory()}, assign=assign)
-        assert_reads_its_memory(layer)
-
-    def test_loaded_as_part_of_a_model(self, layer):
-        model = nn.Sequential(layer)
-        model.load_state_dict({**model.state_dict(), '0.memory': some_memory()})
-        assert_reads_its_memory(layer)
-
-    def test_changed_after_assign(self, layer):
+    def test_changed_through_a_tensor_that_shares_its_storage(self, layer, assign):
         memory = some_memory()
-        layer.load_state_dict({**layer.state_dict(), 'memory': memory}, assign=True)
+        if assign:
+            layer.load_state_dict({**layer.state_dict(), 'memory': memory}, assign=True)
+        else:
+            layer.memory = memory.view_as(memory)
         layer(tokens())
         memory.mul_(torch.arange(1., 17.))
         assert_reads_its_memory(layer)
@@ -126,11 +124,8 @@ class TestOfALayer:
         layer.memory.copy_(some_memory())
         layer.to(dtype)
         assert_reads_its_memory(layer, dtype, atol=tolerance, rtol=tolerance)
-
-    def test_cast_and_changed(self, layer):
-        layer.double()
-        layer.memory.copy_(some_memory())
-        assert_reads_its_memory(layer, torch.float64)
+        layer.memory.copy_(some_memory(seed=2))
+        assert_reads_its_memory(layer, dtype, atol=tolerance, rtol=tolerance)
 
     def test_moved(self, layer):
         state = layer.state_dict()
@@ -138,46 +133,22 @@ class TestOfALayer:
         assert_reads_its_memory(layer)
 
     @pytest.mark.parametrize('copied', [
-        copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=['deepcopy', 'copy', 'pickle'])
+        copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_and_loaded])
     def test_copied_and_changed(self, layer, copied):
         twin = copied(layer)
-        twin(tokens())
+        assert torch.equal(twin(tokens()), layer(tokens()))
         twin.memory.copy_(some_memory())
         assert_reads_its_memory(twin)
         assert_reads_its_memory(layer)
 
-    def test_saved_whole_and_changed(self, layer):
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        loaded = torch.load(buffer, weights_only=False)
-        assert torch.equal(loaded(tokens()), layer(tokens()))
-        loaded.memory.copy_(some_memory())
-        assert_reads_its_memory(loaded)
-
-    def test_reset(self, layer):
-        layer.reset_parameters()
-        assert_reads_its_memory(layer)
-
-    def test_advanced(self, layer):
+    @pytest.mark.parametrize('evaluated', [False, True])
+    def test_advanced(self, layer, evaluated):
         with torch.enable_grad():
             layer.train()(tokens())
+        if evaluated:
+            layer.eval()(tokens())
         advance_memory(layer)
         assert_reads_its_memory(layer.eval())
-
-    def test_advanced_while_in_evaluation(self, layer):
-        with torch.enable_grad():
-            layer.train()(tokens())
-        layer.eval()(tokens())
-        advance_memory(layer)
-        assert_reads_its_memory(layer)
-
-    def test_of_shared_storage(self, layer):
-        memory = some_memory()
-        layer.memory = memory.view_as(memory)
-        layer(tokens())
-        memory.add_(torch.arange(16.))
-        assert_reads_its_memory(layer)
 
     def test_frozen_in_a_module_of_its_own_mode(self, layer):
         model = nn.Sequential(layer, nn.Dropout()).train()
@@ -220,16 +191,6 @@ def test_a_model_that_trains_on_after_an_evaluation_evaluates_anew():
     fresh = make_ait()
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(images()), fresh(images())) and not torch.equal(model(images()), logits)
-
-
-def test_an_optimizer_step_while_in_evaluation_is_seen():
-    model = make_ait()
-    model.train()(images()).sum().backward()
-    model.eval()(images())
-    torch.optim.SGD(model.parameters(), lr=0.).step()
-    fresh = make_ait()
-    fresh.load_state_dict(model.state_dict())
-    assert torch.equal(model(images()), fresh(images()))
 
 
 def test_the_projection_is_made_once_for_many_forwards(monkeypatch):

@@ -7,17 +7,15 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from timm_ait.layers import GlobalWorkspace
+from tests.deployment import images, make_ait, memories, train, workspaces
+from tests.layers import make_workspace
 
-from tests.deployment import images, make_ait, make_vit, memories, train, workspaces
-
-MODELS = pytest.mark.parametrize('make', [make_ait, make_vit])
 OFFLOAD_BUFFERS = pytest.mark.parametrize('offload_buffers', [False, True])
 
 
 def on_meta(**kwargs):
     with torch.device('meta'):
-        return GlobalWorkspace(24, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=10, **kwargs)
+        return make_workspace(**kwargs)
 
 
 def empty_ait(include_buffers=False):
@@ -40,29 +38,22 @@ class TestAccelerate:
         with torch.no_grad():
             yield
 
-    @MODELS
     @OFFLOAD_BUFFERS
-    def test_cpu_offload(self, make, offload_buffers):
-        model = make()
+    def test_cpu_offload(self, offload_buffers):
+        model = make_ait()
         expected = model(images())
         offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device('cpu'), offload_buffers=offload_buffers)
         for _ in range(2):
             torch.testing.assert_close(offloaded(images()), expected)
 
-    @MODELS
     @OFFLOAD_BUFFERS
-    def test_disk_offload(self, tmp_path, make, offload_buffers):
-        model = make()
+    def test_disk_offload(self, tmp_path, offload_buffers):
+        model = make_ait()
         expected = model(images())
         offloaded = accelerate.disk_offload(
             copy.deepcopy(model), str(tmp_path), torch.device('cpu'), offload_buffers=offload_buffers)
         for _ in range(2):
             torch.testing.assert_close(offloaded(images()), expected)
-
-    def test_load_checkpoint_and_dispatch(self, checkpoint):
-        model, path = checkpoint
-        loaded = accelerate.load_checkpoint_and_dispatch(empty_ait(), path, device_map={'': 'cpu'})
-        torch.testing.assert_close(loaded(images()), model(images()))
 
     @pytest.mark.filterwarnings('ignore:The following device_map keys')
     def test_load_checkpoint_and_dispatch_in_part_to_disk(self, tmp_path, checkpoint):
@@ -108,18 +99,6 @@ def test_training_an_offloaded_workspace_is_an_error():
 
 class TestMeta:
 
-    def test_to_empty_and_load(self):
-        source = make_ait()
-        model = make_ait().to('meta').to_empty(device='cpu')
-        model.load_state_dict(source.state_dict())
-        assert torch.equal(model(images()), source(images()))
-
-    def test_load_with_assign(self):
-        source = make_ait()
-        model = make_ait().to('meta')
-        model.load_state_dict(source.state_dict(), assign=True)
-        assert torch.equal(model(images()), source(images()))
-
     def test_made_on_meta_and_loaded_with_assign(self):
         source = make_ait()
         with torch.device('meta'):
@@ -129,12 +108,13 @@ class TestMeta:
         assert torch.equal(model(images()), source(images()))
 
     @pytest.mark.parametrize('assign', [False, True])
-    def test_trains_after_loading(self, assign):
+    def test_evaluates_and_trains_after_loading(self, assign):
         source = make_ait()
         model = make_ait().to('meta')
         if not assign:
             model.to_empty(device='cpu')
         model.load_state_dict(source.state_dict(), assign=assign)
+        assert torch.equal(model.eval()(images()), source(images()))
         before = memories(model)
         source = copy.deepcopy(source)
         for trained in (model, source):
@@ -153,7 +133,7 @@ class TestMeta:
 
     def test_to_empty_without_a_memory_gives_no_numbers(self):
         layer = on_meta().to_empty(device='cpu').eval()
-        state = GlobalWorkspace(24, num_slots=8, slot_dim=16, workspace_heads=4).state_dict()
+        state = make_workspace().state_dict()
         del state['memory']
         layer.load_state_dict(state, strict=False)
         assert not layer(torch.randn(2, 24)).isfinite().any()
@@ -162,10 +142,7 @@ class TestMeta:
         layer = on_meta().to_empty(device='cpu')
         assert layer.pending.isnan().all()
 
-    def test_is_shapes_alone(self):
-        output = on_meta().eval()(torch.randn(2, 3, 24, device='meta'))
-        assert output.is_meta and output.shape == (2, 3, 24)
-
-    def test_a_training_forward_is_shapes_alone(self):
-        output = on_meta()(torch.randn(2, 3, 24, device='meta'))
+    @pytest.mark.parametrize('training', [False, True])
+    def test_is_shapes_alone(self, training):
+        output = on_meta().train(training)(torch.randn(2, 3, 24, device='meta'))
         assert output.is_meta and output.shape == (2, 3, 24)

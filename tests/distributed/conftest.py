@@ -34,6 +34,6 @@ def launch(num_ranks, folder):
     return [torch.load(folder / f'{rank}.pt') for rank in range(num_ranks)]
 
 
-@pytest.fixture(scope='session', params=[2, 3], ids=['2_ranks', '3_ranks'])
+@pytest.fixture(scope='session', params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=['2_ranks', '3_ranks'])
 def ranks(request, tmp_path_factory):
     return launch(request.param, tmp_path_factory.mktemp('ranks'))

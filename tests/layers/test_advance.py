@@ -13,15 +13,10 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3, freeze
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance_memory, balance_loss
+from timm_ait.layers import WorkspaceMlp, advance_memory, balance_loss
 from timm_ait.ops import naive
 
-SMALL = dict(num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=10)
-
-
-def make_workspace(dim=24, **kwargs):
-    torch.manual_seed(0)
-    return GlobalWorkspace(dim, **{**SMALL, **kwargs})
+from tests.layers import SMALL, make_workspace
 
 
 def tokens():
@@ -172,7 +167,7 @@ class TestAdvance:
         assert torch.equal(layer.memory, state['memory'])
 
     def test_state_dict_round_trip_is_bit_exact(self):
-        layer, other = make_workspace(), GlobalWorkspace(24, **SMALL)
+        layer, other = make_workspace(), make_workspace(memory_init='uniform')
         step(layer, tokens(), lr=0.1)
         other.load_state_dict(layer.state_dict())
         x = tokens()
@@ -353,14 +348,13 @@ class TestCompile:
         torch._dynamo.reset()
 
     @pytest.mark.parametrize('part', ['block', 'mlp'])
-    @pytest.mark.parametrize('how', [lambda block, x: block(x), NON_REENTRANT], ids=['plain', 'checkpointed'])
-    def test_blocks_compiled_one_by_one(self, how, part):
-        net = Net(how)
+    def test_checkpointed_blocks_compiled_one_by_one(self, part):
+        net = Net(NON_REENTRANT)
         for block in net.blocks:
             (block if part == 'block' else block.mlp).compile(backend='aot_eager', fullgraph=True)
         assert_same(train(net), train(Net()))
 
-    @pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
+    @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
     def test_the_whole_model_compiled_without_graph_breaks(self, backend):
         net = Net()
         assert_same(train(net, torch.compile(net, backend=backend, fullgraph=True)), train(Net()))
@@ -369,8 +363,7 @@ class TestCompile:
         net = Net(NON_REENTRANT)
         assert_same(train(net, torch.compile(net, backend='aot_eager')), train(Net()))
 
-    @pytest.mark.parametrize('dynamic', [True, False, None])
-    @pytest.mark.parametrize('bottleneck', [10, 0.3])
+    @pytest.mark.parametrize('bottleneck, dynamic', [(0.3, None), pytest.param(10, True, marks=pytest.mark.slow)])
     def test_shapes_that_change(self, bottleneck, dynamic):
         layers = [make_workspace(bottleneck=bottleneck).double() for _ in range(2)]
         runs = [torch.compile(layers[0], backend='aot_eager', fullgraph=True, dynamic=dynamic), layers[1]]

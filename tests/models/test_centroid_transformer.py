@@ -1,19 +1,15 @@
+from functools import partial
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
+from tests.models import images, make_model
 from tests.models.equations import assert_same, vit_tokens
 from timm_ait.models.centroid_transformer import CentroidAttention, CentroidBlock
 
-
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model('test_centroid_transformer', **kwargs)
-
-
-def images():
-    return torch.randn(4, 3, 32, 32)
+make_model = partial(make_model, 'test_centroid_transformer')
 
 
 def linear(weight, bias, x):
@@ -192,10 +188,3 @@ class TestLikeAnyTimmViT:
         centroids, x = torch.randn(1, 3, 16), torch.randn(1, 30, 16)
         assert torch.equal(layer.eval()(centroids, x), layer(centroids, x))
         assert not torch.equal(layer.train()(centroids, x), layer(centroids, x))
-
-    def test_set_input_size(self):
-        model = make_model().eval()
-        model.set_input_size(img_size=(48, 64), patch_size=(8, 8))
-        x = torch.randn(4, 3, 48, 64)
-        assert model(x).shape == (4, 10)
-        assert model.forward_intermediates(x, intermediates_only=True)[-1].shape == (4, 64, 3, 4)

@@ -1,20 +1,14 @@
+from functools import partial
+
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
+from tests.models import images, make_model
 from tests.models.equations import assert_same, vit_tokens
 from timm_ait.models.coordination import SharedWorkspace, topk_softmax
 
-
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model('test_coordination', **kwargs)
-
-
-def images(batch_size=4, size=32):
-    return torch.randn(batch_size, 3, size, size)
+make_model = partial(make_model, 'test_coordination')
 
 
 def linear(layer, x):
@@ -181,20 +175,3 @@ class TestLikeAnyTimmViT:
             assert torch.equal(step(x, memory), step(x, memory))
             layer.train()
             assert not torch.equal(step(x, memory), step(x, memory))
-
-    def test_dynamic_image_size(self):
-        assert make_model(dynamic_img_size=True).eval()(images(size=48)).shape == (4, 10)
-
-    def test_layer_decay_takes_slots_for_the_stem(self):
-        model = make_model()
-        groups = param_groups_layer_decay(model, layer_decay=0.5, weight_decay=0.1)
-        scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
-        stem = scale[id(model.patch_embed.proj.weight)]
-        assert scale[id(model.memory.slots)] == stem
-        assert scale[id(model.blocks[0].attn.gates.weight)] == 2 * stem
-
-    def test_slots_do_not_decay(self):
-        model = make_model()
-        optimizer = create_optimizer_v2(model, 'adamw', lr=0.1, weight_decay=0.1)
-        undecayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] == 0 for p in group['params']}
-        assert id(model.memory.slots) in undecayed

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 from timm.optim import param_groups_layer_decay
 
+from tests.models import images, make_model
 from tests.models.equations import randomize
+from timm_ait import AssociativeTransformer, balance_loss
 from timm_ait.models import CentroidTransformer, Coordination, Perceiver, SetTransformer
 
 SETS = ['test_set_transformer', 'test_perceiver']
@@ -33,6 +35,24 @@ OWN_SHAPES = {
     'test_coordination': dict(num_slots=2),
     'test_centroid_transformer': dict(centroid_pool=4),
 }
+# parameters in the order of their layers, those of one layer together
+STEM = ['cls_token', 'patch_embed.proj.weight', 'question_embed.proj.weight']
+IN_STEM = {'test_perceiver': ['latents'], 'test_coordination': ['memory.slots']}
+LAYERS = {
+    'test_ait': [
+        ['blocks.0.mlp.workspace.k.weight', 'blocks.0.mlp.fc1.weight'],
+        ['blocks.2.mlp.workspace.k.weight', 'blocks.2.mlp.fc1.weight'], ['head.weight']],
+    'test_set_transformer': [
+        ['blocks.0.inducing_points'], ['blocks.2.attend.rff.0.weight'], ['attn_pool.seeds', 'head.weight']],
+    'test_perceiver': [
+        ['cross_attns.0.attn.kv.weight'], ['latent_transformers.0.0.mlp.fc1.weight'],
+        ['latent_transformers.0.1.mlp.fc1.weight'], ['cross_attns.1.attn.kv.weight'], ['head.weight']],
+    'test_coordination': [['blocks.0.attn.gates.weight'], ['blocks.2.mlp.fc1.weight'], ['head.weight']],
+    'test_centroid_transformer': [['blocks.0.mlp.fc1.weight'], ['blocks.1.attn.qkv.weight'], ['head.weight']],
+}
+# beside position embeddings, biases and what is in the stem
+UNDECAYED = {'test_ait': [
+    f'blocks.0.mlp.workspace.{name}' for name in ('norm.weight', 'slot_norm.bias', 'attractors.bias', 'gate')]}
 OPTIONS = [
     dict(drop_rate=0.1, pos_drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2),
     dict(in_chans=1),
@@ -63,15 +83,6 @@ OWN_OPTIONS = {
     'test_coordination': [*VIT_OPTIONS, dict(patch_drop_rate=0.5), dict(bottleneck=1000)],
     'test_centroid_transformer': [*VIT_OPTIONS, dict(qk_norm=True, scale_attn_norm=True)],
 }
-
-
-def make_model(name, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **kwargs)
-
-
-def images(batch_size=4, size=32, in_chans=3, dtype=torch.float32):
-    return torch.randn(batch_size, in_chans, size, size, dtype=dtype)
 
 
 def shuffle_patches(x, order, patch=4):
@@ -111,6 +122,7 @@ class TestRegistry:
             timm.create_model(name, pretrained=True)
 
     @pytest.mark.parametrize('model_cls, kwargs', [
+        (AssociativeTransformer, dict(class_token=False)),
         (SetTransformer, dict()),
         (Perceiver, dict()),
         (Coordination, dict(class_token=False, slot_dim=16, slot_heads=2)),
@@ -124,10 +136,6 @@ class TestRegistry:
 class TestOptions:
 
     @pytest.mark.parametrize('name, argument, value', [
-        ('test_coordination', 'qk_norm', True),
-        ('test_coordination', 'attn_layer', 'diff'),
-        ('test_centroid_transformer', 'dynamic_img_size', True),
-        ('test_centroid_transformer', 'patch_drop_rate', 0.5),
         ('test_set_transformer', 'init_values', 1e-4),
         ('test_set_transformer', 'mlp_ratio', 2.),
         ('test_perceiver', 'reg_tokens', 2),
@@ -358,11 +366,16 @@ class TestHead:
 
 class TestState:
 
-    @pytest.mark.parametrize('name', BASELINES)
+    @pytest.mark.parametrize('name', FAMILIES)
     def test_set_input_size(self, name):
         model = make_model(name, question_dim=5).eval()
         model.set_input_size(img_size=(48, 48), patch_size=(8, 8))
         assert model.pos_embed.shape[1] in (36, 37)  # with the class token
+        assert model(images(size=48), torch.randn(4, 5)).shape == (4, 10)
+
+    @pytest.mark.parametrize('name', ['test_ait', 'test_coordination'])
+    def test_dynamic_image_size(self, name):
+        model = make_model(name, question_dim=5, dynamic_img_size=True).eval()
         assert model(images(size=48), torch.randn(4, 5)).shape == (4, 10)
 
     @pytest.mark.parametrize('name', BASELINES)
@@ -390,27 +403,31 @@ class TestState:
 
 class TestTraining:
 
-    @pytest.mark.parametrize('name, kwargs', [(name, {}) for name in BASELINES] + SHARING)
+    @pytest.mark.parametrize('name, kwargs', [(name, {}) for name in FAMILIES] + SHARING)
     def test_gradient_checkpointing_changes_no_gradient(self, name, kwargs):
         plain, checkpointed = (make_model(name, **kwargs).train() for _ in range(2))
         checkpointed.set_grad_checkpointing()
         x = images()
         for model in (plain, checkpointed):
-            model(x).square().sum().backward()
+            (model(x).square().sum() + balance_loss(model)).backward()
         for (key, p), q in zip(plain.named_parameters(), checkpointed.parameters()):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{key}: {m}')
+        assert all(torch.equal(p, q) for p, q in zip(plain.buffers(), checkpointed.buffers()))
 
     @pytest.mark.parametrize('name', FAMILIES)
-    def test_layer_decay_takes_the_question_for_the_stem(self, name):
-        model = make_model(name, question_dim=5)
+    def test_layer_decay_follows_depth(self, name):
+        model = make_model(name, question_dim=5, **({'gated': True} if name == 'test_ait' else {}))
         groups = param_groups_layer_decay(
             model, layer_decay=0.5, weight_decay=0.1, no_weight_decay_list=model.no_weight_decay())
         group_of = {id(p): group for group in groups for p in group['params']}
-        stem = min(group['lr_scale'] for group in groups)
-        for parameter in (model.cls_token, model.patch_embed.proj.weight, model.question_embed.proj.weight):
-            assert group_of[id(parameter)]['lr_scale'] == stem
-        assert group_of[id(model.head.weight)]['lr_scale'] == 1
-        assert group_of[id(model.pos_embed)]['weight_decay'] == 0
+        scales = [
+            {group_of[id(model.get_parameter(parameter))]['lr_scale'] for parameter in layer}
+            for layer in [[*STEM, *IN_STEM.get(name, [])], *LAYERS[name]]]
+        assert all(len(scale) == 1 for scale in scales), scales
+        scales = [scale.pop() for scale in scales]
+        assert scales == sorted(set(scales)) and scales[-1] == 1.
+        undecayed = ['pos_embed', 'head.bias', *IN_STEM.get(name, []), *UNDECAYED.get(name, [])]
+        assert {group_of[id(model.get_parameter(parameter))]['weight_decay'] for parameter in undecayed} == {0.}
 
     @pytest.mark.parametrize('name', FAMILIES)
     def test_autocast(self, name):
@@ -438,14 +455,13 @@ class TestCompilers:
         torch.testing.assert_close(compiled(*inputs), model(*inputs), atol=1e-4, rtol=1e-4)
 
     @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
-    @pytest.mark.parametrize('question_dim', [0, 5])
-    @pytest.mark.parametrize('name, kwargs', [(name, {}) for name in FAMILIES] + SHARING)
-    def test_scripted(self, name, kwargs, question_dim):
-        model = make_model(name, question_dim=question_dim, **kwargs).eval()
+    @pytest.mark.parametrize('name, question_dim', [*((name, 5) for name in FAMILIES), ('test_perceiver', 0)])
+    def test_scripted(self, name, question_dim):
+        model = make_model(name, question_dim=question_dim).eval()
         inputs = (images(), torch.randn(4, 5)) if question_dim else (images(),)
         torch.testing.assert_close(torch.jit.script(model)(*inputs), model(*inputs), atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize('name', ['test_ait', *WITH_GRIDS])
+    @pytest.mark.parametrize('name', ['test_ait', 'test_coordination'])
     def test_features_only_compiled_without_graph_breaks(self, name):
         torch._dynamo.reset()
         model, x = make_model(name, depth=2, features_only=True).eval(), images()

@@ -1,23 +1,17 @@
 import math
+from functools import partial
 
 import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
-from timm.optim import param_groups_layer_decay
 
+from tests.models import images, make_model
 from tests.models.equations import Equations, assert_same, randomize
 
 SHARING = ['after_first', 'all', 'none']
 
-
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model('test_perceiver', **kwargs)
-
-
-def images(dtype=torch.float32):
-    return torch.randn(2, 3, 32, 32, dtype=dtype)
+make_model = partial(make_model, 'test_perceiver')
 
 
 class PerceiverEquations(Equations):
@@ -72,7 +66,7 @@ class TestEquations:
         finally:
             set_fused_attn(True)
         model = randomize(model)
-        x = images(dtype=torch.float64).requires_grad_()
+        x = images(2, dtype=torch.float64).requires_grad_()
         question = torch.randn(2, question_dim, dtype=torch.float64) if question_dim else None
 
         actual = model(x, question)
@@ -81,7 +75,7 @@ class TestEquations:
 
     def test_features_permute_with_the_latents(self):
         model = randomize(make_model())
-        x, order = images(dtype=torch.float64), torch.randperm(8)
+        x, order = images(2, dtype=torch.float64), torch.randperm(8)
         latents, logits = model.forward_features(x), model(x)
         with torch.no_grad():
             model.latents.copy_(model.latents[:, order])
@@ -124,7 +118,7 @@ class TestIntermediates:
 
     @pytest.mark.parametrize('share_weights', SHARING)
     def test_intermediates_are_those_of_models_with_fewer_iterations(self, share_weights):
-        model, x = make_model(share_weights=share_weights).eval(), images()
+        model, x = make_model(share_weights=share_weights).eval(), images(2)
         final, intermediates = model.forward_intermediates(x)
         assert torch.equal(final, model.forward_features(x))
         for i, latents in enumerate(intermediates):
@@ -137,7 +131,7 @@ class TestIntermediates:
 
     def test_there_are_no_grids(self):
         with pytest.raises(AssertionError, match='latents are not on a grid'):
-            make_model().forward_intermediates(images(), output_fmt='NCHW')
+            make_model().forward_intermediates(images(2), output_fmt='NCHW')
 
 
 class TestModel:
@@ -160,18 +154,3 @@ class TestModel:
         with pytest.raises(ValueError, match="global_pool must be one of .* got 'map'"):
             model.reset_classifier(5, 'map')
         assert model.head is head and model.num_classes == 10 and model.global_pool == 'avg'
-
-    def test_layer_decay_follows_depth(self):
-        model = make_model(question_dim=5)
-        groups = param_groups_layer_decay(
-            model, layer_decay=0.5, weight_decay=0.1, no_weight_decay_list=model.no_weight_decay())
-        scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
-        decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
-        blocks = model.latent_transformers[0]
-        parameters = (
-            model.question_embed.proj.weight, model.cross_attns[0].attn.kv.weight, blocks[0].mlp.fc1.weight,
-            blocks[1].mlp.fc1.weight, model.cross_attns[1].attn.kv.weight, model.head.weight)
-        scales = [scale[id(p)] for p in parameters]
-        assert scales == sorted(scales) and len(set(scales)) == len(scales)
-        assert scale[id(model.latents)] == scales[0]
-        assert decay[id(model.latents)] == 0

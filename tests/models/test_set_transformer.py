@@ -1,19 +1,14 @@
+from functools import partial
+
 import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
-from timm.optim import param_groups_layer_decay
 
+from tests.models import images, make_model
 from tests.models.equations import Equations, assert_same, randomize
 
-
-def make_model(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model('test_set_transformer', **kwargs)
-
-
-def images(dtype=torch.float32):
-    return torch.randn(2, 3, 32, 32, dtype=dtype)
+make_model = partial(make_model, 'test_set_transformer')
 
 
 class SetTransformerEquations(Equations):
@@ -69,7 +64,7 @@ class TestEquations:
         finally:
             set_fused_attn(True)
         model = randomize(model, scale=0.3)
-        x = images(dtype=torch.float64).requires_grad_()
+        x = images(2, dtype=torch.float64).requires_grad_()
         question = torch.randn(2, question_dim, dtype=torch.float64) if question_dim else None
 
         actual = model(x, question)
@@ -90,7 +85,7 @@ class TestEquations:
 class TestQuestions:
 
     def test_average_pooling_takes_the_patches_and_token_pooling_the_question(self):
-        x, question = images(), torch.randn(2, 5)
+        x, question = images(2), torch.randn(2, 5)
         for pool, expected in (('avg', lambda f: f[:, 1:].mean(1)), ('token', lambda f: f[:, 0])):
             model = make_model(question_dim=5, global_pool=pool, num_classes=0).eval()
             torch.testing.assert_close(model(x, question), expected(model.forward_features(x, question)))
@@ -123,7 +118,7 @@ class TestModel:
         model = make_model(question_dim=5).eval()
         model.reset_classifier(0, 'avg')
         assert model.attn_pool is None
-        x, question = images(), torch.randn(2, 5)
+        x, question = images(2), torch.randn(2, 5)
         patches = model.forward_features(x, question)[:, 1:]
         torch.testing.assert_close(model(x, question), patches.mean(1))
 
@@ -131,14 +126,3 @@ class TestModel:
         block = make_model().blocks[0]
         assert block.inducing_points.std().item() == pytest.approx((2 / (8 + 64)) ** 0.5, rel=0.1)
         assert block.induce.attn.kv.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
-
-    def test_layer_decay_follows_depth(self):
-        model = make_model(question_dim=5)
-        groups = param_groups_layer_decay(model, layer_decay=0.5)
-        scale = {id(p): group['lr_scale'] for group in groups for p in group['params']}
-        parameters = (
-            model.question_embed.proj.weight, model.blocks[0].inducing_points, model.blocks[2].attend.rff[0].weight,
-            model.attn_pool.seeds)
-        scales = [scale[id(p)] for p in parameters]
-        assert scales == sorted(scales) and len(set(scales)) == len(scales)
-        assert scale[id(model.head.weight)] == scales[-1]

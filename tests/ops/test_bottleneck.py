@@ -116,22 +116,6 @@ def test_writing_streams_over_chunks(monkeypatch, num_tokens, k):
         torch.testing.assert_close(grad, expected_grads[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('k', [7, 30, 64])
-@pytest.mark.parametrize('chunk', [9, 64])
-def test_masked_tokens_neither_write_nor_count(monkeypatch, chunk, k):
-    monkeypatch.setattr(selection, 'chunk_size', lambda tokens: chunk)
-    inputs = make_inputs(50, 24, 8, 16, 4, dtype=torch.float64)
-    token_mask = torch.arange(50) % 3 > 0
-    inputs['tokens'][~token_mask] *= 100  # they would win
-    outputs, grads = run(bottleneck.write, inputs, 4, k, token_mask)
-    expected_outputs, expected_grads = run(naive.write, inputs, 4, k, token_mask)
-    for output, expected in zip(outputs, expected_outputs):
-        torch.testing.assert_close(output, expected, **TOLERANCE[torch.float64])
-    for name, grad in grads.items():
-        torch.testing.assert_close(
-            grad, expected_grads[name], **TOLERANCE[torch.float64], msg=lambda m: f'{name}: {m}')
-
-
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('gated', [False, True])
 @pytest.mark.parametrize('k', [5, 30])

@@ -11,7 +11,8 @@ def polar(matrix: torch.Tensor, num_iterations: int = 12) -> torch.Tensor:
     """Nearest matrix with orthonormal rows (M <= D) or columns (M > D), by Newton-Schulz iterations.
 
     A singular value decomposition would be exact, but its gradient is singular where singular values are equal, which
-    is where this function lands. Twelve iterations reach float32 rounding up to a condition number of about 60.
+    is where this function lands. Twelve iterations reach float32 rounding up to a condition number of about 15;
+    above, the directions of the smallest singular values stay shorter than the others.
 
     Args:
         matrix: (M, D), float32.
