@@ -41,6 +41,19 @@ def test_tensors_of_a_transform_are_known():
     assert seen == [True] and not torch._C._functorch.is_functorch_wrapped_tensor(torch.zeros(2))
 
 
+def test_an_export_is_known():
+    seen = []
+
+    class Module(torch.nn.Module):
+
+        def forward(self, x):
+            seen.append(torch.compiler._is_exporting_flag)
+            return x + 1.
+
+    torch.export.export(Module(), (torch.zeros(2),), strict=False)
+    assert all(seen) and seen and not torch.compiler._is_exporting_flag
+
+
 def test_nodes_of_a_graph_carry_metadata():
     y = torch.zeros(1, requires_grad=True) * 1.
     y.grad_fn.metadata['name'] = 'value'

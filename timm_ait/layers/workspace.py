@@ -73,6 +73,11 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def _is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which up to torch 2.10 is true in torch.compile as well."""
+    return torch.compiler._is_exporting_flag
+
+
 def _without_autocast(x: torch.Tensor) -> ContextManager:
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
@@ -341,7 +346,7 @@ class GlobalWorkspace(nn.Module):
         is_trained = any(parameter.requires_grad for module in write_modules for parameter in module.parameters())
         if not is_trained:
             return self._read(x)
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             raise RuntimeError(
                 'A workspace cannot be exported in training mode: its memory would never advance. Call model.eval().')
         if self.balance_weight and not torch.compiler.is_compiling() and _in_reentrant_checkpoint():
@@ -425,7 +430,7 @@ class GlobalWorkspace(nn.Module):
         # integers, since compilers do not carry a float into a shape
         share = Fraction(self.bottleneck).limit_denominator(2 ** 20)
         numerator, denominator = share.numerator, share.denominator
-        return torch.sym_max(1, (2 * num_tokens * numerator + denominator) // (2 * denominator))
+        return max(1, (2 * num_tokens * numerator + denominator) // (2 * denominator))
 
     def _lift(self, memory: torch.Tensor) -> torch.Tensor:
         """Attractors (M, E) of a memory that was just written (M, D)."""
@@ -453,12 +458,12 @@ class GlobalWorkspace(nn.Module):
 
         A change through `.data` shows after the next `eval()` alone, since PyTorch does not count it.
         """
-        memory = self._projected if torch.compiler.is_exporting() else self.memory
+        memory = self._projected if _is_exporting() else self.memory
         if torch.compiler.is_dynamo_compiling():  # a compiled graph outlives what it cannot see change
             slots = self.stored_memory()
         elif memory is not None and memory is self._projected and _version(memory) == self._projected_version:
             slots = self.slots
-        elif torch.jit.is_tracing() or torch.compiler.is_exporting() or not _is_plain(memory):
+        elif torch.jit.is_tracing() or _is_exporting() or not _is_plain(memory):
             slots = self.stored_memory()
         else:
             self._refresh_slots()
