@@ -260,9 +260,9 @@ class Workplace:
             arguments += ['--runs', *list(recipe['runs'])[:2]]
         if 'data' in arguments[:4] and self.exists(option(arguments, '--out') or ''):
             arguments.append('--force')
-        if '--pretrained' in arguments and '--config' in arguments:
-            config = yaml.safe_load((self.folder / option(arguments, '--config')).read_text())
-            model = option(arguments, '--model') or config['model']
+        if '--pretrained' in arguments:
+            config = option(arguments, '--config')
+            model = option(arguments, '--model') or yaml.safe_load((self.folder / config).read_text())['model']
             if not any('pretrained_cfg_overlay' in a for a in arguments) and not comes_with_a_file(model, {}):
                 arguments.remove('--pretrained')  # there is no network
         return arguments
