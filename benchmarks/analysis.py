@@ -277,28 +277,6 @@ def purities(model: torch.nn.Module, batches: Batches) -> Dict[str, Dict[str, fl
     return result
 
 
-@torch.no_grad()
-def coordination_writes(model: torch.nn.Module, images: torch.Tensor) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
-    """What each block of a Coordination writes for images of a memory each: weights (B, A, M, N), memory (B, M, D)."""
-    result, handles = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, SharedWorkspace):
-            weights: List[torch.Tensor] = []
-
-            def keep_weights(_, inputs, weights=weights):
-                weights.append(inputs[0])
-
-            def keep_memory(_, inputs, output, name=name, weights=weights):
-                result[name] = (weights[0], output[1])  # the write comes first, the broadcast may come after
-
-            handles += [
-                module.attn_drop.register_forward_pre_hook(keep_weights), module.register_forward_hook(keep_memory)]
-    model(images)
-    for handle in handles:
-        handle.remove()
-    return result
-
-
 def measure_model(model: torch.nn.Module, batches: Batches) -> Dict[str, Any]:
     """All figures of an image classifier, those of tokens over the first NUM_BATCHES batches."""
     few = batches[:NUM_BATCHES]
@@ -310,7 +288,7 @@ def measure_model(model: torch.nn.Module, batches: Batches) -> Dict[str, Any]:
     if any(isinstance(module, SharedWorkspace) for module in model.modules()):
         result['layers'] = {
             name: {**analysis.competition(attention), **_mean(list(map(slot_statistics, memories)))}
-            for name, (attention, memories) in coordination_writes(model, few[0][0]).items()}
+            for name, (attention, memories) in analysis.coordination_writes(model, few[0][0]).items()}
     elif timm_ait.memory_statistics(model):
         result['layers'] = analysis.analyse(model, (images for images, _ in few))
         result['purity'] = purities(model, few)

@@ -123,6 +123,21 @@ class TestWriteAttention:
         torch.testing.assert_close(attention.gather(-1, best), scores.gather(-1, best).softmax(dim=-1))
 
 
+def test_writes_of_coordination_are_one_per_image():
+    model = timm.create_model('test_coordination').train()
+    writes = analysis.coordination_writes(model, torch.randn(2, 3, 32, 32))
+    assert list(writes) == ['blocks.0.attn', 'blocks.1.attn', 'blocks.2.attn']
+    for attention, memory in writes.values():
+        assert attention.shape == (2, 2, 4, 64) and memory.shape == (2, 4, 32)
+        assert ((attention > 0).sum(dim=-1) == 3).all()
+    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_only_a_coordination_has_its_writes():
+    with pytest.raises(ValueError, match='^model: VisionTransformer'):
+        analysis.coordination_writes(timm.create_model('test_vit'), torch.randn(2, 3, 160, 160))
+
+
 class TestCompetition:
 
     def test_slots_that_select_the_same_token(self):

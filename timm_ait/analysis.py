@@ -1,7 +1,7 @@
 """ What a workspace does: competition, attractors, diversity, contribution.
 
 Small functions on any model with workspaces, AiT or a model with `add_workspace`, all without gradients and in
-evaluation. `analyse` puts them together.
+evaluation. `analyse` puts them together. Of Coordination, whose memory is one per image: `coordination_writes`.
 
 Shapes: T tokens of width E; a memory of M slots of width D; A heads; B images of N tokens. Layers go by the names of
 their workspaces in `model.named_modules()`.
@@ -20,12 +20,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_ait.layers import GlobalWorkspace
+from timm_ait.models.coordination import SharedWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import project_memory, slot_statistics
 
 __all__ = [
     'REPLACEMENTS', 'accuracy', 'agreement', 'analyse', 'attractors', 'basins', 'collect_tokens', 'competition',
-    'contribution', 'fixed_points', 'interactions', 'kmeans', 'match_slots', 'read_shares',
+    'contribution', 'coordination_writes', 'fixed_points', 'interactions', 'kmeans', 'match_slots', 'read_shares',
     'read_weights', 'replaced_memory', 'retrieval', 'self_attention_interactions', 'slot_purity', 'workspaces',
     'write_attention', 'write_scores',
 ]
@@ -188,6 +189,36 @@ def write_attention(
     num_kept = bottleneck if isinstance(bottleneck, int) else max(1, round(bottleneck * scores.shape[-1]))
     kept = scores.topk(min(num_kept, scores.shape[-1]), dim=-1)
     return torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
+
+
+def coordination_writes(model: nn.Module, images: torch.Tensor) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
+    """What each block of a Coordination writes into the memories of images.
+
+    Args:
+        model: Coordination without questions.
+        images: (B, C, H, W).
+
+    Returns:
+        By layer, write weights (B, A, M, N), as `competition` takes them, and the memory written (B, M, D).
+
+    Raises:
+        ValueError: The model is no Coordination, or asks for a question.
+    """
+    shared = {name: module for name, module in model.named_modules() if isinstance(module, SharedWorkspace)}
+    if not shared:
+        raise ValueError(f'model: {type(model).__name__} is no Coordination; for workspaces see write_attention')
+    weights, result = {}, {}
+
+    def before_dropout(name: str, dropout: nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
+        weights.setdefault(name, inputs[0])  # the write comes first, the broadcast may come after
+
+    def after_write(name: str, workspace: nn.Module, inputs: Any, output: Tuple[torch.Tensor, torch.Tensor]) -> None:
+        result[name] = (weights[name], output[1])
+
+    dropouts = {name: module.attn_drop for name, module in shared.items()}
+    with _observed(model, dropouts, before_dropout, before=True), _observed(model, shared, after_write):
+        model(images)
+    return result
 
 
 def competition(attention: torch.Tensor) -> Dict[str, float]:

@@ -31,6 +31,7 @@ __all__ = [
     'GlobalWorkspace',
     'WorkspaceMlp',
     'balance_loss',
+    'check_at_least',
     'memory_statistics',
     'split_workspace_kwargs',
 ]
@@ -42,9 +43,11 @@ MEMORY_UPDATES = ('orthogonal', 'normalize')
 _TOKENS_PER_CHUNK = 512
 
 
-def _check_int(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}.')
+def check_at_least(minimum: int, **values) -> None:
+    """Raise a ValueError that names the first value that is no integer, or too small."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}.')
 
 
 def _check_float(name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
@@ -198,16 +201,14 @@ class GlobalWorkspace(nn.Module):
             ValueError: An argument is out of its range.
         """
         super().__init__()
-        _check_int('dim', dim, 1)
-        _check_int('num_slots', num_slots, 1)
-        _check_int('slot_dim', slot_dim, 1)
-        _check_int('workspace_heads', workspace_heads, 1)
+        check_at_least(
+            1, dim=dim, num_slots=num_slots, slot_dim=slot_dim, workspace_heads=workspace_heads,
+            retrieval_steps=retrieval_steps)
         if isinstance(bottleneck, float):
             _check_float('bottleneck', bottleneck, 0., 1., low_open=True)
         else:
-            _check_int('bottleneck', bottleneck, 1)
+            check_at_least(1, bottleneck=bottleneck)
         _check_float('beta', beta, 0., float('inf'), low_open=True)
-        _check_int('retrieval_steps', retrieval_steps, 1)
         _check_float('memory_momentum', memory_momentum, 0., 1.)
         _check_choice('memory_init', memory_init, MEMORY_INITS)
         if memory_init == 'identity' and num_slots > slot_dim:

@@ -11,9 +11,10 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers import QuestionEmbed
+from timm_ait.layers.workspace import check_at_least
 from timm_ait.weights import check_weights
 
-__all__ = ['QuestionViT', 'build_vit', 'check_at_least', 'cifar_cfg', 'refuse_arguments', 'refuse_masks']
+__all__ = ['QuestionViT', 'build_vit', 'cifar_cfg', 'refuse_arguments', 'refuse_masks']
 
 
 def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -51,13 +52,6 @@ def build_vit(
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', min(3, kwargs['depth'])), feature_cls='getter'),
         **kwargs,
     )
-
-
-def check_at_least(minimum: int, **values) -> None:
-    """Raise a ValueError that names the first value that is no integer, or too small."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}.')
 
 
 def refuse_arguments(args: Tuple[Any, ...], kwargs: Dict[str, Any], reason: str, **fixed) -> Dict[str, Any]:

@@ -21,7 +21,9 @@ from timm.layers import Attention
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
-from ._question import QuestionViT, build_vit, check_at_least, cifar_cfg, refuse_arguments, refuse_masks
+from timm_ait.layers.workspace import check_at_least
+
+from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
 
 __all__ = ['CentroidTransformer']
 
