@@ -426,21 +426,32 @@ def benchmark_ops(args: argparse.Namespace, results: Results) -> None:
         return {name: x.detach().to(dtype, copy=True).requires_grad_() for name, x in inputs.items()}
 
     sizes = dict(num_heads=args.heads, bottleneck=args.bottleneck)
+    norm = bottleneck.TokenNorm(layer.norm.weight.detach(), layer.norm.bias.detach(), layer.norm.eps)
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
     # the fused ops take weights in float32 whatever the tokens are in, naive.py computes in one dtype
     cases = {
         'write': {
             OURS: (
-                partial(bottleneck.write, **sizes),
+                partial(bottleneck.write, norm=norm, **sizes),
                 {**leaves({'tokens': tokens}, dtype), **leaves(parameters, torch.float32)},
             ),
-            NAIVE: (partial(naive.write, **sizes), leaves({'tokens': tokens, **parameters}, dtype)),
+            NAIVE: (
+                lambda tokens, **weights: naive.write(normed(tokens), **weights, **sizes),
+                leaves({'tokens': tokens, **parameters}, dtype),
+            ),
         },
         'read': {
             OURS: (
-                hopfield.read,
-                {**leaves({'state': tokens}, dtype), **leaves(attractors, torch.float32)},
+                partial(hopfield.read, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps),
+                {**leaves({'x': tokens}, dtype), **leaves(attractors, torch.float32)},
             ),
-            NAIVE: (naive.read, leaves({'state': tokens, **attractors}, dtype)),
+            NAIVE: (
+                lambda x, attractors: naive.read(normed(x), attractors),
+                leaves({'x': tokens, **attractors}, dtype),
+            ),
         },
     }
     for name, contenders in cases.items():

@@ -99,18 +99,18 @@ def check_read(num_tokens, width, num_slots, dtype, with_residual, transposed=Fa
     state = randn(num_tokens, width, dtype=dtype, transposed=transposed)
     keys = randn(num_slots, width, dtype=dtype, transposed=transposed, seed=1) / 2
     values = randn(num_slots, width, dtype=dtype, transposed=transposed, seed=2)
-    residual = randn(num_tokens, width, dtype=dtype, transposed=transposed, seed=3) if with_residual else None
+    residual = randn(num_tokens, width, dtype=dtype, transposed=transposed, seed=3) if with_residual else state
     grad = randn(num_tokens, width, dtype=dtype, transposed=transposed, seed=4)
 
     output = kernels().read(state, keys, values, residual)
     inputs = [exact(x) for x in (state, keys, values)]
     # keys that differ from values stand for a temperature or a gate, which naive.read applies itself
     expected = (inputs[0] @ inputs[1].T).softmax(dim=-1) @ inputs[2]
-    expected = expected + (inputs[0] if residual is None else residual.double())
+    expected = expected + (residual.double() if with_residual else inputs[0])
     assert output.dtype == dtype
     check_close(output, expected.detach(), dtype)
 
-    grads = kernels().read_backward(grad, state, keys, values, residual is None)
+    grads = kernels().read_backward(grad, state, keys, values, not with_residual)
     for actual, wanted in zip(grads, torch.autograd.grad(expected, inputs, grad.double())):
         assert actual.dtype == dtype
         check_close(actual, wanted, dtype)
@@ -119,7 +119,7 @@ def check_read(num_tokens, width, num_slots, dtype, with_residual, transposed=Fa
 def check_read_is_naive():
     state, attractors = randn(37, 12), randn(5, 12, seed=1)
     check_close(
-        kernels().read(state, 0.7 * attractors, attractors),
+        kernels().read(state, 0.7 * attractors, attractors, state),
         naive.read(state.double(), attractors.double(), 0.7),
         torch.float32,
     )
@@ -130,9 +130,9 @@ def check_refusals():
     with pytest.raises(TypeError, match='float64'):
         kernels().pool(double, double, torch.zeros(8, 4, dtype=torch.long))
     with pytest.raises(TypeError, match='float64'):
-        kernels().read(double, double, double)
+        kernels().read(double, double, double, double)
     with pytest.raises(ValueError, match='at most 512 slots, got 513'):
-        kernels().read(randn(8, 4), randn(513, 4), randn(513, 4))
+        kernels().read(randn(8, 4), randn(513, 4), randn(513, 4), randn(8, 4))
 
 
 def check_layer(gated):
@@ -207,7 +207,7 @@ def test_what_kernels_cannot_compute_is_refused(run):
 def test_cpu_tensors_are_refused_outside_the_interpreter(monkeypatch):
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     with pytest.raises(RuntimeError, match='CUDA'):
-        kernels().read(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 4))
+        kernels().read(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(2, 4))
 
 
 def test_missing_triton_says_what_to_install(monkeypatch):

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from timm.layers import Mlp
 from timm.models import register_notrace_module
 
-from timm_ait.ops.bottleneck import TokenNorm, write_normed
+from timm_ait.ops.bottleneck import TokenNorm, write
 from timm_ait.ops.memory import in_backward, keep_, project_memory, slot_statistics, update_memory
 from timm_ait.ops.workspace import write_and_read
 
@@ -370,6 +370,7 @@ class GlobalWorkspace(nn.Module):
         # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
         dtype = torch.promote_types(self.memory.dtype, torch.float32)
         with _without_autocast(x):
+            norm = TokenNorm(self.norm.weight, self.norm.bias, self.norm.eps)
             # a copy, since backward needs the memory before the write
             memory = self.memory.to(dtype, copy=True)
             arguments = (
@@ -386,9 +387,7 @@ class GlobalWorkspace(nn.Module):
             if self.retrieves and self.retrieval_steps == 1 and mask is None:
                 output, written, candidate, balance, coverage = write_and_read(
                     tokens,
-                    self.norm.weight,
-                    self.norm.bias,
-                    self.norm.eps,
+                    *norm,
                     *arguments,
                     self._lift,
                     self.memory_momentum,
@@ -398,12 +397,11 @@ class GlobalWorkspace(nn.Module):
                     global_batch=global_batch,
                 )
             else:
-                normed = self.norm(tokens.to(self.norm.weight.dtype)).to(x.dtype)
                 # padding may be anything, also nan
-                written_from = normed if mask is None else normed.masked_fill(~mask.unsqueeze(-1), 0.)
-                candidate, balance, coverage, _ = write_normed(
-                    written_from, TokenNorm(), *arguments, mask, global_batch)
+                written_from = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.)
+                candidate, balance, coverage, _ = write(written_from, norm, *arguments, mask, global_batch)
                 written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
+                normed = self.norm(tokens.to(self.norm.weight.dtype)).to(x.dtype)
                 if self.retrieves:
                     output = self._retrieve(tokens, normed, self._lift(written).to(x.dtype))
                 else:

@@ -14,14 +14,14 @@ from . import triton_switch
 from .norm import normalize, normalize_backward
 from .selection import chunks, dots, pool, positions, select, send
 
-__all__ = ['TokenNorm', 'attend', 'write', 'write_normed']
+__all__ = ['TokenNorm', 'write']
 
 
 class TokenNorm(NamedTuple):
-    """Layer norm ahead of the write; without a weight there is none."""
-    weight: Optional[torch.Tensor] = None  # (E,)
-    bias: Optional[torch.Tensor] = None  # (E,)
-    eps: float = 0.
+    """Layer norm ahead of the write."""
+    weight: torch.Tensor  # (E,)
+    bias: torch.Tensor  # (E,)
+    eps: float
 
 
 @torch.library.custom_op('timm_ait::select', mutates_args=())
@@ -29,8 +29,8 @@ def _select(
         queries: torch.Tensor,
         tokens: torch.Tensor,
         token_mask: Optional[torch.Tensor],
-        norm_weight: Optional[torch.Tensor],
-        norm_bias: Optional[torch.Tensor],
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
         eps: float,
         k: int,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -47,8 +47,8 @@ def _(queries, tokens, token_mask, norm_weight, norm_bias, eps, k):
 @torch.library.custom_op('timm_ait::pool', mutates_args=())
 def _pool(
         tokens: torch.Tensor,
-        norm_weight: Optional[torch.Tensor],
-        norm_bias: Optional[torch.Tensor],
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
         eps: float,
         weights: torch.Tensor,
         indices: torch.Tensor,
@@ -75,8 +75,8 @@ def _pool_backward_(
         grad_weights: torch.Tensor,
         queries: torch.Tensor,
         tokens: torch.Tensor,
-        norm_weight: Optional[torch.Tensor],
-        norm_bias: Optional[torch.Tensor],
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
         eps: float,
         weights: torch.Tensor,
         indices: torch.Tensor,
@@ -157,8 +157,6 @@ class _Pool(torch.autograd.Function):
             grad_weights = torch.zeros_like(weights)
         grad_queries, grad_norm = _pool_backward_(
             grad_tokens, grad_pooled, grad_weights, queries, tokens, norm_weight, norm_bias, ctx.eps, weights, indices)
-        if norm_weight is None:
-            return grad_queries, grad_tokens, None, None, None, None, None
         grad_norm = grad_norm.to(norm_weight.dtype)
         return grad_queries, grad_tokens, grad_norm[0], grad_norm[1], None, None, None
 
@@ -202,7 +200,12 @@ def _attend(
         norm: TokenNorm,
         global_batch: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `attend`, and the tokens passed on; with a global batch, this rank's share of the pooled tokens."""
+    """Top-k attention of the queries (R, E), scaled and of the tokens' dtype, to the normed tokens.
+
+    Returns:
+        Pooled tokens (R, E), with a global batch this rank's share of them, and weights (R, k), both in at least
+        float32, indices (R, k) of the kept tokens, and the tokens passed on.
+    """
     k = min(bottleneck, tokens.shape[0])
     with torch.no_grad():
         scores, indices = _select(queries, tokens, token_mask, *norm, k)
@@ -218,43 +221,6 @@ def _attend(
         total = _all_reduce(total)
     total = total.clamp_min(torch.finfo(total.dtype).tiny)
     return pooled / total, weights / total, indices, tokens
-
-
-def attend(
-        queries: torch.Tensor,
-        tokens: torch.Tensor,
-        bottleneck: int,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Top-k attention of queries to the tokens themselves.
-
-    Args:
-        queries: Scaled queries in token space, (R, E).
-        tokens: (T, E), T >= 1, of the queries' dtype.
-        bottleneck: Number k of tokens that each query keeps; k >= T keeps all.
-
-    Returns:
-        Pooled tokens (R, E) and weights (R, k), both in at least float32, and indices (R, k) of the kept tokens.
-    """
-    return _attend(queries, tokens, bottleneck, None, TokenNorm(), False)[:3]
-
-
-def write(
-        tokens: torch.Tensor,
-        memory: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
-        value_weight: torch.Tensor,
-        output_weight: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        num_heads: int,
-        bottleneck: int,
-        token_mask: Optional[torch.Tensor] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `naive.write`. Tokens may be of lower precision than the memory and the weights."""
-    return write_normed(
-        tokens, TokenNorm(), memory, query_weight, key_weight, value_weight, output_weight, norm_weight, norm_bias,
-        num_heads, bottleneck, token_mask)[:3]
 
 
 def _spread(
@@ -273,7 +239,7 @@ def _spread(
         num_slots: M.
         num_tokens: Of this rank, masked ones too.
         token_mask: As `naive.write`.
-        global_batch: As `write_normed`.
+        global_batch: As `write`.
 
     Returns:
         Sums of squared deviations (2, A) and means (2, A) of importance and load; number of tokens there are, and the
@@ -302,7 +268,7 @@ def _spread(
     return squares, means, num_valid, counts[num_heads] / num_valid
 
 
-def write_normed(
+def write(
         tokens: torch.Tensor,
         norm: TokenNorm,
         memory: torch.Tensor,
@@ -317,7 +283,7 @@ def write_normed(
         token_mask: Optional[torch.Tensor] = None,
         global_batch: bool = False,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`write` of the normed tokens, which are never there as a whole.
+    """`naive.write` of the normed tokens, which are never there as a whole.
 
     With a global batch, every rank sends its k best scores per query to all others, A * M * k numbers, and what ranks
     pool adds up where it is smallest, after the output projection: sums of A * M, of A + 2 and of M * D + 2 * A numbers
@@ -326,7 +292,7 @@ def write_normed(
     Args:
         tokens: Tokens ahead of their norm, (T, E).
         norm: That norm.
-        memory: This and all others as `naive.write`.
+        memory: This and all others as `naive.write`; tokens may be of lower precision.
         global_batch: The tokens of all ranks of the process group compete, T is their sum, and all ranks get the same
             result.
 

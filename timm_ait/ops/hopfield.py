@@ -11,7 +11,7 @@ from . import triton_switch
 from .matmul import mm
 from .norm import chunk_size, normalize, normalize_backward
 
-__all__ = ['norm_read', 'read']
+__all__ = ['read']
 
 
 def _association(state: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -23,27 +23,22 @@ def _read(
         x: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        residual: Optional[torch.Tensor],
-        norm_weight: Optional[torch.Tensor],
-        norm_bias: Optional[torch.Tensor],
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
         eps: float,
         gated: bool,
 ) -> torch.Tensor:
-    """residual + softmax(state keys^T) values, of the state norm(x) or x.
-
-    The residual is x if gated, else what is given, else the state.
-    """
+    """residual + softmax(state keys^T) values, of the state norm(x), which is the residual too unless gated: then x."""
     if triton_switch.is_on(x):
         from . import triton
         state, _ = normalize(x, norm_weight, norm_bias, eps)
-        return triton.read(state, keys, values, x if gated else residual)
+        return triton.read(state, keys, values, x if gated else state)
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = chunk_size(x)
     for start in range(0, x.shape[0], size):
         chunk = slice(start, start + size)
         state, _ = normalize(x[chunk], norm_weight, norm_bias, eps)
-        base = x[chunk] if gated else state if residual is None else residual[chunk]
-        torch.add(base, mm(_association(state, keys), values), out=output[chunk])
+        torch.add(x[chunk] if gated else state, mm(_association(state, keys), values), out=output[chunk])
     return output
 
 
@@ -58,11 +53,10 @@ def _read_backward(
         x: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        norm_weight: Optional[torch.Tensor],
-        norm_bias: Optional[torch.Tensor],
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
         eps: float,
         gated: bool,
-        state_is_residual: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for x, keys, values and norm (2, E)."""
     # sums over chunks stay in float32
@@ -72,7 +66,7 @@ def _read_backward(
     if triton_switch.is_on(x):
         from . import triton
         state, statistics = normalize(x, norm_weight, norm_bias, eps)
-        grad_state, grad_keys, grad_values = triton.read_backward(grad, state, keys, values, state_is_residual)
+        grad_state, grad_keys, grad_values = triton.read_backward(grad, state, keys, values, not gated)
         grad_x = normalize_backward(grad_state, x, norm_weight, norm_bias, statistics, grad_norm).to(x.dtype)
         return grad_x + grad if gated else grad_x, grad_keys, grad_values, grad_norm
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -86,13 +80,10 @@ def _read_backward(
         mean = (association * grad_association).sum(dim=-1, keepdim=True)
         grad_scores = association * (grad_association - mean)
         grad_keys += mm(grad_scores.T, state)
-        grad_state = grad_x[chunk]
-        if state_is_residual:
-            torch.add(grad[chunk], mm(grad_scores, keys), out=grad_state)
-        else:
-            grad_state.copy_(mm(grad_scores, keys))
-        if norm_weight is not None:
-            grad_state.copy_(normalize_backward(grad_state, x[chunk], norm_weight, norm_bias, statistics, grad_norm))
+        grad_state = mm(grad_scores, keys)
+        if not gated:
+            grad_state += grad[chunk]
+        grad_x[chunk] = normalize_backward(grad_state, x[chunk], norm_weight, norm_bias, statistics, grad_norm)
         if gated:
             grad_x[chunk] += grad[chunk]
     return grad_x, grad_keys.to(keys.dtype), grad_values.to(values.dtype), grad_norm
@@ -106,39 +97,21 @@ def _(grad, x, keys, values, *_):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, keys, values, residual, norm_weight, norm_bias, ctx.eps, ctx.gated = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(x, keys, values, norm_weight, norm_bias)
+    *tensors, ctx.eps, ctx.gated = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    *tensors, norm_weight, norm_bias = ctx.saved_tensors
-    state_is_residual = not ctx.gated and not ctx.has_residual
+    x, keys, values, norm_weight, norm_bias = ctx.saved_tensors
     grad_x, grad_keys, grad_values, grad_norm = _read_backward(
-        grad, *tensors, norm_weight, norm_bias, ctx.eps, ctx.gated, state_is_residual)
-    grad_weight, grad_bias = (None, None) if norm_weight is None else grad_norm.to(norm_weight.dtype)
-    grad_residual = grad if ctx.has_residual else None
-    return grad_x, grad_keys, grad_values, grad_residual, grad_weight, grad_bias, None, None
+        grad, x, keys, values, norm_weight, norm_bias, ctx.eps, ctx.gated)
+    return grad_x, grad_keys, grad_values, *grad_norm.to(norm_weight.dtype), None, None
 
 
 _read.register_autograd(_backward, setup_context=_setup_context)
 
 
 def read(
-        state: torch.Tensor,
-        attractors: torch.Tensor,
-        beta: float = 1.,
-        residual: Optional[torch.Tensor] = None,
-        gate: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    """As `naive.read`. Attractors and gate may be of higher precision than state and residual."""
-    values = attractors if gate is None else attractors * gate
-    keys = beta * attractors
-    return torch.ops.timm_ait.read(
-        state, keys.to(state.dtype), values.to(state.dtype), residual, None, None, 0., False)
-
-
-def norm_read(
         x: torch.Tensor,
         norm_weight: torch.Tensor,
         norm_bias: torch.Tensor,
@@ -147,7 +120,7 @@ def norm_read(
         beta: float = 1.,
         gate: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """`read` of the layer-normed x, or with a gate `x + gate * retrieve(norm(x))`, in one pass over x.
+    """`naive.read` of the layer-normed x, or with a gate `x + gate * retrieve(norm(x))`, in one pass over x.
 
     Args:
         x: (T, E).
@@ -164,4 +137,4 @@ def norm_read(
     values = attractors if gate is None else attractors * gate
     keys = beta * attractors
     return torch.ops.timm_ait.read(
-        x, keys.to(x.dtype), values.to(x.dtype), None, norm_weight, norm_bias, eps, gate is not None)
+        x, keys.to(x.dtype), values.to(x.dtype), norm_weight, norm_bias, eps, gate is not None)

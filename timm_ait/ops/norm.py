@@ -1,5 +1,5 @@
 """ Layer norm of a chunk of tokens inside of a fused operator, and its backward. """
-from typing import Optional, Tuple
+from typing import Tuple
 
 import torch
 
@@ -10,7 +10,7 @@ _CACHE = 3 << 19
 # other devices hide their latency behind large launches
 _DEVICE_CHUNK = 16384
 
-Statistics = Optional[Tuple[torch.Tensor, torch.Tensor]]
+Statistics = Tuple[torch.Tensor, torch.Tensor]
 
 
 def chunk_size(tokens: torch.Tensor) -> int:
@@ -22,40 +22,35 @@ def chunk_size(tokens: torch.Tensor) -> int:
 
 def normalize(
         x: torch.Tensor,
-        weight: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
         eps: float,
 ) -> Tuple[torch.Tensor, Statistics]:
     """Layer norm in the precision of its weight.
 
     Args:
         x: (C, E).
-        weight: (E,); None for no norm.
+        weight: (E,).
         bias: (E,).
         eps: Added to the variance.
 
     Returns:
         The normed x in the dtype of x, and mean and inverse deviation for `normalize_backward`.
     """
-    x = x.contiguous()
-    if weight is None:
-        return x, None
-    normed, mean, inverse_deviation = torch.native_layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps)
+    normed, mean, inverse_deviation = torch.native_layer_norm(
+        x.contiguous().to(weight.dtype), weight.shape, weight, bias, eps)
     return normed.to(x.dtype), (mean, inverse_deviation)
 
 
 def normalize_backward(
         grad: torch.Tensor,
         x: torch.Tensor,
-        weight: Optional[torch.Tensor],
-        bias: Optional[torch.Tensor],
+        weight: torch.Tensor,
+        bias: torch.Tensor,
         statistics: Statistics,
         grad_norm: torch.Tensor,
 ) -> torch.Tensor:
     """Gradient for x (C, E); adds those for weight and bias to the rows of grad_norm (2, E)."""
-    if weight is None:
-        return grad
-    assert statistics is not None
     grads = torch.ops.aten.native_layer_norm_backward(
         grad.to(weight.dtype), x.contiguous().to(weight.dtype), weight.shape, *statistics, weight, bias, [True] * 3)
     grad_norm[0] += grads[1]

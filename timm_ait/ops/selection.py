@@ -36,8 +36,8 @@ def select(
         tokens: torch.Tensor,
         k: int,
         token_mask: Optional[torch.Tensor],
-        norm_weight: Optional[torch.Tensor],
-        norm_bias: Optional[torch.Tensor],
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
         eps: float,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Scores (R, k), minus infinity where masked, and indices (R, k) of the tokens that each query scores highest."""

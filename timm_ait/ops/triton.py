@@ -7,7 +7,7 @@ or float16; sums are float32. Every output element is written by one program in 
 results repeat bit for bit.
 """
 import os
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 
@@ -361,7 +361,7 @@ def read(
         state: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        residual: Optional[torch.Tensor] = None,
+        residual: torch.Tensor,
 ) -> torch.Tensor:
     """Retrieval added to a residual, `residual + softmax(state keys^T) values`, (T, E); as `timm_ait::read`.
 
@@ -369,7 +369,7 @@ def read(
         state: (T, E).
         keys: (M, E), of the state's dtype as all others.
         values: (M, E).
-        residual: (T, E), the state itself if None.
+        residual: (T, E).
 
     Raises:
         RuntimeError: Tensors are not on a CUDA device.
@@ -377,8 +377,7 @@ def read(
         ValueError: More than 512 slots.
     """
     _check(state, keys, values)
-    state, keys, values = state.contiguous(), keys.contiguous(), values.contiguous()
-    residual = state if residual is None else residual.contiguous()
+    state, keys, values, residual = state.contiguous(), keys.contiguous(), values.contiguous(), residual.contiguous()
     num_tokens, width = state.shape
     output = torch.empty_like(state)
     options = _read_options(keys)

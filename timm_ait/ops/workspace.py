@@ -3,8 +3,8 @@ from typing import Callable, Optional, Tuple
 
 import torch
 
-from .bottleneck import TokenNorm, write_normed
-from .hopfield import norm_read
+from .bottleneck import TokenNorm, write
+from .hopfield import read
 from .memory import update_memory
 
 __all__ = ['write_and_read']
@@ -34,13 +34,13 @@ def write_and_read(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `naive.write_and_read`. Tokens may be of lower precision than the memory and the weights.
 
-    With a global batch, the tokens of all ranks of the process group compete, see `bottleneck.write_normed`.
+    With a global batch, the tokens of all ranks of the process group compete, see `bottleneck.write`.
     """
     norm = TokenNorm(token_norm_weight, token_norm_bias, token_norm_eps)
     # the read gets the tokens from the write, which in backward adds its gradient to the one that the read has made
-    candidate, balance, coverage, tokens = write_normed(
+    candidate, balance, coverage, tokens = write(
         x, norm, memory, query_weight, key_weight, value_weight, output_weight, norm_weight, norm_bias, num_heads,
         bottleneck, token_mask, global_batch)
     written = update_memory(memory, candidate, momentum, rule)
-    output = norm_read(tokens, *norm, lift(written), beta, gate)
+    output = read(tokens, *norm, lift(written), beta, gate)
     return output, written, candidate, balance, coverage
