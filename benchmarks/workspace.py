@@ -227,6 +227,11 @@ class Results:
 
 # Contenders
 
+def write_weights(layer: GlobalWorkspace) -> naive.WriteWeights:
+    return naive.WriteWeights(
+        layer.q.weight, layer.k.weight, layer.v.weight, layer.proj.weight, layer.slot_norm.weight, layer.slot_norm.bias)
+
+
 class NaiveWorkspace(GlobalWorkspace):
     """The layer out of the equations of naive.py."""
 
@@ -238,16 +243,9 @@ class NaiveWorkspace(GlobalWorkspace):
         with mock.patch.object(naive, 'update_memory', update_memory):
             output, written, _, balance, _ = naive.write_and_read(
                 x.reshape(-1, self.dim),
-                self.norm.weight,
-                self.norm.bias,
-                self.norm.eps,
+                naive.TokenNorm(self.norm.weight, self.norm.bias, self.norm.eps),
                 self.memory.clone(),
-                self.q.weight,
-                self.k.weight,
-                self.v.weight,
-                self.proj.weight,
-                self.slot_norm.weight,
-                self.slot_norm.bias,
+                write_weights(self),
                 self.workspace_heads,
                 self.bottleneck,
                 self.attractors,
@@ -411,41 +409,33 @@ def benchmark_ops(args: argparse.Namespace, results: Results) -> None:
     layer = create_layers(args)[OURS]
     dtype = getattr(torch, args.dtype)
     tokens = torch.randn(args.tokens, args.dim, device=args.device).to(dtype)
-    parameters = dict(
-        memory=layer.memory,
-        query_weight=layer.q.weight,
-        key_weight=layer.k.weight,
-        value_weight=layer.v.weight,
-        output_weight=layer.proj.weight,
-        norm_weight=layer.slot_norm.weight,
-        norm_bias=layer.slot_norm.bias,
-    )
+    parameters = dict(memory=layer.memory, **write_weights(layer)._asdict())
     attractors = dict(attractors=layer.attractors(layer.memory))
 
     def leaves(inputs: Dict[str, torch.Tensor], dtype: torch.dtype) -> Dict[str, torch.Tensor]:
         return {name: x.detach().to(dtype, copy=True).requires_grad_() for name, x in inputs.items()}
 
     sizes = dict(num_heads=args.heads, bottleneck=args.bottleneck)
-    norm = bottleneck.TokenNorm(layer.norm.weight.detach(), layer.norm.bias.detach(), layer.norm.eps)
+    norm = naive.TokenNorm(layer.norm.weight.detach(), layer.norm.bias.detach(), layer.norm.eps)
 
     def normed(x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
+    def write(tokens: torch.Tensor, memory: torch.Tensor, **weights: torch.Tensor) -> Any:
+        return bottleneck.write(tokens, norm, memory, naive.WriteWeights(**weights), **sizes)
+
+    def naive_write(tokens: torch.Tensor, memory: torch.Tensor, **weights: torch.Tensor) -> Any:
+        return naive.write(normed(tokens), memory, naive.WriteWeights(**weights), **sizes)
+
     # the fused ops take weights in float32 whatever the tokens are in, naive.py computes in one dtype
     cases = {
         'write': {
-            OURS: (
-                partial(bottleneck.write, norm=norm, **sizes),
-                {**leaves({'tokens': tokens}, dtype), **leaves(parameters, torch.float32)},
-            ),
-            NAIVE: (
-                lambda tokens, **weights: naive.write(normed(tokens), **weights, **sizes),
-                leaves({'tokens': tokens, **parameters}, dtype),
-            ),
+            OURS: (write, {**leaves({'tokens': tokens}, dtype), **leaves(parameters, torch.float32)}),
+            NAIVE: (naive_write, leaves({'tokens': tokens, **parameters}, dtype)),
         },
         'read': {
             OURS: (
-                partial(hopfield.read, norm_weight=norm.weight, norm_bias=norm.bias, eps=norm.eps),
+                partial(hopfield.read, norm=norm),
                 {**leaves({'x': tokens}, dtype), **leaves(attractors, torch.float32)},
             ),
             NAIVE: (

@@ -24,8 +24,9 @@ class TestForward:
 
         tokens = F.layer_norm(x, (24,), layer.norm.weight, layer.norm.bias).view(-1, 24)
         candidate, balance, coverage = naive.write(
-            tokens, before, layer.q.weight, layer.k.weight, layer.v.weight, layer.proj.weight,
-            layer.slot_norm.weight, layer.slot_norm.bias, num_heads=4, bottleneck=10)
+            tokens, before, naive.WriteWeights(
+                layer.q.weight, layer.k.weight, layer.v.weight, layer.proj.weight, layer.slot_norm.weight,
+                layer.slot_norm.bias), num_heads=4, bottleneck=10)
         memory = naive.update_memory(before, candidate, 0.9, memory_update)
         residual = x.view(-1, 24) if gated else None
         expected = naive.read(tokens, layer.attractors(memory), 1., residual, layer.gate)

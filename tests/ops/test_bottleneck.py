@@ -42,22 +42,29 @@ def make_inputs(num_tokens, dim, num_slots, slot_dim, num_heads, dtype=torch.flo
         token_norm_weight=1 + 0.1 * randn(dim),
         token_norm_bias=0.1 * randn(dim),
         memory=torch.nn.functional.normalize(randn(num_slots, slot_dim), dim=-1),
-        query_weight=randn(inner, slot_dim) * 2,
-        key_weight=randn(inner, dim) / dim ** 0.5,
-        value_weight=randn(inner, dim) / dim ** 0.5,
-        output_weight=randn(slot_dim, inner) / inner ** 0.5,
+        query=randn(inner, slot_dim) * 2,
+        key=randn(inner, dim) / dim ** 0.5,
+        value=randn(inner, dim) / dim ** 0.5,
+        output=randn(slot_dim, inner) / inner ** 0.5,
         norm_weight=1 + 0.1 * randn(slot_dim),
         norm_bias=0.1 * randn(slot_dim),
     )
 
 
-def fused_write(tokens, token_norm_weight, token_norm_bias, **kwargs):
-    return bottleneck.write(tokens, bottleneck.TokenNorm(token_norm_weight, token_norm_bias, 1e-5), **kwargs)[:3]
+def grouped(token_norm_weight, token_norm_bias, **inputs):
+    """Inputs by name as the functions take them."""
+    weights = naive.WriteWeights(**{name: inputs.pop(name) for name in naive.WriteWeights._fields})
+    return dict(inputs, norm=naive.TokenNorm(token_norm_weight, token_norm_bias, 1e-5), weights=weights)
 
 
-def naive_write(tokens, token_norm_weight, token_norm_bias, **kwargs):
-    normed = F.layer_norm(tokens, token_norm_weight.shape, token_norm_weight, token_norm_bias, 1e-5)
-    return naive.write(normed, **kwargs)
+def fused_write(**inputs):
+    return bottleneck.write(**grouped(**inputs))[:3]
+
+
+def naive_write(**inputs):
+    inputs = grouped(**inputs)
+    norm, tokens = inputs.pop('norm'), inputs.pop('tokens')
+    return naive.write(F.layer_norm(tokens, norm.weight.shape, *norm), **inputs)
 
 
 def run(write, inputs, num_heads, k):
@@ -144,7 +151,7 @@ def test_a_step_matches_naive(monkeypatch, chunk, k, gated, masked):
     for step in (workspace.write_and_read, naive.write_and_read):
         leaves = {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
         outputs = step(
-            **leaves, token_norm_eps=1e-5, num_heads=4, bottleneck=k, lift=lambda memory: memory @ lift, momentum=0.8,
+            **grouped(**leaves), num_heads=4, bottleneck=k, lift=lambda memory: memory @ lift, momentum=0.8,
             rule='orthogonal', beta=0.7, token_mask=token_mask)
         cotangent = torch.linspace(-1, 1, outputs[0].numel(), dtype=torch.float64).view_as(outputs[0])
         kept = cotangent.clone()

@@ -25,7 +25,7 @@ def make_inputs(num_tokens, dim, num_slots, dtype):
 
 
 def fused_read(x, weight, bias, attractors, gate, gated):
-    return hopfield.read(x, weight, bias, 1e-5, attractors, 0.7, gate if gated else None)
+    return hopfield.read(x, naive.TokenNorm(weight, bias, 1e-5), attractors, 0.7, gate if gated else None)
 
 
 def naive_read(x, weight, bias, attractors, gate, gated):

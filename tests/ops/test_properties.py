@@ -25,16 +25,16 @@ def steps(draw, max_tokens=40, dtypes=DTYPES):
     lift = randn(slot_dim, dim)
     return dict(
         x=randn(num_tokens, dim),
-        token_norm_weight=1. + 0.1 * randn(dim),
-        token_norm_bias=0.1 * randn(dim),
-        token_norm_eps=1e-3,
+        norm=naive.TokenNorm(1. + 0.1 * randn(dim), 0.1 * randn(dim), 1e-3),
         memory=torch.nn.functional.normalize(randn(num_slots, slot_dim), dim=-1),
-        query_weight=randn(num_heads * slot_dim, slot_dim),
-        key_weight=randn(num_heads * slot_dim, dim) / dim ** 0.5,
-        value_weight=randn(num_heads * slot_dim, dim) / dim ** 0.5,
-        output_weight=randn(slot_dim, num_heads * slot_dim) / (num_heads * slot_dim) ** 0.5,
-        norm_weight=1. + 0.1 * randn(slot_dim),
-        norm_bias=0.1 * randn(slot_dim),
+        weights=naive.WriteWeights(
+            query=randn(num_heads * slot_dim, slot_dim),
+            key=randn(num_heads * slot_dim, dim) / dim ** 0.5,
+            value=randn(num_heads * slot_dim, dim) / dim ** 0.5,
+            output=randn(slot_dim, num_heads * slot_dim) / (num_heads * slot_dim) ** 0.5,
+            norm_weight=1. + 0.1 * randn(slot_dim),
+            norm_bias=0.1 * randn(slot_dim),
+        ),
         num_heads=num_heads,
         bottleneck=draw(st.integers(1, max_tokens + 5)),
         lift=lambda written: written @ lift,
@@ -48,17 +48,28 @@ def steps(draw, max_tokens=40, dtypes=DTYPES):
 
 def scores_are_distinct(step):
     """Whether no rounding can change which tokens are kept."""
-    tokens = torch.nn.functional.layer_norm(
-        step['x'], step['x'].shape[1:], step['token_norm_weight'], step['token_norm_bias'], step['token_norm_eps'])
-    query = (step['memory'] @ step['query_weight'].T).unflatten(-1, (step['num_heads'], -1)).transpose(0, 1)
-    keys = (tokens @ step['key_weight'].T).unflatten(-1, (step['num_heads'], -1)).transpose(0, 1)
+    tokens = torch.nn.functional.layer_norm(step['x'], step['x'].shape[1:], *step['norm'])
+    query = (step['memory'] @ step['weights'].query.T).unflatten(-1, (step['num_heads'], -1)).transpose(0, 1)
+    keys = (tokens @ step['weights'].key.T).unflatten(-1, (step['num_heads'], -1)).transpose(0, 1)
     ordered = (query @ keys.transpose(1, 2)).sort(dim=-1).values
     return (ordered.diff(dim=-1).abs() > 1e-5 * ordered.abs().max()).all()
 
 
-def leaves(step):
+def floats(step):
+    """Tensors of floating point numbers, also those in the tuples of parameters."""
+    values = [x for value in step.values() for x in (value if isinstance(value, tuple) else (value,))]
+    return [x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def with_floats(step, tensors):
+    """The step with others in their place."""
+    tensors = iter(tensors)
+
+    def other(x):
+        return next(tensors) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
     return {
-        name: value.clone().requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        name: type(value)(*map(other, value)) if isinstance(value, tuple) else other(value)
         for name, value in step.items()}
 
 
@@ -71,12 +82,11 @@ class TestStep:
             step['bottleneck'] = len(step['x'])
         results = []
         for function in (workspace.write_and_read, naive.write_and_read):
-            inputs = leaves(step)
-            output, written, candidate, balance, coverage = function(**inputs)
+            leaves = [x.clone().requires_grad_() for x in floats(step)]
+            output, written, candidate, balance, coverage = function(**with_floats(step, leaves))
             direction = torch.linspace(-1., 1., output.numel(), dtype=output.dtype).view_as(output)
             ((output * direction).sum() + 0.1 * balance).backward()
-            grads = [value.grad for value in inputs.values() if isinstance(value, torch.Tensor) and value.requires_grad]
-            results.append([output, written, candidate, balance, coverage, *grads])
+            results.append([output, written, candidate, balance, coverage, *(leaf.grad for leaf in leaves)])
         for fused, expected in zip(*results):
             fused = torch.zeros_like(expected) if fused is None else fused
             expected = torch.zeros_like(fused) if expected is None else expected
@@ -113,13 +123,10 @@ class TestStep:
     @settings(few, max_examples=10)
     @given(steps(max_tokens=6, dtypes=[torch.float64]))
     def test_gradients_are_those_of_finite_differences(self, step):
-        inputs = leaves(step)
-        names = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.requires_grad]
+        def outputs(*tensors):
+            return workspace.write_and_read(**with_floats(step, tensors))[:4:3]
 
-        def outputs(*values):
-            return workspace.write_and_read(**{**inputs, **dict(zip(names, values))})[:4:3]
-
-        torch.autograd.gradcheck(outputs, [inputs[name] for name in names], fast_mode=True)
+        torch.autograd.gradcheck(outputs, [x.clone().requires_grad_() for x in floats(step)], fast_mode=True)
 
 
 class TestMemory:

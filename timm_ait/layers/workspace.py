@@ -21,8 +21,9 @@ from torch.utils.checkpoint import CheckpointFunction
 from timm.layers import Mlp
 from timm.models import register_notrace_module
 
-from timm_ait.ops.bottleneck import TokenNorm, write
+from timm_ait.ops.bottleneck import write
 from timm_ait.ops.memory import in_backward, keep_, project_memory, slot_statistics, update_memory
+from timm_ait.ops.naive import TokenNorm, WriteWeights
 from timm_ait.ops.workspace import write_and_read
 
 from .advance import register_workspace, world_size
@@ -373,22 +374,17 @@ class GlobalWorkspace(nn.Module):
             norm = TokenNorm(self.norm.weight, self.norm.bias, self.norm.eps)
             # a copy, since backward needs the memory before the write
             memory = self.memory.to(dtype, copy=True)
-            arguments = (
-                memory,
-                self.q().to(dtype),
-                self.k().to(dtype),
-                self.v().to(dtype),
-                self.proj().to(dtype),
-                self.slot_norm.weight.to(dtype),
-                self.slot_norm.bias.to(dtype),
-                self.workspace_heads,
-                self._num_kept(tokens, mask, global_batch),
-            )
+            weights = WriteWeights(*[parameter.to(dtype) for parameter in (
+                self.q(), self.k(), self.v(), self.proj(), self.slot_norm.weight, self.slot_norm.bias)])
+            num_kept = self._num_kept(tokens, mask, global_batch)
             if self.retrieves and self.retrieval_steps == 1 and mask is None:
                 output, written, candidate, balance, coverage = write_and_read(
                     tokens,
-                    *norm,
-                    *arguments,
+                    norm,
+                    memory,
+                    weights,
+                    self.workspace_heads,
+                    num_kept,
                     self._lift,
                     self.memory_momentum,
                     self.memory_update,
@@ -399,7 +395,8 @@ class GlobalWorkspace(nn.Module):
             else:
                 # padding may be anything, also nan
                 written_from = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.)
-                candidate, balance, coverage, _ = write(written_from, norm, *arguments, mask, global_batch)
+                candidate, balance, coverage, _ = write(
+                    written_from, norm, memory, weights, self.workspace_heads, num_kept, mask, global_batch)
                 written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
                 normed = self.norm(tokens.to(self.norm.weight.dtype)).to(x.dtype)
                 if self.retrieves:

@@ -4,24 +4,18 @@ Scores are linear in the tokens, so the key projection folds into the A * M quer
 per query carry weight, so tokens are pooled before the value projection and no value is made. What is kept for backward
 is the k selected indices and weights per query.
 """
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from . import triton_switch
+from .naive import TokenNorm, WriteWeights
 from .norm import normalize, normalize_backward
 from .selection import chunks, dots, pool, positions, select, send
 
-__all__ = ['TokenNorm', 'write']
-
-
-class TokenNorm(NamedTuple):
-    """Layer norm ahead of the write."""
-    weight: torch.Tensor  # (E,)
-    bias: torch.Tensor  # (E,)
-    eps: float
+__all__ = ['write']
 
 
 @torch.library.custom_op('timm_ait::select', mutates_args=())
@@ -272,12 +266,7 @@ def write(
         tokens: torch.Tensor,
         norm: TokenNorm,
         memory: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
-        value_weight: torch.Tensor,
-        output_weight: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
+        weights: WriteWeights,
         num_heads: int,
         bottleneck: int,
         token_mask: Optional[torch.Tensor] = None,
@@ -303,20 +292,20 @@ def write(
     if num_tokens == 0:
         return memory, memory.new_zeros(()), memory.new_zeros(()), tokens
     num_slots, slot_dim = memory.shape
-    queries = F.linear(memory, query_weight).view(num_slots, num_heads, slot_dim).transpose(0, 1)
-    folded = queries @ key_weight.view(num_heads, slot_dim, -1) * slot_dim ** -0.5
-    pooled, weights, indices, tokens = _attend(
+    queries = F.linear(memory, weights.query).view(num_slots, num_heads, slot_dim).transpose(0, 1)
+    folded = queries @ weights.key.view(num_heads, slot_dim, -1) * slot_dim ** -0.5
+    pooled, attention, indices, tokens = _attend(
         folded.flatten(0, 1).to(tokens.dtype), tokens, bottleneck, token_mask, norm, global_batch)
     pooled = pooled.to(memory.dtype).view(num_heads, num_slots, -1)
-    values = pooled @ value_weight.view(num_heads, slot_dim, -1).transpose(1, 2)
-    written = F.linear(values.transpose(0, 1).flatten(1), output_weight)
+    values = pooled @ weights.value.view(num_heads, slot_dim, -1).transpose(1, 2)
+    written = F.linear(values.transpose(0, 1).flatten(1), weights.output)
 
     squares, means, num_valid, coverage = _spread(
-        weights.view(num_heads, -1), indices.view(num_heads, -1), num_slots, num_tokens, token_mask, global_batch)
+        attention.view(num_heads, -1), indices.view(num_heads, -1), num_slots, num_tokens, token_mask, global_batch)
     if global_batch:
         reduced = _all_reduce(torch.cat([written.flatten(), squares.flatten().to(written.dtype)]))
         written, squares = reduced[:written.numel()].view_as(written), reduced[written.numel():].view_as(squares)
     num_free = max(num_valid - 1, 1) if isinstance(num_valid, int) else (num_valid - 1).clamp_min(1)
     balance = (squares / num_free / (means.square() + 1e-10)).sum()
-    candidate = F.layer_norm(written + memory, (slot_dim,), norm_weight, norm_bias, eps=1e-6)
+    candidate = F.layer_norm(written + memory, (slot_dim,), weights.norm_weight, weights.norm_bias, eps=1e-6)
     return candidate, balance, coverage, tokens

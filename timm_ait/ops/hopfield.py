@@ -9,6 +9,7 @@ import torch
 
 from . import triton_switch
 from .matmul import mm
+from .naive import TokenNorm
 from .norm import chunk_size, normalize, normalize_backward
 
 __all__ = ['read']
@@ -113,9 +114,7 @@ _read.register_autograd(_backward, setup_context=_setup_context)
 
 def read(
         x: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
-        eps: float,
+        norm: TokenNorm,
         attractors: torch.Tensor,
         beta: float = 1.,
         gate: Optional[torch.Tensor] = None,
@@ -124,9 +123,7 @@ def read(
 
     Args:
         x: (T, E).
-        norm_weight: Scale of the layer norm (E,).
-        norm_bias: Shift of the layer norm (E,).
-        eps: That of the layer norm.
+        norm: That layer norm.
         attractors: (M, E), may be of higher precision than x.
         beta: Inverse temperature.
         gate: (E,), for the gated residual.
@@ -137,4 +134,4 @@ def read(
     values = attractors if gate is None else attractors * gate
     keys = beta * attractors
     return torch.ops.timm_ait.read(
-        x, keys.to(x.dtype), values.to(x.dtype), norm_weight, norm_bias, eps, gate is not None)
+        x, keys.to(x.dtype), values.to(x.dtype), *norm, gate is not None)

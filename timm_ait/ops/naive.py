@@ -6,13 +6,32 @@ signatures and are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
-from typing import Callable, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'attend', 'balance_loss', 'energy', 'polar', 'read', 'retrieve', 'update_memory', 'write', 'write_and_read']
+    'TokenNorm', 'WriteWeights', 'attend', 'balance_loss', 'energy', 'polar', 'read', 'retrieve', 'update_memory',
+    'write', 'write_and_read',
+]
+
+
+class TokenNorm(NamedTuple):
+    """LayerNorm of the tokens."""
+    weight: torch.Tensor  # (E,)
+    bias: torch.Tensor  # (E,)
+    eps: float
+
+
+class WriteWeights(NamedTuple):
+    """Parameters of the write, heads outermost."""
+    query: torch.Tensor  # (A * D, D)
+    key: torch.Tensor  # (A * D, E)
+    value: torch.Tensor  # (A * D, E)
+    output: torch.Tensor  # (D, A * D)
+    norm_weight: torch.Tensor  # (D,), of the slots' LayerNorm
+    norm_bias: torch.Tensor  # (D,)
 
 
 def attend(
@@ -82,12 +101,7 @@ def update_memory(
 def write(
         tokens: torch.Tensor,
         memory: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
-        value_weight: torch.Tensor,
-        output_weight: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
+        weights: WriteWeights,
         num_heads: int,
         bottleneck: int,
         token_mask: Optional[torch.Tensor] = None,
@@ -97,12 +111,7 @@ def write(
     Args:
         tokens: Squashed tokens, (T, E).
         memory: Memory before the write, (M, D).
-        query_weight: (A * D, D), heads outermost.
-        key_weight: (A * D, E), heads outermost.
-        value_weight: (A * D, E), heads outermost.
-        output_weight: (D, A * D), heads outermost.
-        norm_weight: Slot LayerNorm weight, (D,).
-        norm_bias: Slot LayerNorm bias, (D,).
+        weights: Projections and slot LayerNorm.
         num_heads: Number of heads A.
         bottleneck: Number k of tokens that each slot and head keep; k >= T keeps all.
         token_mask: Which tokens there are, (T,); the others neither write nor count.
@@ -119,9 +128,9 @@ def write(
     if tokens.shape[0] == 0:
         return memory, tokens.new_zeros(()), tokens.new_zeros(())
     pooled, attention = attend(
-        heads(memory @ query_weight.T), heads(tokens @ key_weight.T), heads(tokens @ value_weight.T), bottleneck)
-    written = pooled.transpose(0, 1).flatten(1) @ output_weight.T
-    candidate = F.layer_norm(written + memory, norm_weight.shape, norm_weight, norm_bias, eps=1e-6)
+        heads(memory @ weights.query.T), heads(tokens @ weights.key.T), heads(tokens @ weights.value.T), bottleneck)
+    written = pooled.transpose(0, 1).flatten(1) @ weights.output.T
+    candidate = F.layer_norm(written + memory, memory.shape[1:], weights.norm_weight, weights.norm_bias, eps=1e-6)
     coverage = (attention > 0).any(dim=1).any(dim=0).to(tokens.dtype).mean()
     return candidate, balance_loss(attention), coverage
 
@@ -153,16 +162,9 @@ def read(
 
 def write_and_read(
         x: torch.Tensor,
-        token_norm_weight: torch.Tensor,
-        token_norm_bias: torch.Tensor,
-        token_norm_eps: float,
+        norm: TokenNorm,
         memory: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
-        value_weight: torch.Tensor,
-        output_weight: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
+        weights: WriteWeights,
         num_heads: int,
         bottleneck: int,
         lift: Callable[[torch.Tensor], torch.Tensor],
@@ -176,9 +178,7 @@ def write_and_read(
 
     Args:
         x: MLP output, (T, E).
-        token_norm_weight: Token LayerNorm weight, (E,).
-        token_norm_bias: Token LayerNorm bias, (E,).
-        token_norm_eps: That of the token LayerNorm.
+        norm: LayerNorm of the tokens.
         memory: Memory before the write (M, D); this and all up to the bottleneck as `write`.
         lift: From the memory (M, D) to the attractors (M, E).
         momentum: As `update_memory`.
@@ -191,10 +191,8 @@ def write_and_read(
         Output (T, E), memory after the write (M, D), the candidate it was averaged with (M, D), unweighted balance loss
         (scalar) and coverage (scalar).
     """
-    tokens = F.layer_norm(x, token_norm_weight.shape, token_norm_weight, token_norm_bias, token_norm_eps)
-    candidate, balance, coverage = write(
-        tokens, memory, query_weight, key_weight, value_weight, output_weight, norm_weight, norm_bias, num_heads,
-        bottleneck, token_mask)
+    tokens = F.layer_norm(x, x.shape[1:], *norm)
+    candidate, balance, coverage = write(tokens, memory, weights, num_heads, bottleneck, token_mask)
     written = update_memory(memory, candidate, momentum, rule)
     output = read(tokens, lift(written), beta, None if gate is None else x, gate)
     return output, written, candidate, balance, coverage

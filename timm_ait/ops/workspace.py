@@ -3,25 +3,19 @@ from typing import Callable, Optional, Tuple
 
 import torch
 
-from .bottleneck import TokenNorm, write
+from .bottleneck import write
 from .hopfield import read
 from .memory import update_memory
+from .naive import TokenNorm, WriteWeights
 
 __all__ = ['write_and_read']
 
 
 def write_and_read(
         x: torch.Tensor,
-        token_norm_weight: torch.Tensor,
-        token_norm_bias: torch.Tensor,
-        token_norm_eps: float,
+        norm: TokenNorm,
         memory: torch.Tensor,
-        query_weight: torch.Tensor,
-        key_weight: torch.Tensor,
-        value_weight: torch.Tensor,
-        output_weight: torch.Tensor,
-        norm_weight: torch.Tensor,
-        norm_bias: torch.Tensor,
+        weights: WriteWeights,
         num_heads: int,
         bottleneck: int,
         lift: Callable[[torch.Tensor], torch.Tensor],
@@ -36,11 +30,9 @@ def write_and_read(
 
     With a global batch, the tokens of all ranks of the process group compete, see `bottleneck.write`.
     """
-    norm = TokenNorm(token_norm_weight, token_norm_bias, token_norm_eps)
     # the read gets the tokens from the write, which in backward adds its gradient to the one that the read has made
     candidate, balance, coverage, tokens = write(
-        x, norm, memory, query_weight, key_weight, value_weight, output_weight, norm_weight, norm_bias, num_heads,
-        bottleneck, token_mask, global_batch)
+        x, norm, memory, weights, num_heads, bottleneck, token_mask, global_batch)
     written = update_memory(memory, candidate, momentum, rule)
-    output = read(tokens, *norm, lift(written), beta, gate)
+    output = read(tokens, norm, lift(written), beta, gate)
     return output, written, candidate, balance, coverage
