@@ -1,7 +1,7 @@
 """ Recipes: which models are trained on what, and how.
 
 A recipe is a YAML file with these keys; all but the first three have defaults.
-    dataset: cifar10, triangle (ImageFolders) or sort_of_clevr (written by `python -m timm_ait data`)
+    dataset: image_folder (train/<class>/*, validation/<class>/*) or sort_of_clevr (of `python -m timm_ait data`)
     image_size: pixels; images are scaled to it
     runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may have seeds of its own under the key seeds
     in_chans: channels of the images, 1 or 3
@@ -62,7 +62,7 @@ def _is_mapping(value: Any) -> bool:
 
 _SEEDS = _Key(lambda x: _are_integers(x, 0) and len(set(x)) == len(x), 'a list of different integers', [0])
 _KEYS = {
-    'dataset': _choice('cifar10', 'triangle', 'sort_of_clevr', required=True),
+    'dataset': _choice('image_folder', 'sort_of_clevr', required=True),
     'image_size': _integer(1, None, required=True),
     'runs': _Key(lambda x: _is_mapping(x) and len(x) > 0, 'a mapping of labels to models', required=True),
     'in_chans': _choice(1, 3, default=3),

@@ -75,7 +75,7 @@ def one_run(images, tmp_path_factory):
 
 def recipe_of(**changes):
     return {
-        'dataset': 'cifar10',
+        'dataset': 'image_folder',
         'image_size': 32,
         'runs': {'AiT': dict(model='ait_small', **TINY), 'ViT': dict(model='ait_small', workspace=False, **TINY)},
         'steps': 4,
