@@ -748,8 +748,8 @@ def read_section(results: Results, figures: Path) -> str:
         'block, and the share of the energy of the readings that is the same for all tokens, means over layers.',
         table(header, rows),
         '![Accuracy without the memory](figures/analysis_contribution.svg)',
-        f'**Answer.** Next to nothing that accuracy would show. The reading as a whole is worth {min(removed):+.1f} to '
-        f'{max(removed):+.1f} points, and what depends on the token in it, which is retrieval proper, '
+        f'**Answer.** Little that accuracy would show. The reading as a whole is worth {min(removed):+.1f} to '
+        f'{max(removed):+.1f} points, but what depends on the token in it, which is retrieval proper, only '
         f'{min(constant):+.1f} to {max(constant):+.1f}. Short runs on CIFAR-10 reach {without} % without reading and '
         f'{with_} % with it.',
         '**Open.** Models in which reading is the only way from token to token (`attention=False`), after more steps.',
