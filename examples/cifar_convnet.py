@@ -15,11 +15,11 @@ __all__ = ['CifarConvNet']
 
 class ConvNormAct(nn.Sequential):
 
-    def __init__(self, in_chs: int, out_chs: int, pool: bool = False) -> None:
+    def __init__(self, in_chs: int, out_chs: int, pool: bool = False, **dd) -> None:
         super().__init__(
-            nn.Conv2d(in_chs, out_chs, 3, padding=1, bias=False),
+            nn.Conv2d(in_chs, out_chs, 3, padding=1, bias=False, **dd),
             nn.MaxPool2d(2) if pool else nn.Identity(),
-            nn.BatchNorm2d(out_chs),
+            nn.BatchNorm2d(out_chs, **dd),
             nn.GELU(),
         )
 
@@ -33,6 +33,8 @@ class CifarConvNet(nn.Module):
             in_chans: int = 3,
             widths: Tuple[int, ...] = (32, 64, 128, 256),
             drop_rate: float = 0.,
+            device=None,
+            dtype=None,
     ) -> None:
         """
         Args:
@@ -42,13 +44,14 @@ class CifarConvNet(nn.Module):
             drop_rate: Dropout rate before the classifier.
         """
         super().__init__()
+        dd = {'device': device, 'dtype': dtype}
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, widths[-1]
-        layers = [ConvNormAct(in_chans, widths[0])]
+        layers = [ConvNormAct(in_chans, widths[0], **dd)]
         for in_chs, out_chs in zip(widths, widths[1:]):
-            layers += [ConvNormAct(in_chs, out_chs, pool=True), ConvNormAct(out_chs, out_chs)]
+            layers += [ConvNormAct(in_chs, out_chs, pool=True, **dd), ConvNormAct(out_chs, out_chs, **dd)]
         self.features = nn.Sequential(*layers)
         self.head_drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(self.num_features, num_classes, bias=False)
+        self.fc = nn.Linear(self.num_features, num_classes, bias=False, **dd)
         self.to(memory_format=torch.channels_last)  # several times as fast on CPUs
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

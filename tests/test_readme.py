@@ -6,6 +6,7 @@ run and shortened, `NAMES` and `BLOCKS` what Python blocks are given. A command 
 """
 import ast
 import csv
+import itertools
 import os
 import re
 import runpy
@@ -158,9 +159,14 @@ def parameters(kinds):
         for snippet in snippets]
 
 
+def after(arguments: List[str], name: str) -> List[str]:
+    """What follows an option, nothing where it is not there."""
+    return arguments[arguments.index(name) + 1:] if name in arguments else []
+
+
 def option(arguments: List[str], name: str) -> Optional[str]:
     """Value of an option, or None."""
-    return arguments[arguments.index(name) + 1] if name in arguments else None
+    return next(iter(after(arguments, name)), None)
 
 
 def write_image_folder(folder: Path, num_classes: int) -> Path:
@@ -234,7 +240,7 @@ class Workplace:
         if 'runs' in config:
             model = next(iter(config['runs'].values()))['model']
             kwargs['img_size'] = config['image_size']
-        for argument in arguments:
+        for argument in itertools.takewhile(lambda a: not a.startswith('--'), after(arguments, '--model-kwargs')):
             key, equals, value = argument.partition('=')
             if equals and key.isidentifier():
                 try:
