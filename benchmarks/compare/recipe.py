@@ -3,13 +3,14 @@
 A recipe is a YAML file with these keys; all but the first three have defaults.
     dataset: image_folder (train/<class>/*, validation/<class>/*) or sort_of_clevr (of `python -m timm_ait data`)
     image_size: pixels; images are scaled to it
-    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may have seeds of its own under the key seeds
+    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may also have the keys seeds, of its own, and gate_lr, a
+        learning rate of the workspaces' gates
     in_chans: channels of the images, 1 or 3
     mean, std: what pixels in [0, 1] are normalised with
     kinds: which of Sort-of-CLEVR's questions, all by default
     model_kwargs: arguments of every run's model, which a run may take back with null
     conv_stem: channels of convolutions of stride 2 that embed the patches of every model, in place of linear patches
-    steps, batch_size, opt, lr, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds, eval_every
+    steps, batch_size, opt, lr, layer_decay, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds, eval_every
     hflip, vflip, transpose: flip images at random; crop_padding: shift them by up to as many pixels
     place: move what stands on a black ground to a random place of the image, whole
 """
@@ -60,6 +61,7 @@ def _is_mapping(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+_RATE = _number(1e-3)
 _SEEDS = _Key(lambda x: _are_integers(x, 0) and len(set(x)) == len(x), 'a list of different integers', [0])
 _KEYS = {
     'dataset': _choice('image_folder', 'sort_of_clevr', required=True),
@@ -75,7 +77,8 @@ _KEYS = {
     'steps': _integer(1, 1000),
     'batch_size': _integer(1, 128),
     'opt': _Key(lambda x: isinstance(x, str) and x in list_optimizers(), "one of timm's optimizers", 'adamw'),
-    'lr': _number(1e-3),
+    'lr': _RATE,
+    'layer_decay': _Key(lambda x: x is None or type(x) in (int, float) and 0 < x <= 1, 'a number above 0, at most 1'),
     'weight_decay': _number(0.05, zero=True),
     'warmup_steps': _integer(0, 100),
     'clip_grad': _number(1.),
@@ -130,6 +133,8 @@ def read_recipe(path: Path, changes: Recipe) -> Recipe:
         run['seeds'] = changes.get('seeds') or run.get('seeds', recipe['seeds'])
         if not _SEEDS.check(run['seeds']):
             raise ValueError(f"{path}: seeds of run {label!r} must be {_SEEDS.wanted}, got {run['seeds']!r}")
+        if 'gate_lr' in run and not _RATE.check(run['gate_lr']):
+            raise ValueError(f"{path}: gate_lr of run {label!r} must be {_RATE.wanted}, got {run['gate_lr']!r}")
     return recipe
 
 

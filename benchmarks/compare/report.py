@@ -36,9 +36,10 @@ def report(recipe: Recipe, output: Path) -> None:
 def _table(results: Results) -> str:
     groups = list(next(iter(results.values()))['runs'][0]['accuracy'])
     numbers_differ = len({len(result['runs']) for result in results.values()}) > 1
+    gated = any(result['runs'][0]['gates'] for result in results.values())
     header = ['', *(['seeds'] if numbers_differ else []),
               *(f'accuracy, {group}' if len(groups) > 1 else 'accuracy' for group in groups),
-              'lowest rank', 'parameters', 'MACs', 'training images/s', 'inference images/s']
+              'lowest rank', *(['gates'] if gated else []), 'parameters', 'MACs', 'training images/s', 'inference images/s']
     rows = []
     for label, result in results.items():
         runs = result['runs']
@@ -47,9 +48,11 @@ def _table(results: Results) -> str:
             mean, deviation = _mean_and_deviation(result, group)
             cells.append(f'{mean:.2f} ± {deviation:.2f}' if len(runs) > 1 else f'{mean:.2f}')
         ranks = [run['lowest_rank'] for run in runs if run['lowest_rank'] is not None]
+        gates = [gate for run in runs for gate in run['gates']]
         rates = [run['training_rate'] for run in runs if run['training_rate'] is not None]
         cells += [
             f'{min(ranks):.1f}' if ranks else '',
+            *([_range(gates)] if gated else []),
             f"{runs[0]['parameters'] / 1e6:.2f}M",
             f"{runs[0]['macs'] / 1e6:.1f}M",
             f'{statistics.median(rates):.0f}' if rates else '',
@@ -58,6 +61,10 @@ def _table(results: Results) -> str:
         rows.append(cells)
     lines = [header, ['---', *['--:'] * (len(header) - 1)], *rows]
     return ''.join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _range(values: List[float]) -> str:
+    return f'{min(values):.4f} to {max(values):.4f}' if values else ''
 
 
 def _mean_and_deviation(result: Dict[str, Any], group: str = 'all') -> Tuple[float, float]:

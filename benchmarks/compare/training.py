@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ait
 from timm_ait.data.sort_of_clevr import QUESTION_DIM
+from timm_ait.layers import GlobalWorkspace
 
 from .data import Split, augment
 from .recipe import Recipe, run_settings
@@ -32,7 +33,8 @@ __all__ = ['create_run_model', 'evaluate', 'train_run', 'write_text']
 def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
     """The model of a run, made for the recipe's input unless that is its own."""
     kwargs = {**recipe['model_kwargs'], **run}
-    kwargs.pop('seeds', None)
+    for key in ('seeds', 'gate_lr'):
+        kwargs.pop(key, None)
     if recipe['conv_stem']:
         channels = recipe['conv_stem']
         stem = ConvStem(
@@ -48,7 +50,31 @@ def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> t
         kwargs = {'in_chans': recipe['in_chans'], **kwargs}
     if recipe['dataset'] == 'sort_of_clevr':
         kwargs = {'question_dim': QUESTION_DIM, **kwargs}
-    return timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
+    model = timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
+    if 'gate_lr' in run and not _gates(model):
+        raise ValueError(f"gate_lr={run['gate_lr']}: the model has no gates")
+    return model
+
+
+def _create_optimizer(recipe: Recipe, run: Dict[str, Any], model: torch.nn.Module) -> torch.optim.Optimizer:
+    optimizer = create_optimizer_v2(
+        model,
+        opt=recipe['opt'],
+        lr=recipe['lr'],
+        weight_decay=recipe['weight_decay'],
+        layer_decay=recipe['layer_decay'],
+    )
+    if 'gate_lr' in run:
+        gates = _gates(model)
+        identities = {id(gate) for gate in gates}
+        for group in optimizer.param_groups:
+            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in identities]
+        optimizer.add_param_group(dict(params=gates, lr_scale=run['gate_lr'] / recipe['lr'], weight_decay=0.))
+    return optimizer
+
+
+def _gates(model: torch.nn.Module) -> List[torch.nn.Parameter]:
+    return [module.gate for module in model.modules() if isinstance(module, GlobalWorkspace) and module.gate is not None]
 
 
 def _embed_patches_in_float32(model: torch.nn.Module) -> None:
@@ -128,7 +154,7 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
     model = create_run_model(recipe, run, len(train.class_names)).to(device)
     if device.type == 'cpu':
         _embed_patches_in_float32(model)
-    optimizer = create_optimizer_v2(model, opt=recipe['opt'], lr=recipe['lr'], weight_decay=recipe['weight_decay'])
+    optimizer = _create_optimizer(recipe, run, model)
     steps, batch_size = recipe['steps'], recipe['batch_size']
     scheduler = CosineLRScheduler(
         optimizer,
@@ -163,13 +189,14 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
         rates.append(batch_size / (_seconds(device) - start))
         done = step + 1
         if done % recipe['eval_every'] == 0 or done == steps:
-            accuracy, _ = evaluate(model, test)
+            accuracy, inference_rate = evaluate(model, test)
             log.append(dict(step=done, loss=loss.item(), accuracy=accuracy))
             write_text(folder / 'log.json', json.dumps(log))
             saver.save_checkpoint(step, accuracy['all'])
             print(f'{folder}: step {done}/{steps}', ', '.join(f'{k} {v:.2f}' for k, v in accuracy.items()),
                   f'{statistics.median(rates):.0f} images/s', flush=True)
-    accuracy, inference_rate = evaluate(model, test)
+    if first_step == steps:  # it was interrupted after its last step
+        accuracy, inference_rate = evaluate(model, test)
     ranks = [layer['effective_rank'] for layer in timm_ait.memory_statistics(model).values()]
     write_text(folder / 'result.json', json.dumps(dict(
         accuracy=accuracy,
@@ -178,5 +205,6 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
         training_rate=statistics.median(rates) if rates else None,
         inference_rate=inference_rate,
         lowest_rank=min(ranks) if ranks else None,
+        gates=[gate.square().mean().sqrt().item() for gate in _gates(model)],
         log=log,
     ), indent=2))

@@ -121,6 +121,19 @@ def test_a_run_may_have_seeds_of_its_own(commands, images, tmp_path):
     assert {row[0]: row[header.index('seeds')] for row in rows} == {'AiT': '2', 'ViT': '1'}
 
 
+def test_gates_may_have_a_learning_rate_of_their_own(commands, images, tmp_path):
+    gated = dict(model='ait_small', gated=True, **TINY)
+    recipe = recipe_of(
+        seeds=[0], steps=1, warmup_steps=0, opt='adamw', lr=1.0e-4, layer_decay=0.5,
+        runs={'as the body': gated, 'faster': {**gated, 'gate_lr': 1.0e-2}})
+    result = commands.compare(recipe, images, tmp_path / 'out')
+    assert result.returncode == 0, result.err
+    runs = json.loads((tmp_path / 'out' / 'results.json').read_text())['results']
+    # Adam's first step is the learning rate; the block is one layer below the head
+    assert runs['as the body']['runs'][0]['gates'] == pytest.approx([0.5e-4], rel=1e-2)
+    assert runs['faster']['runs'][0]['gates'] == pytest.approx([1.0e-2], rel=1e-2)
+
+
 def test_an_interrupted_run_goes_on_to_the_same_result(commands, images, one_run, tmp_path):
     recipe, whole = one_run
     interrupted = Path(shutil.copytree(whole, tmp_path / 'out'))
@@ -278,6 +291,9 @@ class TestBadInput:
         (dict(runs={'x': 'ait_small'}), ["'x'", 'ait_small']),
         (dict(runs={'x': {'model': 'ait_smal'}}), ["'x'", 'ait_smal']),
         (dict(runs={'x': {'model': 'ait_small', 'seeds': 3}}), ["'x'", 'seeds', '3']),
+        (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0}}), ["'x'", 'gate_lr', '0']),
+        (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0.1}}), ["'x'", 'gate_lr', '0.1', 'no gates']),
+        (dict(layer_decay=1.5), ['layer_decay', '1.5']),
         (dict(runs={'../x': {'model': 'ait_small'}}), ["'../x'"]),
         (dict(runs={'x': {'model': 'ait_small', 'bottlenek': 3}}), ["'x'", 'bottlenek']),
         (dict(dataset='sort_of_clevr'), ['image_size', '75']),
