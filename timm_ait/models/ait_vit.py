@@ -63,7 +63,7 @@ default_cfgs = generate_default_cfgs({
     'ait_vit_small_patch14_dinov2.pets': dataclasses.replace(
         _dinov2_cfgs['ait_vit_small_patch14_dinov2.lvd142m'],
         **shipped_weights('ait_vit_small_patch14_dinov2.pets'),
-        input_size=(3, 196, 196), num_classes=len(_PET_BREEDS), label_names=_PET_BREEDS),
+        input_size=(3, 196, 196), crop_pct=0.875, num_classes=len(_PET_BREEDS), label_names=_PET_BREEDS),
     'test_ait_vit.r160_in1k': _cfgs('test_vit')['ait_test_vit.r160_in1k'],
 })
 

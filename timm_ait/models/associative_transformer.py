@@ -132,7 +132,8 @@ _CIFAR10_CLASSES = (
 _cfg_224 = partial(cifar_cfg, num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
 
 default_cfgs = generate_default_cfgs({
-    'ait_small.cifar10': cifar_cfg(**shipped_weights('ait_small.cifar10'), label_names=_CIFAR10_CLASSES),
+    'ait_small.cifar10': cifar_cfg(
+        **shipped_weights('ait_small.cifar10'), crop_pct=0.875, label_names=_CIFAR10_CLASSES),
     'ait_small_patch32_64.triangle': cifar_cfg(
         **shipped_weights('ait_small_patch32_64.triangle'), num_classes=2, input_size=(3, 64, 64), mean=(0.005,) * 3,
         std=(0.072,) * 3, label_names=TRIANGLE_CLASSES),
