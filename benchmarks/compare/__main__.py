@@ -10,7 +10,7 @@ from . import __doc__ as description
 from .data import load_splits
 from .recipe import read_recipe, run_settings
 from .report import report
-from .training import create_run_model, train_run
+from .training import create_run_model, create_run_optimizer, train_run
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -56,7 +56,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             parser.error(f'--data-dir: {e}')
         for label in dict.fromkeys(label for label, _ in todo):
             try:
-                create_run_model(recipe, recipe['runs'][label], len(train.class_names))
+                run = recipe['runs'][label]
+                create_run_optimizer(recipe, run, create_run_model(recipe, run, len(train.class_names)))
             except Exception as e:  # a wrong argument is refused by whatever layer takes it
                 parser.error(f'{args.recipe}: run {label!r}: {type(e).__name__}: {" ".join(str(e).split())}')
         for (label, seed), folder in todo.items():

@@ -3,14 +3,16 @@
 A recipe is a YAML file with these keys; all but the first three have defaults.
     dataset: image_folder (train/<class>/*, validation/<class>/*) or sort_of_clevr (of `python -m timm_ait data`)
     image_size: pixels; images are scaled to it
-    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may also have the keys seeds, of its own, and gate_lr, a
-        learning rate of the workspaces' gates
+    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may also have seeds of its own, and gate_lr, a learning
+        rate of the workspaces' gates
     in_chans: channels of the images, 1 or 3
     mean, std: what pixels in [0, 1] are normalised with
     kinds: which of Sort-of-CLEVR's questions, all by default
     model_kwargs: arguments of every run's model, which a run may take back with null
     conv_stem: channels of convolutions of stride 2 that embed the patches of every model, in place of linear patches
-    steps, batch_size, opt, lr, layer_decay, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds, eval_every
+    steps, batch_size, opt, opt_kwargs, lr, layer_decay, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds
+    eval_every: steps from one evaluation, and checkpoint, to the next
+    all_patches_from: step from which the patch_drop_rate of the models is zero
     hflip, vflip, transpose: flip images at random; crop_padding: shift them by up to as many pixels
     place: move what stands on a black ground to a random place of the image, whole
 """
@@ -75,8 +77,10 @@ _KEYS = {
     'model_kwargs': _Key(_is_mapping, "a mapping of models' arguments", {}),
     'conv_stem': _Key(lambda x: x is None or _are_integers(x, 1), 'a list of numbers of channels'),
     'steps': _integer(1, 1000),
+    'all_patches_from': _Key(lambda x: x is None or type(x) is int and x > 0, 'an integer of 1 or more'),
     'batch_size': _integer(1, 128),
     'opt': _Key(lambda x: isinstance(x, str) and x in list_optimizers(), "one of timm's optimizers", 'adamw'),
+    'opt_kwargs': _Key(_is_mapping, "a mapping of the optimizer's arguments", {}),
     'lr': _RATE,
     'layer_decay': _Key(lambda x: x is None or type(x) in (int, float) and 0 < x <= 1, 'a number above 0, at most 1'),
     'weight_decay': _number(0.05, zero=True),

@@ -39,7 +39,8 @@ def _table(results: Results) -> str:
     gated = any(result['runs'][0]['gates'] for result in results.values())
     header = ['', *(['seeds'] if numbers_differ else []),
               *(f'accuracy, {group}' if len(groups) > 1 else 'accuracy' for group in groups),
-              'lowest rank', *(['gates'] if gated else []), 'parameters', 'MACs', 'training images/s', 'inference images/s']
+              'lowest rank', *(['gates'] if gated else []), 'parameters', 'MACs', 'training images/s',
+              'inference images/s']
     rows = []
     for label, result in results.items():
         runs = result['runs']

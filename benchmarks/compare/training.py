@@ -27,7 +27,7 @@ from timm_ait.layers import GlobalWorkspace
 from .data import Split, augment
 from .recipe import Recipe, run_settings
 
-__all__ = ['create_run_model', 'evaluate', 'train_run', 'write_text']
+__all__ = ['create_run_model', 'create_run_optimizer', 'evaluate', 'train_run', 'write_text']
 
 
 def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
@@ -51,18 +51,21 @@ def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> t
     if recipe['dataset'] == 'sort_of_clevr':
         kwargs = {'question_dim': QUESTION_DIM, **kwargs}
     model = timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
+    if recipe['all_patches_from'] is not None and not getattr(getattr(model, 'patch_drop', None), 'prob', 0.):
+        raise ValueError(f"all_patches_from={recipe['all_patches_from']}: the model has no patch_drop_rate")
     if 'gate_lr' in run and not _gates(model):
         raise ValueError(f"gate_lr={run['gate_lr']}: the model has no gates")
     return model
 
 
-def _create_optimizer(recipe: Recipe, run: Dict[str, Any], model: torch.nn.Module) -> torch.optim.Optimizer:
+def create_run_optimizer(recipe: Recipe, run: Dict[str, Any], model: torch.nn.Module) -> torch.optim.Optimizer:
     optimizer = create_optimizer_v2(
         model,
         opt=recipe['opt'],
         lr=recipe['lr'],
         weight_decay=recipe['weight_decay'],
         layer_decay=recipe['layer_decay'],
+        **recipe['opt_kwargs'],
     )
     if 'gate_lr' in run:
         gates = _gates(model)
@@ -74,7 +77,8 @@ def _create_optimizer(recipe: Recipe, run: Dict[str, Any], model: torch.nn.Modul
 
 
 def _gates(model: torch.nn.Module) -> List[torch.nn.Parameter]:
-    return [module.gate for module in model.modules() if isinstance(module, GlobalWorkspace) and module.gate is not None]
+    workspaces = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
+    return [workspace.gate for workspace in workspaces if workspace.gate is not None]
 
 
 def _embed_patches_in_float32(model: torch.nn.Module) -> None:
@@ -154,7 +158,7 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
     model = create_run_model(recipe, run, len(train.class_names)).to(device)
     if device.type == 'cpu':
         _embed_patches_in_float32(model)
-    optimizer = _create_optimizer(recipe, run, model)
+    optimizer = create_run_optimizer(recipe, run, model)
     steps, batch_size = recipe['steps'], recipe['batch_size']
     scheduler = CosineLRScheduler(
         optimizer,
@@ -177,7 +181,10 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
         images, targets, kwargs = train.batch(_items(step, len(train), batch_size, seed))
         images = augment(images, recipe, torch.Generator().manual_seed(1_000_003 * seed + step))
         start = _seconds(device)
+        torch.manual_seed(1_000_003 * seed + step)  # of dropout
         scheduler.step_update(step)
+        if recipe['all_patches_from'] is not None and step >= recipe['all_patches_from']:
+            model.patch_drop.prob = 0.
         model.train()
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images, **kwargs)

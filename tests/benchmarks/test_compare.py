@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from timm.layers import PatchDropout
 
 import timm_ait  # noqa: F401, registers the models
 from benchmarks.compare.__main__ import main as compare_main
@@ -132,6 +133,22 @@ def test_gates_may_have_a_learning_rate_of_their_own(commands, images, tmp_path)
     # Adam's first step is the learning rate; the block is one layer below the head
     assert runs['as the body']['runs'][0]['gates'] == pytest.approx([0.5e-4], rel=1e-2)
     assert runs['faster']['runs'][0]['gates'] == pytest.approx([1.0e-2], rel=1e-2)
+
+
+def test_the_last_steps_may_see_all_patches(commands, images, tmp_path, monkeypatch):
+    forward, shares = PatchDropout.forward, []
+
+    def record(self, x):
+        kept = forward(self, x)
+        shares.append(kept.shape[1] / x.shape[1])
+        return kept
+
+    monkeypatch.setattr(PatchDropout, 'forward', record)
+    runs = {'AiT': dict(model='ait_small', patch_drop_rate=0.5, **TINY)}
+    recipe = recipe_of(seeds=[0], steps=3, eval_every=3, all_patches_from=2, runs=runs)
+    result = commands.compare(recipe, images, tmp_path / 'out')
+    assert result.returncode == 0, result.err
+    assert shares[:3] == pytest.approx([0.5, 0.5, 1.], abs=0.02)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(commands, images, one_run, tmp_path):
@@ -294,6 +311,9 @@ class TestBadInput:
         (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0}}), ["'x'", 'gate_lr', '0']),
         (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0.1}}), ["'x'", 'gate_lr', '0.1', 'no gates']),
         (dict(layer_decay=1.5), ['layer_decay', '1.5']),
+        (dict(all_patches_from=2), ['all_patches_from', '2', 'patch_drop_rate']),
+        (dict(opt_kwargs=3), ['opt_kwargs', '3']),
+        (dict(opt_kwargs={'betaz': 3}), ["'AiT'", 'betaz']),
         (dict(runs={'../x': {'model': 'ait_small'}}), ["'../x'"]),
         (dict(runs={'x': {'model': 'ait_small', 'bottlenek': 3}}), ["'x'", 'bottlenek']),
         (dict(dataset='sort_of_clevr'), ['image_size', '75']),
