@@ -170,11 +170,11 @@ def option(arguments: List[str], name: str) -> Optional[str]:
 
 
 def write_image_folder(folder: Path, num_classes: int) -> Path:
-    """The photographs of examples/images, 13 a class for training and 2 for validation."""
+    """The photographs of examples/images, 26 a class for training, which fill a batch of 256, and 2 for validation."""
     with open(ROOT / 'examples' / 'images' / 'labels.csv') as file:
         rows = sorted((row[1], ROOT / 'examples' / 'images' / row[0]) for row in csv.reader(file)
                       if (ROOT / 'examples' / 'images' / row[0]).is_file())
-    for split, count in (('train', 13), ('validation', 2)):
+    for split, count in (('train', 26), ('validation', 2)):
         for i in range(num_classes):
             (folder / split / f'class{i:03}').mkdir(parents=True)
             for j in range(count):
