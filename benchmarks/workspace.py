@@ -4,7 +4,7 @@
     python benchmarks/workspace.py                                  # everything, at the paper's sizes
     python benchmarks/workspace.py --part layer --published PATH    # and the published implementation, a checkout of
                                                                     # github.com/yuweisunn/associative-transformer
-    TIMM_AIT_TRITON=1 python benchmarks/workspace.py --device cuda  # the Triton kernels, not yet timed on a GPU
+    python benchmarks/workspace.py --device cuda
     python benchmarks/workspace.py --quick                          # small sizes, to see that it works
 
 Contenders run in one process, in turns: each round runs every contender once, every other round in reverse order, so

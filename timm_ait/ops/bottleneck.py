@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import triton_switch
 from .naive import TokenNorm, WriteWeights
 from .norm import normalize, normalize_backward
 from .selection import chunks, dots, pool, positions, select, send
@@ -47,9 +46,6 @@ def _pool(
         weights: torch.Tensor,
         indices: torch.Tensor,
 ) -> torch.Tensor:
-    if triton_switch.is_on(tokens):
-        from . import triton
-        return triton.pool(normalize(tokens, norm_weight, norm_bias, eps)[0], weights, indices)
     pooled = weights.new_zeros((len(weights), tokens.shape[1]))
     for chunk in chunks(indices, tokens):
         normed, _ = normalize(tokens[chunk.start:chunk.stop], norm_weight, norm_bias, eps)
@@ -78,12 +74,6 @@ def _pool_backward_(
     """Adds the gradient for the tokens to grad_tokens (T, E); returns those for queries and norm (2, E)."""
     grad_norm = weights.new_zeros((2, tokens.shape[1]))
     grad_pooled, grad_weights = grad_pooled.contiguous(), grad_weights.contiguous()
-    if triton_switch.is_on(tokens):
-        from . import triton
-        normed, statistics = normalize(tokens, norm_weight, norm_bias, eps)
-        grad_queries, grad_normed = triton.pool_backward(grad_pooled, grad_weights, queries, normed, weights, indices)
-        grad_tokens += normalize_backward(grad_normed, tokens, norm_weight, norm_bias, statistics, grad_norm)
-        return grad_queries, grad_norm
     grad_queries = torch.zeros_like(grad_pooled)
     # a token's gradient sums weight * grad_pooled + grad_score * query over the queries that selected it
     table = torch.cat([grad_pooled.to(queries.dtype), queries])

@@ -7,7 +7,6 @@ from typing import Optional, Tuple
 
 import torch
 
-from . import triton_switch
 from .matmul import mm
 from .naive import TokenNorm
 from .norm import chunk_size, normalize, normalize_backward
@@ -30,10 +29,6 @@ def _read(
         gated: bool,
 ) -> torch.Tensor:
     """residual + softmax(state keys^T) values, of the state norm(x), which is the residual too unless gated: then x."""
-    if triton_switch.is_on(x):
-        from . import triton
-        state, _ = normalize(x, norm_weight, norm_bias, eps)
-        return triton.read(state, keys, values, x if gated else state)
     output = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = chunk_size(x)
     for start in range(0, x.shape[0], size):
@@ -64,12 +59,6 @@ def _read_backward(
     grad_keys = torch.zeros_like(keys, dtype=torch.promote_types(keys.dtype, torch.float32))
     grad_values = torch.zeros_like(grad_keys)
     grad_norm = grad_keys.new_zeros((2, x.shape[1]))
-    if triton_switch.is_on(x):
-        from . import triton
-        state, statistics = normalize(x, norm_weight, norm_bias, eps)
-        grad_state, grad_keys, grad_values = triton.read_backward(grad, state, keys, values, not gated)
-        grad_x = normalize_backward(grad_state, x, norm_weight, norm_bias, statistics, grad_norm).to(x.dtype)
-        return grad_x + grad if gated else grad_x, grad_keys, grad_values, grad_norm
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = chunk_size(x)
     for start in range(0, x.shape[0], size):
