@@ -3,8 +3,8 @@
 A recipe is a YAML file with these keys; all but the first three have defaults.
     dataset: image_folder (train/<class>/*, validation/<class>/*) or sort_of_clevr (of `python -m timm_ait data`)
     image_size: pixels; images are scaled to it
-    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may also have seeds of its own, and gate_lr, a learning
-        rate of the workspaces' gates
+    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may also have seeds of its own, blocks, the numbers
+        of the blocks that get gated workspaces, and gate_lr, a learning rate of the workspaces' gates
     in_chans: channels of the images, 1 or 3
     mean, std: what pixels in [0, 1] are normalised with
     kinds: which of Sort-of-CLEVR's questions, all by default

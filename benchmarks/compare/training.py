@@ -33,7 +33,7 @@ __all__ = ['create_run_model', 'create_run_optimizer', 'evaluate', 'train_run', 
 def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
     """The model of a run, made for the recipe's input unless that is its own."""
     kwargs = {**recipe['model_kwargs'], **run}
-    for key in ('seeds', 'gate_lr'):
+    for key in ('seeds', 'blocks', 'gate_lr'):
         kwargs.pop(key, None)
     if recipe['conv_stem']:
         channels = recipe['conv_stem']
@@ -51,6 +51,8 @@ def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> t
     if recipe['dataset'] == 'sort_of_clevr':
         kwargs = {'question_dim': QUESTION_DIM, **kwargs}
     model = timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
+    if 'blocks' in run:
+        timm_ait.add_workspace(model, run['blocks'])
     if recipe['all_patches_from'] is not None and not getattr(getattr(model, 'patch_drop', None), 'prob', 0.):
         raise ValueError(f"all_patches_from={recipe['all_patches_from']}: the model has no patch_drop_rate")
     if 'gate_lr' in run and not _gates(model):

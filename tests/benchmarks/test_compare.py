@@ -135,6 +135,15 @@ def test_gates_may_have_a_learning_rate_of_their_own(commands, images, tmp_path)
     assert runs['faster']['runs'][0]['gates'] == pytest.approx([1.0e-2], rel=1e-2)
 
 
+def test_some_blocks_may_get_workspaces(commands, images, tmp_path):
+    vit = dict(model='ait_small', workspace=False, **{**TINY, 'depth': 3})
+    recipe = recipe_of(seeds=[0], runs={'last two': {**vit, 'blocks': [-2, -1]}})
+    result = commands.compare(recipe, images, tmp_path / 'out')
+    assert result.returncode == 0, result.err
+    runs = json.loads((tmp_path / 'out' / 'results.json').read_text())['results']
+    assert len(runs['last two']['runs'][0]['gates']) == 2
+
+
 def test_the_last_steps_may_see_all_patches(commands, images, tmp_path, monkeypatch):
     forward, shares = PatchDropout.forward, []
 
@@ -310,6 +319,7 @@ class TestBadInput:
         (dict(runs={'x': {'model': 'ait_small', 'seeds': 3}}), ["'x'", 'seeds', '3']),
         (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0}}), ["'x'", 'gate_lr', '0']),
         (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0.1}}), ["'x'", 'gate_lr', '0.1', 'no gates']),
+        (dict(runs={'x': {'model': 'ait_small', 'workspace': False, 'blocks': [7]}}), ["'x'", 'blocks', '7']),
         (dict(layer_decay=1.5), ['layer_decay', '1.5']),
         (dict(all_patches_from=2), ['all_patches_from', '2', 'patch_drop_rate']),
         (dict(opt_kwargs=3), ['opt_kwargs', '3']),
