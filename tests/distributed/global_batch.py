@@ -1,7 +1,7 @@
 """ Training with a global batch, by one process or by each of several ranks. """
 import contextlib
 from functools import partial
-from typing import Callable, Dict, Optional
+from typing import Callable, ContextManager, Dict, Optional
 
 import timm
 import torch
@@ -12,6 +12,7 @@ from timm.task import ClassificationTask
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_ait
+from tests.devices import unfused
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.ops.bottleneck import _all_reduce
 
@@ -80,6 +81,7 @@ def train(
         fsdp: bool = False,
         bucket_cap_mb: Optional[float] = None,
         gate: float = 0.,
+        device: Callable[[], ContextManager] = contextlib.nullcontext,
         **model_kwargs,
 ) -> Dict[str, torch.Tensor]:
     """Two steps of SGD in float64, on the rank's share of the images.
@@ -96,6 +98,7 @@ def train(
         fsdp: Shard the parameters of several ranks, instead of DDP.
         bucket_cap_mb: Of DDP, whose collectives of many buckets run between those of the workspaces.
         gate: Initial gate of gated workspaces.
+        device: Of whose kind the operators are.
         **model_kwargs: Of the workspace.
 
     Returns:
@@ -124,7 +127,7 @@ def train(
         for i in range(num_batches):
             x, y = (tensor.tensor_split(num_ranks)[rank] for tensor in images(10 * step + i, batch_size, black))
             is_last = i + 1 == num_batches
-            with contextlib.nullcontext() if is_last or num_ranks == 1 else net.no_sync():
+            with device(), contextlib.nullcontext() if is_last or num_ranks == 1 else net.no_sync():
                 if task:
                     loss = task(x, y)['loss']
                 else:
@@ -174,6 +177,8 @@ TRAININGS = {
     'batch norm': dict(make_model=vit_behind_batch_norm),
     'task': dict(task=True),
     'fsdp': dict(fsdp=True),
+    'unfused': dict(device=unfused),
+    'unfused, masks': dict(device=unfused, make_model=MaskedClassifier, black=True),
     'without': dict(global_batch=False),
 }
 

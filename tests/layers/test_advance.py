@@ -191,8 +191,8 @@ def test_every_parameter_that_wants_a_gradient_gets_one(kwargs):
 class TestRefusals:
 
     @pytest.mark.parametrize('retrieval_steps', [1, 2])
-    def test_double_backward_in_training_raises(self, retrieval_steps):
-        layer = make_workspace(retrieval_steps=retrieval_steps)
+    def test_double_backward_of_fused_operators_raises(self, retrieval_steps):
+        layer = make_workspace(retrieval_steps=retrieval_steps, bottleneck=2)
         x = tokens().requires_grad_()
         grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError):

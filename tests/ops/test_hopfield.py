@@ -33,6 +33,7 @@ def naive_read(x, weight, bias, attractors, gate, gated):
     return naive.read(state, attractors, 0.7, x if gated else None, gate if gated else None)
 
 
+@pytest.mark.usefixtures('on_every_device')
 @pytest.mark.parametrize('gated', [False, True])
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -50,6 +51,7 @@ def test_read_is_a_layer_norm_and_the_naive_read(shape, dtype, gated):
         torch.testing.assert_close(value.grad.double() / scale, exact_value.grad / scale, **TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures('on_every_device')
 @pytest.mark.parametrize('gated', [False, True])
 def test_read_has_the_gradient_of_its_definition(gated):
     *inputs, gate = make_inputs(7, 5, 3, torch.float64)
@@ -64,15 +66,18 @@ def test_read_is_a_well_formed_operator(gated):
     torch.library.opcheck(torch.ops.timm_ait.read, (x, keys, values, weight, bias, 1e-5, gated))
 
 
+@pytest.mark.usefixtures('on_every_device')
 def test_non_contiguous_tokens():
     x, *others = make_inputs(37, 12, 5, torch.float32)
     torch.testing.assert_close(fused_read(x.T.contiguous().T, *others, True), naive_read(x, *others, True))
 
 
+@pytest.mark.usefixtures('on_every_device')
 def test_no_tokens():
     assert fused_read(*make_inputs(0, 12, 5, torch.float32), False).shape == (0, 12)
 
 
+@pytest.mark.usefixtures('on_every_device')
 def test_a_closed_gate_is_the_identity():
     x, *others, gate = make_inputs(37, 12, 5, torch.float32)
     assert torch.equal(fused_read(x, *others, torch.zeros_like(gate), True), x)

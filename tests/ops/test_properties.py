@@ -1,8 +1,11 @@
 """ What holds for every shape, bottleneck, mask and precision. """
+import contextlib
+
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 
+from tests.devices import unfused
 from timm_ait.ops import memory, naive, workspace
 
 DTYPES = (torch.float32, torch.float64)
@@ -75,15 +78,17 @@ def with_floats(step, tensors):
 
 class TestStep:
 
+    @pytest.mark.parametrize('device', [contextlib.nullcontext, unfused])
     @few
-    @given(steps())
-    def test_outputs_and_gradients_are_those_of_naive(self, step):
+    @given(step=steps())
+    def test_outputs_and_gradients_are_those_of_naive(self, step, device):
         if not scores_are_distinct(step):
             step['bottleneck'] = len(step['x'])
         results = []
         for function in (workspace.write_and_read, naive.write_and_read):
             leaves = [x.clone().requires_grad_() for x in floats(step)]
-            output, written, candidate, balance, coverage = function(**with_floats(step, leaves))
+            with device():
+                output, written, candidate, balance, coverage = function(**with_floats(step, leaves))
             direction = torch.linspace(-1., 1., output.numel(), dtype=output.dtype).view_as(output)
             ((output * direction).sum() + 0.1 * balance).backward()
             results.append([output, written, candidate, balance, coverage, *(leaf.grad for leaf in leaves)])

@@ -3,6 +3,9 @@
 Scores are linear in the tokens, so the key projection folds into the A * M queries and no key is made; only k tokens
 per query carry weight, so tokens are pooled before the value projection and no value is made. What is kept for backward
 is the k selected indices and weights per query.
+
+Where more than a quarter of all pairs of query and token is selected, as in small batches, dense products beat fetching
+what is selected, and plain PyTorch computes them.
 """
 from typing import Optional, Tuple, Union
 
@@ -11,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .naive import TokenNorm, WriteWeights
-from .norm import normalize, normalize_backward
+from .norm import is_fused, normalize, normalize_backward
 from .selection import chunks, dots, pool, positions, select, send
 
 __all__ = ['write']
@@ -92,18 +95,14 @@ def _pool_backward_(
         grad_score = weight * (
             dots(chunk, grad_pooled, normed) + flat_grad_weights.index_select(0, chunk.selections))
         grad_queries += pool(chunk, normed, grad_score)
-        if chunk.is_dense:
-            scattered = torch.cat([chunk.scatter(weight), chunk.scatter(grad_score)]).to(table.dtype)
-            grad_normed = scattered.T @ table
-        else:
-            grad_scores.scatter_(0, chunk.selections, grad_score)
-            selections = by_token[first:end]
-            grad_normed = send(
-                selections.int() // indices.shape[1],
-                token_offsets[chunk.start:chunk.stop] - first,
-                table,
-                (flat_weights.index_select(0, selections), grad_scores.index_select(0, selections)),
-            )
+        grad_scores.scatter_(0, chunk.selections, grad_score)
+        selections = by_token[first:end]
+        grad_normed = send(
+            selections.int() // indices.shape[1],
+            token_offsets[chunk.start:chunk.stop] - first,
+            table,
+            (flat_weights.index_select(0, selections), grad_scores.index_select(0, selections)),
+        )
         grad_tokens[chunk.start:chunk.stop] += normalize_backward(
             grad_normed, x, norm_weight, norm_bias, statistics, grad_norm)
     return grad_queries.to(queries.dtype), grad_norm
@@ -166,7 +165,7 @@ def _all_reduce(x: torch.Tensor) -> torch.Tensor:
 def _keep_global_best(scores: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Scores (R, n) of this rank, minus infinity where not among the k best of all ranks; the best of all (R, 1)."""
     # ranks may have different numbers of tokens
-    offered = F.pad(scores, (0, k - scores.shape[1]), value=float('-inf'))
+    offered = F.pad(scores.detach(), (0, k - scores.shape[1]), value=float('-inf'))
     all_offered = [torch.empty_like(offered) for _ in range(dist.get_world_size())]
     dist.all_gather(all_offered, offered)
     all_offered = torch.cat(all_offered, dim=1)
@@ -191,15 +190,27 @@ def _attend(
         float32, indices (R, k) of the kept tokens, and the tokens passed on.
     """
     k = min(bottleneck, tokens.shape[0])
-    with torch.no_grad():
-        scores, indices = _select(queries, tokens, token_mask, *norm, k)
-        if global_batch:
-            scores, shift = _keep_global_best(scores, bottleneck)
-        else:
-            shift = scores.amax(dim=-1, keepdim=True)
-        # where nothing may be selected there is no finite score
-        weights = (scores - shift.clamp_min(torch.finfo(shift.dtype).min)).exp()
-    pooled, weights, tokens = _Pool.apply(queries, tokens, *norm, weights, indices)
+    fused = is_fused(tokens) and 4 * k <= tokens.shape[0]
+    if fused:
+        with torch.no_grad():
+            scores, indices = _select(queries, tokens, token_mask, *norm, k)
+    else:
+        normed, _ = normalize(tokens, *norm)
+        scores = (queries @ normed.T).to(torch.promote_types(tokens.dtype, torch.float32))
+        if token_mask is not None:
+            scores = scores.masked_fill(~token_mask, float('-inf'))
+        scores, indices = scores.topk(k, dim=-1, sorted=False)
+    if global_batch:
+        scores, shift = _keep_global_best(scores, bottleneck)
+    else:
+        shift = scores.detach().amax(dim=-1, keepdim=True)
+    # where nothing may be selected there is no finite score
+    weights = (scores - shift.clamp_min(torch.finfo(shift.dtype).min)).exp()
+    if fused:
+        pooled, weights, tokens = _Pool.apply(queries, tokens, *norm, weights, indices)
+    else:
+        attention = normed.new_zeros((len(queries), len(tokens))).scatter(1, indices, weights.to(normed.dtype))
+        pooled = (attention @ normed).to(weights.dtype)
     total = weights.sum(dim=-1, keepdim=True)
     if global_batch:
         total = _all_reduce(total)
@@ -242,14 +253,14 @@ def _spread(
             counts = torch.cat([counts, num_valid.view(1)])
             dist.all_reduce(counts)
             num_valid = counts[-1]
-        num_valid = num_valid.clamp_min(1)
+    divisor = num_valid if isinstance(num_valid, int) else num_valid.clamp_min(1)
     # the weights of a slot sum to one
-    means = torch.stack([torch.full_like(counts[:num_heads], num_slots), counts[:num_heads]]) / num_valid
+    means = torch.stack([torch.full_like(counts[:num_heads], num_slots), counts[:num_heads]]) / divisor
     deviations = [x - mean.unsqueeze(-1) for x, mean in zip((importance, load), means)]
     if token_mask is not None:
         deviations = [x * token_mask for x in deviations]
     squares = torch.stack([x.square().sum(dim=-1) for x in deviations])
-    return squares, means, num_valid, counts[num_heads] / num_valid
+    return squares, means, num_valid, counts[num_heads] / divisor
 
 
 def write(
@@ -295,7 +306,10 @@ def write(
     if global_batch:
         reduced = _all_reduce(torch.cat([written.flatten(), squares.flatten().to(written.dtype)]))
         written, squares = reduced[:written.numel()].view_as(written), reduced[written.numel():].view_as(squares)
-    num_free = max(num_valid - 1, 1) if isinstance(num_valid, int) else (num_valid - 1).clamp_min(1)
+    may_be_none = not isinstance(num_valid, int)
+    num_free = (num_valid - 1).clamp_min(1) if may_be_none else max(num_valid - 1, 1)
     balance = (squares / num_free / (means.square() + 1e-10)).sum()
     candidate = F.layer_norm(written + memory, (slot_dim,), weights.norm_weight, weights.norm_bias, eps=1e-6)
+    if may_be_none:
+        candidate = torch.where(num_valid > 0, candidate, memory)
     return candidate, balance, coverage, tokens

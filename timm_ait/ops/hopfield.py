@@ -9,7 +9,7 @@ import torch
 
 from .matmul import mm
 from .naive import TokenNorm
-from .norm import chunk_size, normalize, normalize_backward
+from .norm import chunk_size, is_fused, normalize, normalize_backward
 
 __all__ = ['read']
 
@@ -120,7 +120,9 @@ def read(
     Returns:
         Same shape and dtype as x.
     """
-    values = attractors if gate is None else attractors * gate
-    keys = beta * attractors
-    return torch.ops.timm_ait.read(
-        x, keys.to(x.dtype), values.to(x.dtype), *norm, gate is not None)
+    values = (attractors if gate is None else attractors * gate).to(x.dtype)
+    keys = (beta * attractors).to(x.dtype)
+    if is_fused(x):
+        return torch.ops.timm_ait.read(x, keys, values, *norm, gate is not None)
+    state, _ = normalize(x, *norm)
+    return torch.addmm(state if gate is None else x, torch.softmax(state @ keys.T, dim=-1), values)

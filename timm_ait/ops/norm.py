@@ -3,20 +3,25 @@ from typing import Tuple
 
 import torch
 
-__all__ = ['chunk_size', 'normalize', 'normalize_backward']
+__all__ = ['chunk_size', 'is_fused', 'normalize', 'normalize_backward']
 
 # bytes of tokens worked on at a time, so that they stay in the second-level cache beside what they are multiplied with
 _CACHE = 3 << 19
-# other devices hide their latency behind large launches
-_DEVICE_CHUNK = 16384
 
 Statistics = Tuple[torch.Tensor, torch.Tensor]
 
 
+def is_fused(tokens: torch.Tensor) -> bool:
+    """Whether the fused operators compute on tokens.
+
+    They save passes over memory by many small steps. On a GPU it is the steps that cost, so there, and on every other
+    device, plain PyTorch computes the same.
+    """
+    return tokens.device.type == 'cpu'
+
+
 def chunk_size(tokens: torch.Tensor) -> int:
     """Number of tokens (T, E) to work on at a time."""
-    if tokens.device.type != 'cpu':
-        return _DEVICE_CHUNK
     return max(64, _CACHE // (tokens.shape[1] * tokens.element_size()))
 
 

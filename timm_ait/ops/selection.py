@@ -1,8 +1,7 @@
 """ Which tokens the queries select, and what flows between the two, chunk by chunk of tokens.
 
 Tokens are normed where they are used, so that working memory does not grow with their number. Selections are worked on
-in the order of their chunks, so that the tokens they fetch stay in cache; in chunks of which more than a quarter of all
-pairs of query and token is selected, as in small batches, dense GEMMs take the place of fetching.
+in the order of their chunks, so that the tokens they fetch stay in cache.
 """
 from typing import Iterator, NamedTuple, Optional, Tuple
 
@@ -21,7 +20,7 @@ _SELECTION_CHUNK = 8192
 def _top_k(scores: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Largest k of each row of scores (R, n), unsorted, and their indices."""
     num_rows, n = scores.shape
-    if scores.device.type != 'cpu' or n % 4 or n < 8 * k:
+    if n % 4 or n < 8 * k:
         return torch.topk(scores, k, dim=-1, sorted=False)
     # the k largest are among the k groups of largest maximum: two searches in a quarter each are faster than one in all
     num_groups = n // 4
@@ -71,12 +70,6 @@ class Chunk(NamedTuple):
     rows: torch.Tensor  # their queries
     tokens: torch.Tensor  # their tokens, counted from the start of the chunk
     row_offsets: torch.Tensor  # (R,), where those of each query begin
-    is_dense: bool  # so much is selected that full GEMMs beat fetching it
-
-    def scatter(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (n,) at their queries and tokens, zero elsewhere, (R, C)."""
-        matrix = values.new_zeros((len(self.row_offsets), self.stop - self.start))
-        return matrix.index_put_((self.rows, self.tokens), values)
 
 
 def positions(sorted_values: torch.Tensor, num_values: int) -> torch.Tensor:
@@ -111,22 +104,17 @@ def chunks(indices: torch.Tensor, tokens: torch.Tensor) -> Iterator[Chunk]:
             rows[chunk],
             indices[chunk] - start,
             offsets[i * num_queries:(i + 1) * num_queries] - bounds[i],
-            4 * (bounds[i + 1] - bounds[i]) > num_queries * (stop - start),
         )
 
 
 def pool(chunk: Chunk, table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sums (R, E) of the rows of a table (C, E) that the queries selected."""
-    weights = weights.to(table.dtype)
-    if chunk.is_dense:
-        return mm(chunk.scatter(weights), table)
-    return F.embedding_bag(chunk.tokens, table, chunk.row_offsets, mode='sum', per_sample_weights=weights)
+    return F.embedding_bag(
+        chunk.tokens, table, chunk.row_offsets, mode='sum', per_sample_weights=weights.to(table.dtype))
 
 
 def dots(chunk: Chunk, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Dot products (n,) of rows of a (R, E) with those of b (C, E) that they selected, in the dtype of a."""
-    if chunk.is_dense:
-        return mm(a.to(b.dtype), b.T)[chunk.rows, chunk.tokens].to(a.dtype)
     # which is what the gradient of the weights of an embedding bag is
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         a, b.to(a.dtype), chunk.tokens, chunk.row_offsets, chunk.rows, 0)
