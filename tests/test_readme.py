@@ -7,6 +7,7 @@ run and shortened, `NAMES` and `BLOCKS` what Python blocks are given. A command 
 import ast
 import csv
 import itertools
+import math
 import os
 import re
 import runpy
@@ -169,12 +170,12 @@ def option(arguments: List[str], name: str) -> Optional[str]:
     return next(iter(after(arguments, name)), None)
 
 
-def write_image_folder(folder: Path, num_classes: int) -> Path:
-    """The photographs of examples/images, 26 a class for training, which fill a batch of 256, and 2 for validation."""
+def write_image_folder(folder: Path, num_classes: int, batch_size: int) -> Path:
+    """The photographs of examples/images, as many for training as fill a batch, and 2 a class for validation."""
     with open(ROOT / 'examples' / 'images' / 'labels.csv') as file:
         rows = sorted((row[1], ROOT / 'examples' / 'images' / row[0]) for row in csv.reader(file)
                       if (ROOT / 'examples' / 'images' / row[0]).is_file())
-    for split, count in (('train', 26), ('validation', 2)):
+    for split, count in (('train', math.ceil(batch_size / num_classes)), ('validation', 2)):
         for i in range(num_classes):
             (folder / split / f'class{i:03}').mkdir(parents=True)
             for j in range(count):
@@ -228,7 +229,7 @@ class Workplace:
                     model = option(arguments, '--model') or config.get('model') or ''
                     of_tag = timm.get_pretrained_cfg_value(model, 'num_classes') if '.' in model else None
                     num_classes = option(arguments, '--num-classes') or config.get('num_classes') or of_tag or 10
-                    write_image_folder(self.folder / argument, int(num_classes))
+                    write_image_folder(self.folder / argument, int(num_classes), config.get('batch_size', 256))
         self.prepare_weights(arguments, config)
         written = (option(arguments, name) for name in ('--experiment', '--output', '--out'))
         self.written |= {name for name in written if name}
