@@ -7,6 +7,7 @@ run and shortened, `NAMES` and `BLOCKS` what Python blocks are given. A command 
 import ast
 import csv
 import itertools
+import logging
 import math
 import os
 import re
@@ -295,6 +296,8 @@ def run(arguments: List[str], folder: Path, monkeypatch, capfd) -> str:
         monkeypatch.setenv('COLUMNS', '200')
         monkeypatch.setattr(sys, 'argv', command)
         monkeypatch.setattr(sys, 'path', sys.path[:])
+        # a script's own would outlive what they write to
+        monkeypatch.setattr(logging.root, 'handlers', logging.root.handlers[:])
         try:
             run_program(command[0], run_name='__main__')
             code = 0
