@@ -6,14 +6,16 @@ scaling and gradient accumulation treat it as they treat the criterion.
 """
 import functools
 import logging
-from typing import Any, Dict, List
+import sys
+from typing import Any, Callable, Dict
 
 import torch
 
 from timm.task import TrainingTask
 
-from timm_ait.layers import GlobalWorkspace, balance_loss
-from timm_ait.layers.workspace import record_balance_losses
+from timm_ait.layers.balance import balance_loss, record_balance_losses
+from timm_ait.layers.registry import named_workspaces
+from timm_ait.ops.graph import depends_on
 
 __all__ = ['install_balance_loss']
 
@@ -21,22 +23,6 @@ _logger = logging.getLogger(__name__)
 
 # steps between two lines in the log, as timm's --log-interval
 _LOG_INTERVAL = 50
-
-
-def _depends_on_any(loss: torch.Tensor, parts: List[torch.Tensor]) -> bool:
-    """Whether a loss was computed from one of the parts."""
-    if any(loss is part for part in parts):
-        return True
-    wanted = {part.grad_fn for part in parts} - {None}
-    todo, seen = [loss.grad_fn], set()
-    while wanted and todo:
-        node = todo.pop()
-        if node in wanted:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            todo += [following for following, _ in node.next_functions]
-    return False
 
 
 def _log(task: TrainingTask, loss: torch.Tensor, balance: torch.Tensor) -> None:
@@ -47,28 +33,34 @@ def _log(task: TrainingTask, loss: torch.Tensor, balance: torch.Tensor) -> None:
         _logger.info(f'Of the training loss {float(loss):#.4g}, {float(balance):#.4g} is the balance loss.')
 
 
-def install_balance_loss() -> None:
-    """Make every timm training task add the balance loss to its loss. Calling it again changes nothing.
+def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
+    """What a task's own call gives, with the balance loss added to its 'loss' and named as 'balance_loss'.
 
-    A task that adds `balance_loss(model)` itself is left alone. The result of a task names the part as 'balance_loss'.
+    A task that adds `balance_loss(model)` itself is left alone.
     """
+    with record_balance_losses() as asked_for:
+        result = call(task, *args, **kwargs)
+    model = task.get_trainable_module()
+    if not model.training or not any(workspace.writes for _, workspace in named_workspaces(model)):
+        return result
+    balance, loss = balance_loss(model), result['loss']
+    is_added = any(loss is part for part in asked_for) or depends_on(loss, {part.grad_fn for part in asked_for})
+    if not is_added:
+        loss = loss + balance
+    _log(task, loss.detach(), balance.detach())
+    return {**result, 'loss': loss, 'balance_loss': balance.detach()}
+
+
+def install_balance_loss() -> None:
+    """Make every timm training task add the balance loss to its loss. Calling it again changes nothing."""
     call = TrainingTask.__call__
     if getattr(call, 'adds_balance_loss', False):
         return
 
     @functools.wraps(call)
-    def call_with_balance_loss(self: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
-        with record_balance_losses() as asked_for:
-            result = call(self, *args, **kwargs)
-        model = self.get_trainable_module()
-        if not model.training or not any(isinstance(m, GlobalWorkspace) and m.writes for m in model.modules()):
-            return result
-        balance = balance_loss(model)
-        loss = result['loss']
-        if not _depends_on_any(loss, asked_for):
-            loss = loss + balance
-        _log(self, loss.detach(), balance.detach())
-        return {**result, 'loss': loss, 'balance_loss': balance.detach()}
+    def call_and_add(self: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
+        # looked up when it runs, so that a reload of this module is seen
+        return sys.modules[__name__].call_with_balance_loss(call, self, *args, **kwargs)
 
-    call_with_balance_loss.adds_balance_loss = True
-    TrainingTask.__call__ = call_with_balance_loss
+    call_and_add.adds_balance_loss = True
+    TrainingTask.__call__ = call_and_add

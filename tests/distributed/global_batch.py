@@ -1,7 +1,7 @@
 """ Training with a global batch, by one process or by each of several ranks. """
 import contextlib
 from functools import partial
-from typing import Callable, ContextManager, Dict, Optional
+from typing import Callable, Dict, Optional
 
 import timm
 import torch
@@ -12,9 +12,8 @@ from timm.task import ClassificationTask
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_ait
-from tests.devices import unfused
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.ops.bottleneck import _all_reduce
+from timm_ait.layers.ranks import ProcessGroups
 
 from .one_memory import shard
 
@@ -34,7 +33,9 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_by_channel = x.transpose(0, 1).flatten(1)
         sums = torch.stack([values.sum(dim=1) for values in (x_by_channel, x_by_channel ** 2, x_by_channel ** 0)])
-        total, squares, count = (_all_reduce(sums) if dist.is_initialized() else sums).view(3, 1, -1, 1, 1)
+        if dist.is_initialized():
+            sums = ProcessGroups((dist.group.WORLD,)).sum(sums)
+        total, squares, count = sums.view(3, 1, -1, 1, 1)
         mean = total / count
         normed = (x - mean) / (squares / count - mean.square() + self.eps).sqrt()
         return normed * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
@@ -81,7 +82,6 @@ def train(
         fsdp: bool = False,
         bucket_cap_mb: Optional[float] = None,
         gate: float = 0.,
-        device: Callable[[], ContextManager] = contextlib.nullcontext,
         **model_kwargs,
 ) -> Dict[str, torch.Tensor]:
     """Two steps of SGD in float64, on the rank's share of the images.
@@ -98,7 +98,6 @@ def train(
         fsdp: Shard the parameters of several ranks, instead of DDP.
         bucket_cap_mb: Of DDP, whose collectives of many buckets run between those of the workspaces.
         gate: Initial gate of gated workspaces.
-        device: Of whose kind the operators are.
         **model_kwargs: Of the workspace.
 
     Returns:
@@ -127,7 +126,7 @@ def train(
         for i in range(num_batches):
             x, y = (tensor.tensor_split(num_ranks)[rank] for tensor in images(10 * step + i, batch_size, black))
             is_last = i + 1 == num_batches
-            with device(), contextlib.nullcontext() if is_last or num_ranks == 1 else net.no_sync():
+            with contextlib.nullcontext() if is_last or num_ranks == 1 else net.no_sync():
                 if task:
                     loss = task(x, y)['loss']
                 else:
@@ -177,8 +176,6 @@ TRAININGS = {
     'batch norm': dict(make_model=vit_behind_batch_norm),
     'task': dict(task=True),
     'fsdp': dict(fsdp=True),
-    'unfused': dict(device=unfused),
-    'unfused, masks': dict(device=unfused, make_model=MaskedClassifier, black=True),
     'without': dict(global_batch=False),
 }
 
@@ -203,7 +200,7 @@ def record_traffic(rank: int, num_ranks: int) -> Dict[str, int]:
             'fraction': dict(bottleneck=10 / (48 * num_ranks)),
             'without': dict(global_batch=False),
         }.items():
-            workspace = GlobalWorkspace(24, **{**SMALL, **kwargs})
+            workspace = GlobalWorkspace(24, process_group=dist.group.WORLD, **{**SMALL, **kwargs})
             optimizer = torch.optim.SGD(workspace.parameters(), lr=0.1)
             bytes_of = traffic[kind] = {}
             for phase in ('forward', 'backward', 'step'):

@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 import timm_ait
 from timm_ait.layers import GlobalWorkspace
 
+from tests.layers import written_by
+
 
 def make_model(**kwargs) -> nn.Module:
     torch.manual_seed(0)
@@ -39,8 +41,8 @@ def memory(model: nn.Module) -> torch.Tensor:
 
 
 def written(model: nn.Module) -> torch.Tensor:
-    """What waits for the parameters to move, (L, M, D)."""
-    return torch.stack([workspace.pending for workspace in workspaces(model)])
+    """Mean of what was written since the last step, (L, M, D); nan where nothing was."""
+    return torch.stack([written_by(workspace) for workspace in workspaces(model)])
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -108,6 +110,37 @@ def train(
     return {**results, 'ema': torch.cat([value.flatten() for value in ema.module.state_dict().values()])}
 
 
+def accumulate(rank: int, num_ranks: int, as_ranks: bool) -> Dict[str, torch.Tensor]:
+    """Two steps of four batches, all on each rank by itself, or a part of them on each of the ranks together."""
+    model = make_model().double()
+    net = DistributedDataParallel(model) if as_ranks else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    num_batches = 4 * num_ranks
+    results = {'memory': [], 'weight': []}
+    for step in range(2):
+        for i in range(num_batches):
+            if not as_ranks or i % num_ranks == rank:
+                x, y = images(i, step)
+                loss = F.cross_entropy(net(x.double()), y) + timm_ait.balance_loss(net)
+                (loss / (4 if as_ranks else num_batches)).backward()  # no no_sync(): buffers are broadcast each time
+        optimizer.step()
+        optimizer.zero_grad()
+        results['memory'].append(memory(model))
+        results['weight'].append(model.head.weight.detach().clone())
+    return {name: torch.stack(values) for name, values in results.items()}
+
+
+def train_unrelated(rank: int, num_ranks: int, **kwargs) -> Dict[str, torch.Tensor]:
+    """As many steps as its rank plus one, of each rank by itself."""
+    model = make_model(**kwargs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(rank + 1):
+        backward(model, rank, step)
+        before = written(model)
+        optimizer.step()
+    return {'written': before, 'memory': memory(model)}
+
+
 def train_without_images(rank: int, num_ranks: int) -> Dict[str, torch.Tensor]:
     """A step in which the last rank has no images."""
     model = make_model()
@@ -123,7 +156,7 @@ def train_without_images(rank: int, num_ranks: int) -> Dict[str, torch.Tensor]:
 
 def write_not_finite(rank: int, num_ranks: int, ranks: str, by_optimizer: bool, **kwargs) -> Dict[str, torch.Tensor]:
     """A step in which one rank's ('last'), or all ranks' images are not finite."""
-    model = make_model(**kwargs)
+    model = make_model(process_group=dist.group.WORLD, **kwargs)
     before = memory(model)
     x, _ = images(rank)
     model(x if ranks == 'last' and rank < num_ranks - 1 else x * float('nan'))
@@ -160,6 +193,9 @@ SCENARIOS = {
     'task': partial(train, wrapper='task'),
     'fsdp': partial(train, wrapper='fsdp'),
     'zero': partial(train, optimizer='zero', depth=3),
+    'accumulation by one': partial(accumulate, as_ranks=False),
+    'accumulation by ranks': partial(accumulate, as_ranks=True),
+    'unrelated': train_unrelated,
     'no images': train_without_images,
     'last not finite': partial(write_not_finite, ranks='last', by_optimizer=True),
     'last not finite, advance_memory': partial(write_not_finite, ranks='last', by_optimizer=False),

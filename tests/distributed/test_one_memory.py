@@ -60,6 +60,16 @@ def test_sharded_optimizer_averages_each_layer_with_itself(results):
     torch.testing.assert_close(results('zero')[0]['memory'], projected_mean(written), rtol=0., atol=1e-5)
 
 
+def test_ranks_move_the_memory_as_one_process_that_accumulates_their_batches(results):
+    for by_ranks, by_one in zip(results('accumulation by ranks'), results('accumulation by one')):
+        torch.testing.assert_close(by_ranks, by_one, rtol=0., atol=1e-9)
+
+
+def test_unrelated_models_stay_apart(results):
+    for result in results('unrelated'):
+        torch.testing.assert_close(result['memory'], result['written'], rtol=0., atol=1e-5)
+
+
 def test_a_rank_without_images_trains_and_does_not_count(results):
     *others, last = results('no images')
     assert not last['written'].isfinite().any()

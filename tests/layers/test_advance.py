@@ -3,8 +3,12 @@ import copy
 import functools
 import gc
 import pickle
+import subprocess
+import sys
 import warnings
+import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +17,10 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3, freeze
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from timm_ait.layers import WorkspaceMlp, advance_memory, balance_loss
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
 from timm_ait.ops import naive
 
-from tests.layers import SMALL, make_workspace
+from tests.layers import SMALL, make_workspace, written_by
 
 
 def tokens():
@@ -37,16 +41,36 @@ class TestAdvance:
         before = layer.memory.clone()
         layer(tokens()).sum().backward()
         assert torch.equal(layer.memory, before)
-        written = layer.pending.clone()
+        written = written_by(layer)
         torch.optim.SGD(layer.parameters(), lr=0.1).step()
-        assert torch.equal(layer.memory, written) and not torch.equal(written, before)
+        torch.testing.assert_close(layer.memory, written)
+        assert not torch.allclose(written, before)
 
-    def test_the_last_forward_of_a_step_wins(self):
-        layer, alone = make_workspace(), make_workspace()
-        first, last = tokens(), tokens()
-        step(layer, first, last)
-        step(alone, last)
-        assert torch.equal(layer.memory, alone.memory)
+    @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
+    def test_the_memory_becomes_the_mean_of_what_the_forwards_of_a_step_wrote(self, memory_update):
+        layer, alone = make_workspace(memory_update=memory_update), make_workspace(memory_update=memory_update)
+        batches, written = [tokens() for _ in range(3)], []
+        for x in batches:
+            alone(x)
+            written.append(written_by(alone))
+            alone.written = None
+        step(layer, *batches)
+        mean = torch.stack(written).mean(dim=0)
+        expected = F.normalize(naive.polar(mean) if memory_update == 'orthogonal' else mean, dim=-1)
+        torch.testing.assert_close(layer.memory, expected, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize('no_grad', [torch.no_grad, torch.inference_mode])
+    def test_a_forward_without_gradient_computes_the_same_and_leaves_no_trace(self, no_grad):
+        layer, undisturbed = make_workspace(), make_workspace()
+        x = tokens()
+        expected = layer(x), undisturbed(x)
+        loss = balance_loss(layer)
+        with no_grad():
+            assert torch.equal(layer(x), expected[0])
+            layer(tokens())
+        assert balance_loss(layer) == loss and balance_loss(layer).requires_grad
+        advance_memory(layer), advance_memory(undisturbed)
+        assert torch.equal(layer.memory, undisturbed.memory)
 
     def test_a_second_step_without_a_forward_moves_nothing(self):
         layer = make_workspace()
@@ -66,9 +90,9 @@ class TestAdvance:
     def test_advance_memory_is_for_loops_without_an_optimizer(self):
         model = nn.Sequential(make_workspace(), make_workspace())
         model(tokens())
-        written = [layer.pending.clone() for layer in model]
+        written = [written_by(layer) for layer in model]
         advance_memory(model)
-        assert all(torch.equal(layer.memory, w) for layer, w in zip(model, written))
+        torch.testing.assert_close([layer.memory for layer in model], written)
 
     @pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
     def test_copies_advance_with_their_own_parameters(self, copied):
@@ -111,17 +135,157 @@ class TestAdvance:
         advance_memory(layer)
         assert torch.equal(layer.memory, before)
 
-    def test_optimizers_that_hold_copies_of_the_parameters_lead_to_a_warning(self):
+    def test_a_non_finite_batch_is_left_out_of_the_mean(self):
+        layer, alone = make_workspace(), make_workspace()
+        x = tokens()
+        layer(x), alone(x)
+        layer(x * float('nan'))
+        advance_memory(layer), advance_memory(alone)
+        assert torch.equal(layer.memory, alone.memory)
+
+    def test_a_workspace_that_is_used_several_times_advances_by_the_mean(self):
+        layer = make_workspace()
+        (layer(layer(tokens())).square().sum() + balance_loss(layer)).backward()
+        assert layer.written[1] == 2
+        mean = written_by(layer)
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+        torch.testing.assert_close(layer.memory, naive.polar(mean), atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize('load', ['load_state_dict', 'inference_mode', 'data', 'assign'])
+    def test_whoever_writes_the_memory_it_is_read_at_once_and_trained_from(self, load):
+        layer, other = make_workspace().eval(), make_workspace(memory_init='uniform').eval()
+        x = tokens()
+        assert not torch.equal(layer(x), other(x))
+        if load == 'data':
+            layer.memory.data = other.memory.clone()
+        else:
+            with torch.inference_mode(load == 'inference_mode'):
+                layer.load_state_dict(other.state_dict(), assign=load == 'assign')
+        assert torch.equal(layer(x), other(x))
+        step(layer.train(), x), step(other.train(), x)
+        assert torch.equal(layer.memory, other.memory)
+
+
+class TestHook:
+
+    def test_an_optimizer_per_parameter_moves_the_memory_once(self):
+        layer, together = make_workspace(), make_workspace()
+        x = tokens()
+        optimizers = [torch.optim.SGD([parameter], lr=0.) for parameter in layer.parameters()]
+        layer(x).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        step(together, x)
+        torch.testing.assert_close(layer.memory, together.memory)
+
+    def test_parameters_that_are_added_to_an_optimizer_later_are_found(self):
+        layer, other = make_workspace(), nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.)
+        optimizer.step()
+        optimizer.add_param_group(dict(params=list(layer.parameters())))
+        before = layer.memory.clone()
+        layer(tokens()).sum().backward()
+        optimizer.step()
+        assert not torch.equal(layer.memory, before)
+
+    def test_workspaces_that_share_their_write_both_advance(self):
+        model = nn.Sequential(make_workspace(), make_workspace())
+        for name in ('q', 'k', 'v', 'proj', 'slot_norm'):
+            setattr(model[1], name, getattr(model[0], name))
+        before = [layer.memory.clone() for layer in model]
+        step(model[1], tokens())  # the other has written nothing
+        assert torch.equal(model[0].memory, before[0]) and not torch.equal(model[1].memory, before[1])
+        before = model[1].memory.clone()
+        model(tokens()).sum().backward()
+        torch.optim.SGD(model[0].parameters(), lr=0.).step()
+        assert not torch.equal(model[1].memory, before)
+
+    def test_an_optimizers_parameters_are_looked_at_once(self, monkeypatch):
+        layer, looks = make_workspace(), []
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.)
+        monkeypatch.setattr(advance, 'all_workspaces', lambda: looks.append(True) or [layer])
+        for _ in range(3):
+            layer(tokens()).sum().backward()
+            optimizer.step()
+        assert len(looks) == 1
+
+    def test_models_that_train_in_threads_do_not_disturb_each_other(self):
+        def train():
+            try:
+                for _ in range(20):
+                    layer = GlobalWorkspace(24, **SMALL)
+                    layer(tokens()).sum().backward()
+                    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+                    copy.deepcopy(layer)
+            except Exception as e:
+                errors.append(e)
+
+        errors = []
+        threads = [threading.Thread(target=train) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+
+    def test_reloads_leave_models_as_they_were_and_the_hooks_once(self):
+        code = (
+            'import importlib, sys, timm, torch, timm_ait\n'
+            'from timm.task import ClassificationTask\n'
+            'from torch.optim.optimizer import _global_optimizer_post_hooks\n'
+            'model = timm.create_model("test_ait", depth=1).train()\n'
+            'num_hooks, names = len(_global_optimizer_post_hooks), list(sys.modules)\n'
+            'for name in names:\n'
+            '    if name.startswith("timm_ait.layers.") or name == "timm_ait.training":\n'
+            '        importlib.reload(sys.modules[name])\n'
+            'timm_ait.install_balance_loss()\n'
+            'assert len(_global_optimizer_post_hooks) == num_hooks\n'
+            'x, y = torch.randn(2, 3, 32, 32), torch.arange(2)\n'
+            'result = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)(x, y)\n'
+            'expected = torch.nn.functional.cross_entropy(result["output"], y) + result["balance_loss"]\n'
+            'torch.testing.assert_close(result["loss"], expected)\n'
+            'assert result["balance_loss"] > 0.\n'
+            'memory = model.blocks[0].mlp.workspace.memory.clone()\n'
+            'torch.optim.SGD(model.parameters(), lr=0.1).step()\n'
+            'assert not torch.equal(model.blocks[0].mlp.workspace.memory, memory)\n'
+        )
+        subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parents[2])
+
+
+class TestWarning:
+
+    def write(self, layer, number, optimizer):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for _ in range(number):
+                layer(tokens()[:1])
+                optimizer.step()
+        return [str(warning.message) for warning in caught]
+
+    def test_an_optimizer_of_copies_of_the_parameters_warns_once_and_names_the_remedies(self):
         layer = make_workspace()
         masters = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
         optimizer = torch.optim.SGD(masters, lr=0.1)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter('always')
-            for count in range(1, 101):
+        assert self.write(layer, 99, optimizer) == []
+        (message,) = self.write(layer, 201, optimizer)
+        assert all(remedy in message for remedy in ('after the workspaces', 'advance_memory', 'freeze', 'eval()'))
+
+    def test_a_model_that_is_trained_beside_others_does_not_warn(self):
+        layer, other = make_workspace(), nn.Linear(2, 2)
+        optimizers = [torch.optim.SGD(module.parameters(), lr=0.) for module in (layer, other)]
+        assert self.write(layer, 150, optimizers[0]) == []
+        with torch.no_grad():
+            assert self.write(layer, 150, optimizers[1]) == []
+
+    def test_a_long_accumulation_does_not_warn(self):
+        layer = make_workspace()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            for _ in range(150):
                 layer(tokens()[:1])
-                optimizer.step()
-                assert bool(caught) == (count == 100)
-        assert 'advance_memory' in str(caught[0].message)
+
+
+class TestFrozen:
 
     def test_a_frozen_workspace_does_not_write(self):
         mlp = WorkspaceMlp(24, 48, **SMALL)
@@ -190,13 +354,13 @@ def test_every_parameter_that_wants_a_gradient_gets_one(kwargs):
 
 class TestRefusals:
 
-    @pytest.mark.parametrize('retrieval_steps', [1, 2])
-    def test_double_backward_of_fused_operators_raises(self, retrieval_steps):
-        layer = make_workspace(retrieval_steps=retrieval_steps, bottleneck=2)
-        x = tokens().requires_grad_()
-        grad, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError):
-            grad.square().sum().backward()
+    def test_a_replica_of_dataparallel_raises(self):
+        model = nn.Sequential(nn.Linear(24, 24), make_workspace())
+        layer = model[1]._replicate_for_data_parallel()
+        for module in (layer, *layer.children()):
+            module._parameters = {}
+        with pytest.raises(RuntimeError, match='DataParallel.*DistributedDataParallel'):
+            layer(tokens())
 
     @pytest.mark.parametrize('name', ['norm.weight', 'q.weight', 'slot_norm.bias', 'attractors.weight'])
     def test_writing_with_parameters_elsewhere_raises(self, name):
@@ -209,56 +373,82 @@ class TestRefusals:
 
 class TestBalanceLoss:
 
-    def test_is_zero_before_a_forward_and_after_one_in_evaluation(self):
+    def test_is_zero_before_a_forward_and_in_evaluation(self):
         layer = make_workspace()
         assert balance_loss(layer) == 0.
-        output = layer(tokens())
+        layer(tokens())
         assert balance_loss(layer) > 0.
-        del output
-        layer.eval()(tokens())
+        layer.eval()
         assert balance_loss(layer) == 0.
 
-    def test_keeps_no_graph_alive(self):
+    def test_has_its_gradient_until_the_backward_and_then_is_its_value(self):
+        layer = make_workspace()
+        output = layer(tokens()).sum()
+        loss = balance_loss(layer)
+        (output + loss).backward()
+        assert balance_loss(layer) == loss and not balance_loss(layer).requires_grad
+
+    def test_keeps_no_graph_beyond_the_step(self):
         layer = make_workspace()
         x = (torch.zeros(4, 9, 24, requires_grad=True) + tokens())
         kept = weakref.ref(x)
-        output = layer(x)
+        layer(x)
         del x
         gc.collect()
         assert kept() is not None
-        del output
+        advance_memory(layer)
         gc.collect()
         assert kept() is None
 
-    def test_is_a_value_without_gradient_once_the_output_is_gone(self):
-        layer = make_workspace()
-        output = layer(tokens())
-        loss = balance_loss(layer)
-        assert loss.requires_grad
-        value = loss.item()
-        del output, loss
-        assert balance_loss(layer).item() == value and not balance_loss(layer).requires_grad
+    def test_is_that_of_the_last_forward(self):
+        layer, alone = make_workspace(), make_workspace()
+        first, last = tokens(), tokens()
+        layer(first), layer(last), alone(last)
+        assert torch.equal(balance_loss(layer), balance_loss(alone))
+
+    def test_of_two_forwards_each_has_its_own_gradient(self):
+        layer, alone = make_workspace(), make_workspace()
+        losses = []
+        for x in (tokens(), tokens()):
+            layer(x), alone(x)
+            losses.append(balance_loss(layer))
+            balance_loss(alone).backward()
+        losses[0].backward()
+        assert balance_loss(layer).requires_grad
+        losses[1].backward()
+        torch.testing.assert_close(layer.q.weight.grad, alone.q.weight.grad)
+
+    def test_a_workspace_used_several_times_counts_with_each_of_its_uses(self):
+        layer, first, second = make_workspace(), make_workspace(), make_workspace()
+        x = tokens()
+        layer(layer(x))
+        second(first(x))
+        torch.testing.assert_close(balance_loss(layer), balance_loss(first) + balance_loss(second))
 
     def test_leaves_out_layers_that_the_last_forward_did_not_reach(self):
         first, second = make_workspace(), make_workspace()
         model = nn.Sequential(first, second)
-        output = model(tokens())
-        del output
-        output = first(tokens())
+        (model(tokens()).sum() + balance_loss(model)).backward()
+        first(tokens())
         torch.testing.assert_close(balance_loss(model), balance_loss(first))
+
+    def test_an_attack_ahead_of_the_step_does_not_count(self):
+        layer = make_workspace()
+        x = tokens().requires_grad_()
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x)
+        (layer(x.detach() + 0.1 * grad).square().sum() + balance_loss(layer)).backward()
 
     def test_of_a_partly_frozen_model_is_that_of_the_rest(self):
         model = nn.Sequential(make_workspace(), make_workspace())
         model[0].requires_grad_(False)
-        output = model(tokens())
+        assert model(tokens()).requires_grad
         torch.testing.assert_close(balance_loss(model), balance_loss(model[1]))
-        assert output.requires_grad
 
     @pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
     def test_stays_behind_when_the_layer_is_copied(self, copied):
         layer = make_workspace()
         loss = layer(tokens()).sum() + balance_loss(layer)
-        assert balance_loss(copied(layer)) == 0.
+        assert balance_loss(copied(layer)) == 0. and copied(layer).written is None
         loss.backward()
 
 
@@ -331,7 +521,8 @@ class TestCheckpointing:
 
     def test_reentrant_checkpointing_which_would_lose_the_balance_loss_raises(self):
         with pytest.raises(RuntimeError, match='use_reentrant'):
-            train(Net(functools.partial(checkpoint, use_reentrant=True)))
+            net = Net(functools.partial(checkpoint, use_reentrant=True))
+            train(net, lambda x: net(x.requires_grad_()))
 
     def test_reentrant_checkpointing_without_balance_loss_is_the_same(self):
         results = []
@@ -417,7 +608,7 @@ class TestPrecision:
         assert all(p.grad.isfinite().all() for p in layer.parameters())
 
     @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
-    def test_an_ema_copy_reads_slots_as_the_update_rule_wants_them(self, memory_update):
+    def test_an_ema_copy_reads_slots_of_unit_norm(self, memory_update):
         layer = make_workspace(memory_update=memory_update)
         ema = ModelEmaV3(layer, decay=0.5)
         for _ in range(3):
@@ -425,8 +616,7 @@ class TestPrecision:
             ema.update(layer)
         averaged = ema.module
         assert (averaged.memory.norm(dim=-1) < 0.999).any()
-        memory = averaged.memory if memory_update == 'normalize' else naive.polar(averaged.memory)
-        memory = F.normalize(memory, dim=-1)
+        memory = F.normalize(averaged.memory, dim=-1)
         x = tokens()
         expected = naive.read(averaged.norm(x).view(-1, 24), averaged.attractors(memory)).view(x.shape)
         torch.testing.assert_close(averaged(x), expected, atol=1e-4, rtol=1e-4)

@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 
 from timm_ait.layers import GlobalWorkspace, advance_memory, balance_loss
-from timm_ait.layers.workspace import split_workspace_kwargs
+from timm_ait.layers._arguments import split_kwargs
 from timm_ait.ops import naive
 
-from tests.layers import make_workspace
+from tests.layers import make_workspace, written_by
 
 
 class TestForward:
@@ -29,9 +29,9 @@ class TestForward:
                 layer.slot_norm.bias), num_heads=4, bottleneck=10)
         memory = naive.update_memory(before, candidate, 0.9, memory_update)
         residual = x.view(-1, 24) if gated else None
-        expected = naive.read(tokens, layer.attractors(memory), 1., residual, layer.gate)
+        expected = naive.read(tokens, layer.attractors(memory), 1., 1, residual, layer.gate)
         torch.testing.assert_close(output, expected.view(shape), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(layer.pending, memory.detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(written_by(layer), memory.detach(), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(balance_loss(layer), 1e-2 * balance, atol=1e-6, rtol=1e-4)
         assert layer.memory_statistics()['coverage'] == pytest.approx(coverage.item())
 
@@ -49,7 +49,7 @@ class TestForward:
         token_mask = torch.rand(4, 9) < 0.7
         output = layer(100 * x.masked_fill(token_mask.unsqueeze(-1), 0.) + x, token_mask)
         torch.testing.assert_close(output[token_mask], without(x[token_mask]))
-        torch.testing.assert_close(layer.pending, without.pending)
+        torch.testing.assert_close(written_by(layer), written_by(without))
         torch.testing.assert_close(balance_loss(layer), balance_loss(without))
         assert layer.coverage == without.coverage
 
@@ -58,7 +58,7 @@ class TestForward:
         by_fraction, by_number = make_workspace(bottleneck=0.5), make_workspace(bottleneck=number)
         x = torch.randn(4, 9, 24)
         by_fraction(x, token_mask), by_number(x, token_mask)
-        assert torch.equal(by_fraction.pending, by_number.pending)
+        torch.testing.assert_close(written_by(by_fraction), written_by(by_number))
 
     @pytest.mark.parametrize('gated', [False, True])
     @pytest.mark.parametrize('shape', [(4, 9, 24), (3, 700, 24), (0, 9, 24)])
@@ -71,13 +71,6 @@ class TestForward:
         assert output.requires_grad
         with torch.no_grad():
             assert torch.equal(layer(x), output)
-
-    def test_a_hook_in_evaluation_sees_all_tokens_at_once(self):
-        layer, seen = make_workspace().eval(), []
-        layer.norm.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-        with torch.no_grad():
-            layer(torch.randn(3, 700, 24))
-        assert seen == [(3, 700, 24)]
 
     @pytest.mark.parametrize('retrieval_steps', [1, 2, 3])
     def test_retrieval_steps(self, retrieval_steps):
@@ -129,6 +122,15 @@ class TestForward:
         advance_memory(layer)
         assert not torch.equal(layer.memory, before)
 
+    def test_a_width_that_is_not_the_layers_is_named(self):
+        layer = make_workspace()
+        for mode in (True, False):
+            with pytest.raises(ValueError, match='48 wide.*width 24'):
+                layer.train(mode)(torch.randn(4, 9, 48))
+
+    def test_by_default_the_bottleneck_is_the_papers_share_of_the_tokens(self):
+        assert GlobalWorkspace(24).bottleneck * 32768 == 512
+
     def test_momentum_one_keeps_the_memory(self):
         layer = make_workspace(memory_momentum=1.)
         before = layer.memory.clone()
@@ -154,8 +156,9 @@ class TestMemory:
         assert not torch.allclose(memories[0], memories[1])
 
     @pytest.mark.parametrize('num_slots', [8, 16, 24])
-    def test_slots_stay_distinct(self, num_slots):
-        layer = make_workspace(num_slots=num_slots)
+    @pytest.mark.parametrize('memory_momentum', [0., 0.9])
+    def test_slots_stay_distinct(self, num_slots, memory_momentum):
+        layer = make_workspace(num_slots=num_slots, memory_momentum=memory_momentum)
         for _ in range(50):
             layer(torch.randn(4, 9, 24))
             advance_memory(layer)
@@ -202,5 +205,5 @@ def test_identity_memory_needs_no_more_slots_than_their_width():
 
 def test_arguments_of_the_layer_are_split_from_others():
     arguments = dict(num_slots=4, workspace_heads=2, num_heads=3, dim=5, depth=6)
-    assert split_workspace_kwargs(arguments) == (
+    assert split_kwargs(GlobalWorkspace, arguments) == (
         dict(num_slots=4, workspace_heads=2), dict(num_heads=3, dim=5, depth=6))

@@ -1,0 +1,69 @@
+""" Arguments of a step, and the step by `naive.py` in float64. """
+from typing import Dict, List
+
+import torch
+
+from timm_ait.ops.naive import WriteWeights
+
+
+def make_step(
+        num_tokens: int = 64,
+        dim: int = 24,
+        num_slots: int = 8,
+        slot_dim: int = 16,
+        num_heads: int = 4,
+        bottleneck=20,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        **kwargs,
+) -> Dict:
+    """Arguments of `write_and_read`, in which tokens alone may be of half precision."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.to(torch.promote_types(dtype, torch.float32))
+
+    inner, lift = num_heads * slot_dim, randn(slot_dim, dim)
+    return dict(
+        tokens=randn(num_tokens, dim).to(dtype),
+        memory=torch.linalg.qr(randn(max(num_slots, slot_dim), max(num_slots, slot_dim)))[0][:num_slots, :slot_dim],
+        weights=WriteWeights(
+            query=randn(inner, slot_dim) * 2,
+            key=randn(inner, dim) / dim ** 0.5,
+            value=randn(inner, dim) / dim ** 0.5,
+            output=randn(slot_dim, inner) / inner ** 0.5,
+            norm_weight=1 + 0.1 * randn(slot_dim),
+            norm_bias=0.1 * randn(slot_dim),
+        ),
+        num_heads=num_heads,
+        bottleneck=bottleneck,
+        lift=lambda memory: memory @ lift.to(memory.dtype),
+        **{name: value(randn) if callable(value) else value for name, value in kwargs.items()},
+    )
+
+
+def map_floats(step: Dict, function) -> Dict:
+    """The step with a function of its floating point tensors in their place."""
+    def other(x):
+        return function(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return {
+        name: type(value)(*map(other, value)) if isinstance(value, tuple) else other(value)
+        for name, value in step.items()}
+
+
+def floats(step: Dict) -> List[torch.Tensor]:
+    found = []
+    map_floats(step, lambda x: found.append(x) or x)
+    return found
+
+
+def run(function, step: Dict, dtype: torch.dtype = None):
+    """Results of a step, and gradients of its floating point tensors, zero where there are none."""
+    step = map_floats(step, lambda x: x.detach().to(dtype or x.dtype).clone().requires_grad_())
+    output, written, candidate, balance, coverage = function(**step)
+    direction = torch.linspace(-1., 1., output.numel(), dtype=torch.float64).view_as(output).to(output.dtype)
+    ((output * direction).sum() + 0.1 * balance).backward()
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in floats(step)]
+    return [output, written, candidate, balance, coverage], grads

@@ -1,40 +1,90 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
-from timm_ait.ops import naive
-from timm_ait.ops.memory import keep_, polar, slot_statistics, update_memory
+from timm_ait.ops import memory, naive
+from timm_ait.ops.memory import add_written_, slot_statistics, update_memory
 
 SHAPES = [(32, 32), (8, 32), (1, 16), (40, 16), (5, 1)]
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_polar_is_the_nearest_orthonormal_matrix(shape):
+def degenerate(name, num_slots=32, slot_dim=32):
+    normed = F.layer_norm(torch.randn(num_slots, slot_dim), (slot_dim,))
+    return {
+        # 'memory_momentum=0': every row of a layer norm is orthogonal to the vector of ones
+        'layer norms': normed,
+        # the most that a write can add to a memory: the same in every slot
+        'shared': 0.9 * naive.polar(torch.randn(num_slots, slot_dim)) + 0.1 * normed[:1],
+        'one row': normed[:1].expand(num_slots, -1),
+        'a row of zeros': torch.eye(num_slots, slot_dim).index_fill(0, torch.tensor(0), 0.).roll(1, 0),
+        'zero': torch.zeros(num_slots, slot_dim),
+        'tiny': 1e-20 * normed,
+        'huge': 1e15 * normed,
+    }[name]
+
+
+# on the CPU, and on every other device
+POLAR = pytest.mark.parametrize('polar', [memory.polar, memory._polar_by_products], ids=['cpu', 'products'])
+
+
+@POLAR
+@pytest.mark.parametrize('shape', [(32, 32), (8, 32), (1, 16), (5, 7)])
+def test_polar_is_the_nearest_orthonormal_matrix(polar, shape):
     matrix = naive.polar(torch.randn(shape)) + 0.3 * torch.randn(shape) / max(shape) ** 0.5
-    torch.testing.assert_close(polar(matrix), naive.polar(matrix), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(polar(matrix), naive.polar(matrix), atol=1e-5, rtol=1e-4)
 
 
-def test_polar_separates_slots_that_share_a_large_common_component():
-    memory = naive.polar(torch.randn(32, 32))
-    # the most that a write can add: the same LayerNorm output in every slot
-    common = torch.nn.functional.layer_norm(torch.randn(32), (32,))
-    averaged = 0.9 * memory + 0.1 * common
-    assert 10 < torch.linalg.cond(averaged) < 60  # what twelve iterations reach
-    separated = polar(averaged)
-    torch.testing.assert_close(separated @ separated.T, torch.eye(32), atol=1e-4, rtol=0)
+@POLAR
+@pytest.mark.parametrize('shape', [(32, 32), (8, 32)])
+@pytest.mark.parametrize('name', ['layer norms', 'shared', 'one row', 'a row of zeros', 'zero', 'tiny', 'huge'])
+def test_slots_are_orthonormal_whatever_was_written(polar, name, shape):
+    slots = polar(degenerate(name, *shape))
+    torch.testing.assert_close(slots @ slots.T, torch.eye(shape[0]), atol=1e-4, rtol=0)
 
 
-def test_polar_has_the_gradient_of_its_definition():
-    matrix = torch.eye(6, 9, dtype=torch.float64) + 0.1 * torch.randn(6, 9, dtype=torch.float64)
-    assert torch.autograd.gradcheck(polar, matrix.requires_grad_())
+def test_more_slots_than_their_width_have_orthonormal_columns():
+    slots = memory.polar(torch.randn(40, 16))
+    torch.testing.assert_close(slots.T @ slots, torch.eye(16), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@POLAR
+def test_a_matrix_that_is_not_finite_has_a_result_that_is_not(polar, value):
+    matrix = torch.eye(4, 6)
+    matrix[1, 2] = value
+    assert not polar(matrix).isfinite().any()
+
+
+@pytest.mark.parametrize('shape', [(6, 9), (6, 6), (9, 6)])
+def test_polar_has_the_gradients_of_its_definition(shape):
+    matrix = torch.eye(*shape, dtype=torch.float64) + 0.3 * torch.randn(shape, dtype=torch.float64)
+    matrix.requires_grad_()
+    assert torch.autograd.gradcheck(memory.polar, matrix)
+    assert torch.autograd.gradgradcheck(memory.polar, matrix)
+
+
+@pytest.mark.parametrize('shape', [(32, 32), (8, 32)])
+@pytest.mark.parametrize('name', ['layer norms', 'shared'])
+def test_the_gradient_by_products_is_that_on_the_cpu(name, shape):
+    matrix, grad = degenerate(name, *shape), torch.randn(shape)
+    factor = memory.polar(matrix)
+    expected = memory._polar_backward(matrix, factor, grad)
+    actual = memory._polar_derivative_by_products(matrix, factor, grad)
+    assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_polar_is_a_well_formed_operator(grad):
+    torch.library.opcheck(torch.ops.timm_ait.polar, (torch.randn(4, 6, requires_grad=grad),))
 
 
 @pytest.mark.parametrize('rule', ['orthogonal', 'normalize'])
 @pytest.mark.parametrize('shape', SHAPES)
 def test_update_matches_naive_and_rows_have_unit_norm(shape, rule):
-    memory = naive.polar(torch.randn(shape))
-    candidate = memory + 0.5 * torch.randn(shape)
-    updated = update_memory(memory, candidate, 0.9, rule)
-    torch.testing.assert_close(updated, naive.update_memory(memory, candidate, 0.9, rule), atol=1e-4, rtol=1e-4)
+    before = naive.polar(torch.randn(shape))
+    candidate = before + 0.5 * torch.randn(shape)
+    updated = update_memory(before, candidate, 0.9, rule)
+    torch.testing.assert_close(updated, naive.update_memory(before, candidate, 0.9, rule), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(updated.norm(dim=-1), torch.ones(shape[0]))
 
 
@@ -50,11 +100,24 @@ def test_statistics_of_collapsed_slots():
     assert statistics['mean_cosine'] == pytest.approx(1., abs=1e-5)
 
 
-def test_a_forward_inside_of_backward_keeps_what_is_pending():
-    pending = torch.zeros(2)
-    keep_(pending, torch.ones(2))
-    x = torch.zeros(1, requires_grad=True)
-    y = x * 1.
-    y.register_hook(lambda grad: keep_(pending, torch.full((2,), 2.)))
-    y.backward()
-    assert torch.equal(pending, torch.ones(2))
+class TestAddWritten:
+
+    @pytest.fixture
+    def written(self):
+        return torch.zeros(2, 3), torch.zeros((), dtype=torch.long)
+
+    def test_adds_and_counts(self, written):
+        for value in (1., 2.):
+            add_written_(*written, torch.full((2, 3), value))
+        assert torch.equal(written[0], torch.full((2, 3), 3.)) and written[1] == 2
+
+    def test_leaves_out_what_is_not_finite(self, written):
+        add_written_(*written, torch.tensor([[1., 2., 3.], [4., float('nan'), 5.]]))
+        assert torch.equal(written[0], torch.zeros(2, 3)) and written[1] == 0
+
+    def test_leaves_out_a_forward_inside_of_backward(self, written):
+        x = torch.zeros(1, requires_grad=True)
+        y = x * 1.
+        y.register_hook(lambda grad: add_written_(*written, torch.ones(2, 3)))
+        y.backward()
+        assert written[1] == 0

@@ -1,4 +1,5 @@
 from .advance import advance_memory
+from .balance import balance_loss, memory_statistics
 from .published import convert_published_workspace, published_workspace_mlp
 from .question import QuestionEmbed
-from .workspace import GlobalWorkspace, WorkspaceMlp, balance_loss, memory_statistics
+from .workspace import GlobalWorkspace, WorkspaceMlp

@@ -1,120 +1,136 @@
 """ When the memory moves: with the parameters, once per optimizer step. """
+import functools
 import sys
 import warnings
 import weakref
-from typing import Any, List
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from timm_ait.ops.memory import project_memory
 
-__all__ = ['advance_memory', 'register_workspace', 'world_size']
+from .ranks import ProcessGroups, ranks_of
+from .registry import all_workspaces, named_workspaces
 
-# steps of optimizers that leave a written memory where it is, before a warning
-_MAX_STEPS_WITHOUT_ADVANCE = 100
+__all__ = ['advance_memory', 'count_write']
 
-# every workspace there is, also copied and unpickled ones
-_workspaces: 'weakref.WeakSet[nn.Module]' = weakref.WeakSet()
+# forwards that write without the memory moving, before a warning
+_MAX_WRITES = 100
 
-
-def register_workspace(workspace: nn.Module) -> None:
-    """Let the memory of a layer advance with its parameters.
-
-    It has the buffers `memory` and `pending`, the written memory, which is not finite where there is none.
-    """
-    workspace.steps_without_advance = 0
-    _workspaces.add(workspace)
+_state = globals().setdefault('_state', {  # outlives a reload of this module
+    'held': weakref.WeakKeyDictionary(),  # by optimizer, see `_held_workspaces`
+    'parts': weakref.WeakSet(),  # optimizers inside of others, which make their steps
+    'num_steps': 0,  # of optimizers
+    'hooks': [],
+})
 
 
-def world_size() -> int:
-    """Number of ranks, 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def count_write(workspace: nn.Module) -> None:
+    """Count a forward that wrote, and warn if the memory does not move though optimizers step."""
+    if workspace.num_writes == 0:
+        workspace.num_steps = _state['num_steps']
+    workspace.num_writes += 1
+    if workspace.num_writes == _MAX_WRITES and _state['num_steps'] > workspace.num_steps:
+        warnings.warn(
+            f'The memory of a workspace was written in {_MAX_WRITES} forwards and did not move: no optimizer that has '
+            'stepped holds its parameters. Create the optimizer after the workspaces; where it holds copies of the '
+            'parameters, call timm_ait.advance_memory(model) after each step; freeze a workspace that is not to be '
+            'trained, by requires_grad_(False) or eval().')
 
 
 def advance_memory(model: nn.Module) -> None:
-    """Make what the last training forward wrote the memory of every workspace of a model.
+    """Make what the training forwards wrote since the last step the memory of every workspace of a model.
 
     PyTorch's optimizers do this when they step, for the workspaces whose parameters they hold: this is for loops
-    without one, and for optimizers that hold copies of the parameters. Under a process group every rank must call it,
-    since the ranks' memories are averaged.
+    without one, and for optimizers that hold copies of the parameters. Where several processes train the model, all of
+    them must call it, since their memories are averaged.
     """
-    _advance([module for module in model.modules() if module in _workspaces])
+    _advance([workspace for _, workspace in named_workspaces(model)])
 
 
 @torch.no_grad()
-def _advance(workspaces: List[nn.Module]) -> None:
-    if workspaces and world_size() > 1:
-        _average_over_ranks(workspaces)
+def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = None) -> None:
+    """Move memories to the mean of what was written, unless a scaler has found its gradients not to be finite."""
+    together: Dict[Tuple, Tuple[ProcessGroups, List[nn.Module]]] = {}
     for workspace in workspaces:
-        memory, pending = workspace.memory, workspace.pending
-        # a non-finite batch shows in its own loss; the memory must outlive it
-        memory.copy_(torch.where(pending.isfinite().all(), pending, memory))
-        pending.fill_(float('nan'))
-        workspace.steps_without_advance = 0
+        ranks = ranks_of(workspace)
+        if ranks is not None:
+            together.setdefault(ranks.groups, (ranks, []))[1].append(workspace)
+        elif workspace.written is not None:
+            _move(workspace, *workspace.written, found_inf)
+    for ranks, members in together.values():
+        for workspace, (total, count) in zip(members, _sum_over_ranks(members, ranks)):
+            _move(workspace, total, count, found_inf)
 
 
-def _average_over_ranks(workspaces: List[nn.Module]) -> None:
-    """Average what the ranks wrote, in one collective of M * D + 1 numbers per workspace."""
-    parts = []
-    for workspace in workspaces:
-        finite = workspace.pending.isfinite().all()
-        parts += [torch.where(finite, workspace.pending, 0.).flatten(), finite.view(1)]
-    dtype = torch.promote_types(parts[0].dtype, torch.float32)
-    total = torch.cat([part.to(dtype) for part in parts])
-    dist.all_reduce(total)
-    sums = total.split([part.numel() for part in parts])
-    for workspace, written, num_ranks in zip(workspaces, sums[::2], sums[1::2]):
-        # not finite where no rank wrote
-        mean = (written / num_ranks).view_as(workspace.pending)
-        if not workspace.global_batch:  # else all ranks wrote the same, and a second projection may move it (M > D)
-            mean = project_memory(mean, workspace.memory_update)
-        workspace.pending.copy_(mean)
+def _sum_over_ranks(workspaces: List[nn.Module], ranks: ProcessGroups) -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    """What all ranks wrote, (M, D), and how often (scalar), in one collective of M * D + 1 numbers per workspace."""
+    parts = [part.flatten() for workspace in workspaces for part in workspace.written_since_step()]
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    sums = ranks.sum(torch.cat([part.to(dtype) for part in parts])).split([part.numel() for part in parts])
+    return [
+        (total.view_as(workspace.memory), count.view(()))
+        for workspace, total, count in zip(workspaces, sums[::2], sums[1::2])]
+
+
+def _move(
+        workspace: nn.Module,
+        total: torch.Tensor,
+        count: torch.Tensor,
+        found_inf: Optional[torch.Tensor],
+) -> None:
+    moves = count > 0
+    if found_inf is not None:
+        moves = moves & (found_inf.to(count.device) == 0)
+    mean = project_memory(total / count.clamp_min(1), workspace.memory_update)
+    workspace.memory.copy_(torch.where(moves, mean.to(workspace.memory.dtype), workspace.memory))
+    if workspace.written is not None:
+        for part in workspace.written:
+            part.masked_fill_(moves, 0)
+    workspace.end_step()
 
 
 def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
-    """Workspaces of which an optimizer holds parameters, in the order of these, which is that of all ranks."""
-    owners = {parameter: workspace for workspace in _workspaces for parameter in workspace.parameters()}
-    held = (owners.get(parameter) for group in optimizer.param_groups for parameter in group['params'])
-    return list(dict.fromkeys(workspace for workspace in held if workspace is not None))
+    """Workspaces of which an optimizer holds parameters, in the order of these, which is that of all ranks.
 
-
-def _is_within_another_step() -> bool:
-    """Whether another optimizer, which calls the hook after this one, makes this step (`ZeroRedundancyOptimizer`).
-
-    This one then holds parameters of other layers on each rank, and the ranks must not average those.
+    Looked up once, and again where parameters were added.
     """
-    frame = sys._getframe(2)  # PyTorch's wrapper of a step, which called the hook
-    wrapper = frame.f_code
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is wrapper:
-            return True
-    return False
+    num_parameters = [len(group['params']) for group in optimizer.param_groups]
+    known, references = _state['held'].get(optimizer, (None, ()))
+    if known != num_parameters:
+        owners: Dict[torch.Tensor, List[nn.Module]] = {}
+        for workspace in all_workspaces():
+            for parameter in workspace.parameters():
+                owners.setdefault(parameter, []).append(workspace)
+        held = [
+            workspace for group in optimizer.param_groups for parameter in group['params']
+            for workspace in owners.get(parameter, ())]
+        references = [weakref.ref(workspace) for workspace in dict.fromkeys(held)]
+        _state['held'][optimizer] = num_parameters, references
+    return [workspace for workspace in (reference() for reference in references) if workspace is not None]
 
 
-def _advance_with_parameters(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _workspaces:
-        return
-    # fused optimizers are called for a step that the gradient scaler skips, and skip it themselves
-    found_inf = getattr(optimizer, 'found_inf', None)
-    if found_inf is not None and float(found_inf) > 0:
-        return
-    if world_size() > 1 and _is_within_another_step():
-        return
-    held = _held_workspaces(optimizer)
-    _advance(held)
-    for workspace in set(_workspaces).difference(held):
-        workspace.steps_without_advance += 1
-        if workspace.steps_without_advance == _MAX_STEPS_WITHOUT_ADVANCE:
-            workspace.steps_without_advance = 0
-            if workspace.training and bool(workspace.pending.isfinite().all()):
-                warnings.warn(
-                    f'The memory of a workspace was written, but did not advance in {_MAX_STEPS_WITHOUT_ADVANCE} steps '
-                    'of optimizers, since none holds its parameters (copies of them, perhaps). Call '
-                    'timm_ait.advance_memory(model) after each step.')
+def _before_step(optimizer: torch.optim.Optimizer) -> None:
+    """Note the part of a `ZeroRedundancyOptimizer`: it holds other layers' parameters on each rank, its whole all."""
+    part = getattr(optimizer, 'optim', None)
+    if isinstance(part, torch.optim.Optimizer):
+        _state['parts'].add(part)
 
 
-register_optimizer_step_post_hook(_advance_with_parameters)
+def _after_step(optimizer: torch.optim.Optimizer) -> None:
+    _state['num_steps'] += 1
+    if optimizer not in _state['parts']:
+        held = _held_workspaces(optimizer)
+        if held:
+            # fused optimizers are called for a step that the gradient scaler skips, and skip it themselves
+            _advance(held, getattr(optimizer, 'found_inf', None))
+
+
+for hook in _state['hooks']:
+    hook.remove()
+_state['hooks'] = [
+    register_optimizer_step_pre_hook(lambda optimizer, *_: sys.modules[__name__]._before_step(optimizer)),
+    register_optimizer_step_post_hook(lambda optimizer, *_: sys.modules[__name__]._after_step(optimizer)),
+]

@@ -3,7 +3,7 @@
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import math
-from typing import Dict, Optional
+from typing import Dict, Optional, Union
 
 import torch
 
@@ -19,8 +19,14 @@ class PublishedWorkspace(GlobalWorkspace):
     forward. Evaluation is ours: frozen.
     """
 
-    def __init__(self, dim: int, **kwargs) -> None:
-        super().__init__(dim, memory_update='normalize', differentiable_write=False, **kwargs)
+    def __init__(self, dim: int, bottleneck: Union[int, float] = 512, **kwargs) -> None:
+        """
+        Args:
+            dim: Token width E.
+            bottleneck: As `GlobalWorkspace`, by default the published number of tokens.
+            **kwargs: As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`.
+        """
+        super().__init__(dim, bottleneck=bottleneck, memory_update='normalize', differentiable_write=False, **kwargs)
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
         # it averages in place, into the memory that backward has saved for W_Q

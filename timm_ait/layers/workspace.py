@@ -3,78 +3,31 @@
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import contextlib
-import inspect
 import math
-import sys
-import weakref
-from contextvars import ContextVar
-from fractions import Fraction
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Tuple, Type, Union
+from typing import Any, ContextManager, Dict, Optional, Tuple, Type, Union
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.jit import Final
-from torch.utils.checkpoint import CheckpointFunction
 
 from timm.layers import Mlp
 from timm.models import register_notrace_module
 
-from timm_ait.ops.bottleneck import write
-from timm_ait.ops.memory import in_backward, keep_, project_memory, slot_statistics, update_memory
-from timm_ait.ops.naive import TokenNorm, WriteWeights
-from timm_ait.ops.workspace import write_and_read
+from timm_ait.ops.graph import depends_on, in_backward, is_recomputed
+from timm_ait.ops.memory import add_written_, project_memory, slot_statistics, update_memory
+from timm_ait.ops.naive import WriteWeights
+from timm_ait.ops.workspace import read, write
 
-from .advance import register_workspace, world_size
+from ._arguments import check_at_least, check_choice, check_number
+from .advance import count_write
+from .ranks import ranks_of
+from .registry import register_workspace
 
-__all__ = [
-    'GlobalWorkspace',
-    'WorkspaceMlp',
-    'balance_loss',
-    'check_at_least',
-    'memory_statistics',
-    'split_workspace_kwargs',
-]
+__all__ = ['GlobalWorkspace', 'WorkspaceMlp']
 
 MEMORY_INITS = ('normal', 'uniform', 'identity')
 MEMORY_UPDATES = ('orthogonal', 'normalize')
-
-# tokens that are read at once in evaluation: their temporaries stay in cache
-_TOKENS_PER_CHUNK = 512
-
-
-def check_at_least(minimum: int, **values) -> None:
-    """Raise a ValueError that names the first value that is no integer, or too small."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f'{name} must be an integer of at least {minimum}, got {value!r}.')
-
-
-def _check_float(name: str, value: float, low: float, high: float, low_open: bool = False) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not (low < value if low_open else low <= value) or value > high:
-        bracket = '(' if low_open else '['
-        raise ValueError(f'{name} must be a number in {bracket}{low}, {high}], got {value!r}.')
-
-
-def _check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {choices}, got {value!r}.')
-
-
-def _chunks(tokens: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    return tokens.reshape(-1, tokens.shape[-1]).split(_TOKENS_PER_CHUNK)
-
-
-def _version(tensor: torch.Tensor) -> float:
-    """How often a tensor was changed in place; inference tensors do not count it: nan, which equals nothing."""
-    return float('nan') if tensor.is_inference() else tensor._version
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is neither of a subclass (a fake one) nor of torch.func, where it ends with its transform."""
-    return type(tensor) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_exporting() -> bool:
@@ -86,30 +39,9 @@ def _without_autocast(x: torch.Tensor) -> ContextManager:
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def _in_reentrant_checkpoint() -> bool:
-    """Whether a re-entrant checkpoint runs its first forward, the one without a graph."""
-    frame = None if torch.is_grad_enabled() else sys._getframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-class _BalanceLoss:
-    """Balance loss of a forward: with its graph as long as the output of the forward has one, then its value."""
-
-    def __init__(self, loss: torch.Tensor, output: torch.Tensor) -> None:
-        self.value = loss.detach()
-        self.loss = self.reference = None
-        if torch.compiler.is_compiling() or output.grad_fn is None:
-            self.loss = loss
-        else:
-            output.grad_fn.metadata['balance_loss'] = loss
-            self.reference = weakref.ref(loss)
-
-    def graph(self) -> Optional[torch.Tensor]:
-        return self.loss if self.reference is None else self.reference()
+def _forget_written(workspace: nn.Module, incompatible_keys: Any) -> None:
+    # hook of load_state_dict: what was written belongs to the memory before
+    workspace.written = None
 
 
 class Projection(nn.Module):
@@ -137,9 +69,16 @@ class GlobalWorkspace(nn.Module):
     The squashed tokens of the whole batch, xi = LayerNorm(x), compete for the memory: for each head and slot only the k
     best-scored tokens are written. Every token then retrieves from the attractors, the slots lifted to token width.
 
-    A training forward starts from the stored memory and reads what it has just written. The written memory becomes the
-    stored one when an optimizer that holds the workspace's parameters has stepped, or at `advance_memory`; the last
-    forward before that wins. In evaluation, and where nothing of the write is trained, tokens only read.
+    The layer returns `xi + retrieve(xi)`: in a block of your own write `x = x + workspace(x)`. With `gated=True` it
+    returns `x + gate * retrieve(xi)`, which takes the place of x.
+
+    A training forward starts from the stored memory and reads what it has just written. When an optimizer that holds
+    the workspace's parameters steps, or at `advance_memory`, the memory becomes the mean of what the forwards since the
+    last step wrote. A forward without gradient leaves no trace. In evaluation, and where nothing of the write is
+    trained, tokens only read.
+
+    What is fused into what: the key projection into the queries, pooling before the values, one norm for scores, pool
+    and read, residual and gate in the last product; top-k and read are one function that `torch.compile` takes whole.
 
     Shapes: x is (B, N, E) or any (..., E), the memory (M, D) with M = num_slots, D = slot_dim.
 
@@ -147,13 +86,13 @@ class GlobalWorkspace(nn.Module):
     within the step, evaluation does not write, and by default slots are kept orthonormal, since the published update
     (`memory_update='normalize'`) lets them collapse onto each other within tens of steps.
     """
+    is_workspace = True
     writes: Final[bool]
     retrieves: Final[bool]
     gated: Final[bool]
     beta: Final[float]
     retrieval_steps: Final[int]
     dim: Final[int]
-    num_slots: Final[int]
 
     def __init__(
             self,
@@ -161,7 +100,7 @@ class GlobalWorkspace(nn.Module):
             num_slots: int = 32,
             slot_dim: int = 32,
             workspace_heads: int = 8,
-            bottleneck: Union[int, float] = 512,
+            bottleneck: Union[int, float] = 1 / 64,
             beta: float = 1.,
             retrieval_steps: int = 1,
             memory_momentum: float = 0.9,
@@ -174,6 +113,7 @@ class GlobalWorkspace(nn.Module):
             gated: bool = False,
             reset_memory: bool = False,
             global_batch: bool = False,
+            process_group: Optional[Any] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -183,7 +123,9 @@ class GlobalWorkspace(nn.Module):
             num_slots: Number of slots M.
             slot_dim: Slot width D, also the width of a write head.
             workspace_heads: Number of write heads A.
-            bottleneck: Tokens k that each slot and head keep of all B * N; a float in (0, 1] is a fraction of them.
+            bottleneck: Tokens k that each slot and head keep of all B * N: a fraction in (0, 1], as a float, or their
+                number. By default the paper's share, 512 of 32,768. With a number, the balance loss grows with the batch
+                and competition ends in small ones.
             beta: Inverse temperature of the retrieval.
             retrieval_steps: Number of retrieval steps.
             memory_momentum: Weight of the memory before a write in the memory after it.
@@ -197,6 +139,8 @@ class GlobalWorkspace(nn.Module):
                 trained without a workspace, instead of the paper's `xi + retrieve(xi)`.
             reset_memory: Start every write from the initial memory, which evaluation reads; nothing is remembered.
             global_batch: In distributed training, let the tokens of all ranks compete, not those of each rank.
+            process_group: The ranks that train the layer together, whose memories are averaged; by default those of
+                DDP, FSDP, or FSDP2's mesh. Copies of the layer have none.
 
         Raises:
             ValueError: An argument is out of its range.
@@ -206,17 +150,17 @@ class GlobalWorkspace(nn.Module):
             1, dim=dim, num_slots=num_slots, slot_dim=slot_dim, workspace_heads=workspace_heads,
             retrieval_steps=retrieval_steps)
         if isinstance(bottleneck, float):
-            _check_float('bottleneck', bottleneck, 0., 1., low_open=True)
+            check_number('bottleneck', bottleneck, 0., 1., low_open=True)
         else:
             check_at_least(1, bottleneck=bottleneck)
-        _check_float('beta', beta, 0., float('inf'), low_open=True)
-        _check_float('memory_momentum', memory_momentum, 0., 1.)
-        _check_choice('memory_init', memory_init, MEMORY_INITS)
+        check_number('beta', beta, 0., float('inf'), low_open=True)
+        check_number('memory_momentum', memory_momentum, 0., 1.)
+        check_choice('memory_init', memory_init, MEMORY_INITS)
         if memory_init == 'identity' and num_slots > slot_dim:
             raise ValueError(
                 f"memory_init='identity' needs num_slots <= slot_dim, got {num_slots} slots of width {slot_dim}.")
-        _check_choice('memory_update', memory_update, MEMORY_UPDATES)
-        _check_float('balance_weight', balance_weight, 0., float('inf'))
+        check_choice('memory_update', memory_update, MEMORY_UPDATES)
+        check_number('balance_weight', balance_weight, 0., float('inf'))
         dd = {'device': device, 'dtype': dtype}
 
         self.dim = dim
@@ -236,6 +180,8 @@ class GlobalWorkspace(nn.Module):
         self.gated = gated
         self.reset_memory = reset_memory
         self.global_batch = global_batch
+        self.process_group = process_group
+        self.wrapper_group = None  # of DDP or FSDP, see `ranks.note_group`
 
         self.norm = nn.LayerNorm(dim, **dd)
         if write:
@@ -249,19 +195,20 @@ class GlobalWorkspace(nn.Module):
                 for module in (self.v, self.proj, self.slot_norm):
                     module.requires_grad_(False)
         self.register_buffer('memory', torch.empty(num_slots, slot_dim, **dd))
-        # what the last training forward wrote; not finite where there is nothing
-        self.register_buffer('pending', torch.empty(num_slots, slot_dim, **dd), persistent=False)
-        # the memory as evaluation reads it, see `_current_slots`
-        self.register_buffer('slots', torch.empty(num_slots, slot_dim, **dd), persistent=False)
         if retrieval:
             self.attractors = nn.Linear(slot_dim, dim, **dd)
         self.gate = nn.Parameter(torch.empty(dim, **dd)) if gated and retrieval else None
 
+        # sum (M, D) and number of the memories written since the last step; no buffers, which DDP would overwrite
+        self.written: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+        self.num_writes = 0  # since the last step, where it is not compiled
         # of the last training forward
-        self._balance: Optional[_BalanceLoss] = None
+        self.balance: Optional[torch.Tensor] = None
         self.coverage: Optional[torch.Tensor] = None
-        register_workspace(self)
+        self._balance_node: Optional[Any] = None  # of autograd's graph, which gave the output
 
+        register_workspace(self)
+        self.register_load_state_dict_post_hook(_forget_written)
         self.reset_parameters()
 
     def init_weights(self) -> None:
@@ -282,9 +229,8 @@ class GlobalWorkspace(nn.Module):
             nn.init.uniform_(memory, -1., 1.)
         else:
             nn.init.eye_(memory)
-        self.memory.copy_(project_memory(memory, self.memory_update, num_iterations=32))
-        self.pending.fill_(float('nan'))
-        self._refresh_slots()
+        self.memory.copy_(project_memory(memory, self.memory_update))
+        self.end_step()
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Write (in training) and read.
@@ -294,216 +240,139 @@ class GlobalWorkspace(nn.Module):
             token_mask: Which tokens there are, (...), boolean; the others neither write nor count. All if None.
 
         Returns:
-            Same shape and dtype as x.
+            `LayerNorm(x) + retrieve(LayerNorm(x))`, or gated `x + gate * retrieve(LayerNorm(x))`: the shape and dtype
+            of x.
+
+        Raises:
+            ValueError: The tokens are not E wide.
+            RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
+                of re-entrant checkpointing or `torch.export`, or with offloaded parameters.
         """
-        if not torch.jit.is_scripting():
-            if isinstance(x, torch.fx.Proxy):  # when it writes, and what the memory is, is not for a graph to say
-                return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
+        if x.shape[-1] != self.dim:
+            raise ValueError(f'The tokens are {x.shape[-1]} wide, this workspace takes tokens of width {self.dim}.')
         if self.training and self.writes:
+            if torch.jit.is_scripting():
+                raise RuntimeError('TorchScript does not support workspaces in training mode: call model.eval().')
             return self._write_and_read(x, token_mask)
         return self._read(x)
 
+    def __prepare_scriptable__(self) -> 'GlobalWorkspace':
+        if self.training and self.writes:
+            raise RuntimeError(
+                'torch.jit.script does not support workspaces in training mode: call model.eval() first, or train '
+                'without TorchScript (train.py: drop --torchscript).')
+        return self
+
     def _read(self, x: torch.Tensor) -> torch.Tensor:
-        """Retrieve from the stored memory, in plain PyTorch."""
-        if not torch.jit.is_scripting():
-            self._balance = None
         if not self.retrieves:
-            # under autocast a norm may return float32; the workspace computes in the dtype that came in
-            return x if self.gated else self.norm(x).to(x.dtype)
-        slots = self.slots
-        if not torch.jit.is_scripting():
-            slots = self._current_slots()
-        attractors = self.attractors(slots).to(x.dtype)
-        if not torch.jit.is_scripting():
-            if self._is_unobserved(x) and x.numel() > self.dim * _TOKENS_PER_CHUNK:
-                output = torch.empty_like(x, memory_format=torch.contiguous_format)
-                for chunk, part in zip(_chunks(x), _chunks(output)):
-                    part.copy_(self._retrieve(chunk, self.norm(chunk).to(x.dtype), attractors))
-                return output
-        return self._retrieve(x, self.norm(x).to(x.dtype), attractors)
-
-    def _is_unobserved(self, x: torch.Tensor) -> bool:
-        """Whether nothing records how tokens are read (gradient, trace, hook), on the CPU, where caches count."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
-            return False
-        hooks = self.norm._forward_hooks or self.norm._forward_pre_hooks
-        return x.device.type == 'cpu' and _is_plain(x) and not hooks
-
-    def _retrieve(self, x: torch.Tensor, tokens: torch.Tensor, attractors: torch.Tensor) -> torch.Tensor:
-        """Add to x or to the normed tokens, both (..., E), what the latter retrieve from the attractors (M, E)."""
-        keys = attractors if self.beta == 1. else self.beta * attractors
-        state = tokens
-        for _ in range(self.retrieval_steps - 1):
-            state = F.linear(state, keys).softmax(dim=-1).to(x.dtype) @ attractors
-        association = F.linear(state, keys).softmax(dim=-1).to(x.dtype)
-        # the gate on the few attractors, and the residual in the product, are fewer passes over the tokens
-        values = attractors if self.gate is None else (attractors * self.gate).to(x.dtype)
-        residual = tokens if self.gate is None else x
-        output = torch.addmm(residual.reshape(-1, self.dim), association.reshape(-1, self.num_slots), values)
+            return x if self.gated else self.norm(x)
+        tokens = self.norm(x).to(x.dtype).reshape(-1, self.dim)
+        attractors = self.attractors(F.normalize(self.memory, dim=-1).to(self.norm.weight.dtype))
+        residual = x.reshape(-1, self.dim) if self.gated else None
+        output = read(tokens, attractors, self.beta, self.retrieval_steps, residual, self.gate)
         return output.view(x.shape).to(x.dtype)
 
     @torch.jit.unused
     def _write_and_read(self, x: torch.Tensor, token_mask: Optional[torch.Tensor]) -> torch.Tensor:
         write_modules = (self.q, self.k, self.v, self.proj, self.slot_norm)
-        is_trained = any(parameter.requires_grad for module in write_modules for parameter in module.parameters())
+        is_trained = [parameter.requires_grad for module in write_modules for parameter in module.parameters()]
         if not is_trained:
+            raise RuntimeError(
+                'A workspace has no parameters of its own here and cannot write: nn.DataParallel and FSDP with flat '
+                'parameters keep them elsewhere. Use DistributedDataParallel, fully_shard (FSDP2) or '
+                'use_orig_params=True.')
+        if not any(is_trained):
             return self._read(x)
+        self._check_it_can_write(x)
+
+        normed = self.norm(x).to(x.dtype).reshape(-1, self.dim)
+        tokens, mask = x.reshape(-1, self.dim), None if token_mask is None else token_mask.reshape(-1)
+        if x.numel() == 0:
+            # a token that is masked: a rank without images must have gradients (DDP), and take part in a global batch
+            tokens, normed = F.pad(tokens, (0, 0, 0, 1)), F.pad(normed, (0, 0, 0, 1))
+            mask = torch.zeros(1, dtype=torch.bool, device=x.device)
+        # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
+        dtype = torch.promote_types(self.memory.dtype, torch.float32)
+        with _without_autocast(x):
+            # a copy, since backward needs the memory before the write
+            memory = self.memory.to(dtype, copy=True)
+            weights = WriteWeights(*[parameter.to(dtype) for parameter in (
+                self.q(), self.k(), self.v(), self.proj(), self.slot_norm.weight, self.slot_norm.bias)])
+            ranks = ranks_of(self) if self.global_batch else None
+            candidate, balance, coverage = write(
+                normed, memory, weights, self.workspace_heads, self.bottleneck, mask, ranks)
+            written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
+            output = tokens if self.gated else normed
+            if self.retrieves:
+                lifted = written if self.differentiable_write else written.detach()
+                attractors = self.attractors(lifted.to(self.norm.weight.dtype))
+                output = read(normed, attractors, self.beta, self.retrieval_steps, output, self.gate)
+        output = (output if x.numel() else output[:0]).view(x.shape)
+        if torch.is_grad_enabled():
+            self._keep_balance(self.balance_weight * balance, coverage, output)
+            if x.numel() > 0 or self.global_batch:
+                self._keep(memory, candidate.detach(), written.detach())
+        return output
+
+    def _check_it_can_write(self, x: torch.Tensor) -> None:
         if _is_exporting():
             raise RuntimeError(
                 'A workspace cannot be exported in training mode: its memory would never advance. Call model.eval().')
-        if self.balance_weight and not torch.compiler.is_compiling() and _in_reentrant_checkpoint():
-            raise RuntimeError(
-                're-entrant gradient checkpointing cuts the balance loss from its parameters: use use_reentrant=False '
-                '(timm.layers.set_reentrant_ckpt(False)), or balance_weight=0.')
-
         elsewhere = {parameter.device for parameter in self.parameters()} - {x.device}
         if elsewhere:  # offloaded, by tools that bring weights back where a module is called
             raise RuntimeError(
                 f'A workspace cannot write with parameters on {", ".join(map(str, elsewhere))}, tokens on {x.device}: '
                 'call model.eval(), or train without offloading.')
+        if self.balance_weight and not torch.compiler.is_compiling() and in_backward() and not is_recomputed():
+            raise RuntimeError(
+                're-entrant gradient checkpointing cuts the balance loss from its parameters: use use_reentrant=False '
+                '(timm.layers.set_reentrant_ckpt(False)), or balance_weight=0.')
 
-        tokens = x.reshape(-1, self.dim)
-        mask = None if token_mask is None else token_mask.reshape(-1)
-        if x.numel() == 0:
-            # a token that is masked: a rank without images must have gradients (DDP), and take part in a global batch
-            tokens, mask = F.pad(tokens, (0, 0, 0, 1)), torch.zeros(1, dtype=torch.bool, device=x.device)
-        global_batch = self.global_batch and world_size() > 1
-        # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
-        dtype = torch.promote_types(self.memory.dtype, torch.float32)
-        with _without_autocast(x):
-            norm = TokenNorm(self.norm.weight, self.norm.bias, self.norm.eps)
-            # a copy, since backward needs the memory before the write
-            memory = self.memory.to(dtype, copy=True)
-            weights = WriteWeights(*[parameter.to(dtype) for parameter in (
-                self.q(), self.k(), self.v(), self.proj(), self.slot_norm.weight, self.slot_norm.bias)])
-            num_kept = self._num_kept(tokens, mask, global_batch)
-            if self.retrieves and self.retrieval_steps == 1 and mask is None:
-                output, written, candidate, balance, coverage = write_and_read(
-                    tokens,
-                    norm,
-                    memory,
-                    weights,
-                    self.workspace_heads,
-                    num_kept,
-                    self._lift,
-                    self.memory_momentum,
-                    self.memory_update,
-                    self.beta,
-                    self.gate,
-                    global_batch=global_batch,
-                )
-            else:
-                # padding may be anything, also nan
-                written_from = tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.)
-                candidate, balance, coverage, _ = write(
-                    written_from, norm, memory, weights, self.workspace_heads, num_kept, mask, global_batch)
-                written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
-                normed = self.norm(tokens.to(self.norm.weight.dtype)).to(x.dtype)
-                if self.retrieves:
-                    output = self._retrieve(tokens, normed, self._lift(written).to(x.dtype))
-                else:
-                    output = tokens if self.gated else normed
-        if x.numel() == 0:
-            output = output[:0]
-        output = output.view(x.shape)
-        if torch.compiler.is_compiling() or not in_backward():
-            self.coverage = coverage.detach()
-            self._balance = _BalanceLoss(self.balance_weight * balance, output)
-        with torch.no_grad():
-            if x.numel() > 0 or global_batch:
-                self._keep(memory, candidate, written)
-        return output
-
-    def _num_kept(self, tokens: torch.Tensor, mask: Optional[torch.Tensor], global_batch: bool) -> int:
-        """Number k of tokens that each slot and head keep."""
-        if isinstance(self.bottleneck, int):
-            return self.bottleneck
-        num_tokens = tokens.shape[0] if mask is None else int(mask.sum())
-        if global_batch:
-            count = torch.tensor(num_tokens, device=tokens.device)
-            dist.all_reduce(count)
-            num_tokens = int(count)
-        # integers, since compilers do not carry a float into a shape
-        share = Fraction(self.bottleneck).limit_denominator(2 ** 20)
-        numerator, denominator = share.numerator, share.denominator
-        return max(1, (2 * num_tokens * numerator + denominator) // (2 * denominator))
-
-    def _lift(self, memory: torch.Tensor) -> torch.Tensor:
-        """Attractors (M, E) of a memory that was just written (M, D)."""
-        memory = memory if self.differentiable_write else memory.detach()
-        return self.attractors(memory.to(self.norm.weight.dtype))
+    def _keep_balance(self, loss: torch.Tensor, coverage: torch.Tensor, output: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            self.balance, self.coverage = loss, coverage
+        elif not is_recomputed():
+            if depends_on(output, {self._balance_node}):
+                loss = loss + self.balance  # used once more in the same forward
+            self.balance, self.coverage, self._balance_node = loss, coverage, output.grad_fn
+            count_write(self)
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
         """Keep what a forward wrote until the parameters move."""
         if not self.reset_memory:
-            keep_(self.pending, written)
+            add_written_(*self.written_since_step(), written)
+
+    def written_since_step(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Sum (M, D), in at least float32, and number (scalar) of the memories written since the last step."""
+        if self.written is None or self.written[0].device != self.memory.device:
+            total = torch.zeros_like(self.memory, dtype=torch.promote_types(self.memory.dtype, torch.float32))
+            self.written = total, torch.zeros((), dtype=torch.long, device=total.device)
+        return self.written
+
+    def end_step(self) -> None:
+        """Called when the memory has moved."""
+        self.num_writes = 0
+        self.release_balance()
+
+    def release_balance(self) -> None:
+        """Keep of the balance loss its value alone."""
+        self.balance = None if self.balance is None else self.balance.detach()
+        self._balance_node = None
 
     def stored_memory(self) -> torch.Tensor:
-        """The memory (M, D) that evaluation reads, in at least float32.
-
-        Its slots are orthonormal, or of unit norm, also where those in the buffer are not any more: in averaged copies
-        (EMA), and in half precision.
-        """
-        with _without_autocast(self.memory):
-            memory = self.memory.detach().to(torch.promote_types(self.memory.dtype, torch.float32))
-            return project_memory(memory, self.memory_update)
-
-    @torch.jit.unused
-    def _current_slots(self) -> torch.Tensor:
-        """`stored_memory` in the dtype of the parameters, made when the memory has changed and not in every forward.
-
-        A change through `.data` shows after the next `eval()` alone, since PyTorch does not count it.
-        """
-        memory = self._projected if _is_exporting() else self.memory
-        if torch.compiler.is_dynamo_compiling():  # a compiled graph outlives what it cannot see change
-            slots = self.stored_memory()
-        elif memory is not None and memory is self._projected and _version(memory) == self._projected_version:
-            slots = self.slots
-        elif torch.jit.is_tracing() or _is_exporting() or not _is_plain(memory):
-            slots = self.stored_memory()
-        else:
-            self._refresh_slots()
-            slots = self.slots
-        return slots.to(self.norm.weight.dtype)
-
-    @torch.no_grad()
-    def _refresh_slots(self) -> None:
-        with torch.inference_mode(False):
-            self.slots = self.stored_memory().to(self.memory.dtype)
-        self._projected, self._projected_version = self.memory, _version(self.memory)
-
-    def train(self, mode: bool = True) -> 'GlobalWorkspace':
-        super().train(mode)
-        if not mode:
-            self._refresh_slots()  # also after changes through .data, which no version counts
-        return self
-
-    def _apply(self, fn, recurse: bool = True) -> 'GlobalWorkspace':
-        was_meta = self.pending.is_meta
-        super()._apply(fn, recurse)
-        if was_meta and not self.pending.is_meta:
-            # not what happened to be there: `to_empty` leaves the memory to a checkpoint
-            self.pending.fill_(float('nan'))
-            self.memory.data.fill_(float('nan'))
-        self._refresh_slots()
-        return self
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.pending = torch.full_like(self.memory, float('nan'))
-        self._refresh_slots()
-
-    def __prepare_scriptable__(self) -> 'GlobalWorkspace':
-        self._refresh_slots()
-        return self
+        """The memory (M, D) that evaluation reads, in at least float32: unit rows, also where an average (EMA) or half
+        precision has moved them."""
+        memory = self.memory.detach()
+        return F.normalize(memory.to(torch.promote_types(memory.dtype, torch.float32)), dim=-1)
 
     def __getstate__(self) -> Dict[str, Any]:
-        # what belongs to one forward stays behind when the layer is copied (EMA) or pickled
-        return {**self.__dict__, '_balance': None, '_projected': None}
+        # what belongs to one step of one process stays behind when the layer is copied (EMA) or pickled
+        return {
+            **self.__dict__, 'written': None, 'balance': None, '_balance_node': None, 'process_group': None,
+            'wrapper_group': None}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._refresh_slots()
         register_workspace(self)
 
     @torch.jit.ignore
@@ -570,51 +439,3 @@ class WorkspaceMlp(Mlp):
         x = self.fc2(x)
         x = self.drop2(x)
         return self.workspace(x, token_mask)
-
-
-_WORKSPACE_ARGUMENTS = frozenset(inspect.signature(GlobalWorkspace).parameters) - {'dim', 'device', 'dtype'}
-
-
-def split_workspace_kwargs(kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Split keyword arguments into those of `GlobalWorkspace` and the others."""
-    workspace_kwargs = {name: value for name, value in kwargs.items() if name in _WORKSPACE_ARGUMENTS}
-    return workspace_kwargs, {name: value for name, value in kwargs.items() if name not in workspace_kwargs}
-
-
-def _named_workspaces(model: nn.Module) -> List[Tuple[str, GlobalWorkspace]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, GlobalWorkspace)]
-
-
-def balance_loss(model: nn.Module) -> torch.Tensor:
-    """Weighted balance loss of the last forward (scalar), summed over the workspaces that wrote in it.
-
-    Zero where none did: in evaluation, or where nothing of the write is trained. It has its gradient as long as the
-    output of the forward, or a loss made of it, is there; without, it is the value alone.
-    """
-    losses = [workspace._balance for _, workspace in _named_workspaces(model) if workspace._balance is not None]
-    graphs = [loss.graph() for loss in losses]
-    # a value without its graph beside others that have theirs is of an earlier forward
-    alive = [graph for graph in graphs if graph is not None] or [loss.value for loss in losses]
-    total = sum(alive, torch.zeros((), device=alive[0].device if alive else None))
-    record = _record.get()
-    if record is not None:
-        record.append(total)
-    return total
-
-
-_record: ContextVar[Optional[List[torch.Tensor]]] = ContextVar('balance_losses', default=None)
-
-
-@contextlib.contextmanager
-def record_balance_losses() -> Iterator[List[torch.Tensor]]:
-    """List the balance losses that are asked for meanwhile."""
-    token = _record.set([])
-    try:
-        yield _record.get()
-    finally:
-        _record.reset(token)
-
-
-def memory_statistics(model: nn.Module) -> Dict[str, Dict[str, float]]:
-    """`GlobalWorkspace.memory_statistics` of every workspace of a model, by module name."""
-    return {name: module.memory_statistics() for name, module in _named_workspaces(model)}

@@ -11,7 +11,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers import QuestionEmbed
-from timm_ait.layers.workspace import check_at_least
+from timm_ait.layers._arguments import check_at_least
 from timm_ait.weights import check_weights
 
 __all__ = ['QuestionViT', 'build_vit', 'cifar_cfg', 'refuse_arguments', 'refuse_masks']

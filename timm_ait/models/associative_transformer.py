@@ -23,8 +23,8 @@ from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.data.sort_of_clevr import ANSWERS, QUESTION_DIM
 from timm_ait.data.triangle import CLASSES as TRIANGLE_CLASSES
-from timm_ait.layers import WorkspaceMlp
-from timm_ait.layers.workspace import split_workspace_kwargs
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
+from timm_ait.layers._arguments import split_kwargs
 from timm_ait.weights import shipped_weights
 
 from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
@@ -117,7 +117,7 @@ class AssociativeTransformer(QuestionViT):
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are those with attention={attention}, which hand masks to the workspaces'
         kwargs = refuse_arguments(args, kwargs, reason, block_fn=None, **unused)
-        workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
+        workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock
             mlp_layer = partial(mlp_layer or WorkspaceMlp, **workspace_kwargs)

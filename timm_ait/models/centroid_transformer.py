@@ -21,7 +21,7 @@ from timm.layers import Attention
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
-from timm_ait.layers.workspace import check_at_least
+from timm_ait.layers._arguments import check_at_least
 
 from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
 

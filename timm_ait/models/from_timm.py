@@ -20,7 +20,7 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers.workspace import split_workspace_kwargs
+from timm_ait.layers._arguments import split_kwargs
 from timm_ait.weights import check_weights
 
 from .associative_transformer import AssociativeBlock
@@ -207,7 +207,7 @@ def ait_from_timm(
         raise ValueError(
             f"ait_from_timm needs model=, the name of an architecture of timm such as 'vit_tiny_patch16_224', "
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
-    workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
+    workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         # with its own classifier first: where timm adapts that, it no longer minds what else does not fit

@@ -27,7 +27,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, checkpoint_filter_fn
 
 from timm_ait.layers.cross_attention import CrossAttention
-from timm_ait.layers.workspace import check_at_least
+from timm_ait.layers._arguments import check_at_least
 
 from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
 

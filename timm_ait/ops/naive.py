@@ -1,27 +1,21 @@
 """ The global workspace, written to be read.
 
 These functions are the executable specification: plain dense equations of `Associative Transformer`
-(https://arxiv.org/abs/2309.12862), one line an equation. The fused versions beside this file have the same
-signatures and are tested against it.
+(https://arxiv.org/abs/2309.12862), one line an equation. The lean versions beside this file have the same signatures and
+are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
-from typing import Callable, NamedTuple, Optional, Tuple
+from fractions import Fraction
+from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'TokenNorm', 'WriteWeights', 'attend', 'balance_loss', 'energy', 'polar', 'read', 'retrieve', 'update_memory',
-    'write', 'write_and_read',
+    'WriteWeights', 'attend', 'balance_loss', 'energy', 'num_kept', 'polar', 'read', 'retrieve', 'update_memory', 'write',
+    'write_and_read',
 ]
-
-
-class TokenNorm(NamedTuple):
-    """LayerNorm of the tokens."""
-    weight: torch.Tensor  # (E,)
-    bias: torch.Tensor  # (E,)
-    eps: float
 
 
 class WriteWeights(NamedTuple):
@@ -34,11 +28,28 @@ class WriteWeights(NamedTuple):
     norm_bias: torch.Tensor  # (D,)
 
 
+def num_kept(bottleneck: Union[int, float], num_tokens: int) -> int:
+    """Number k of tokens that each slot and head keep.
+
+    Args:
+        bottleneck: Number of tokens, or a float in (0, 1]: a fraction of them, rounded half up.
+        num_tokens: Number T of tokens, at least one.
+
+    Returns:
+        1 to T.
+    """
+    if isinstance(bottleneck, int):
+        return min(bottleneck, num_tokens)
+    # in integers, since compilers do not carry a float into a shape
+    share = Fraction(bottleneck).limit_denominator(2 ** 20)
+    return max(1, (2 * num_tokens * share.numerator + share.denominator) // (2 * share.denominator))
+
+
 def attend(
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        bottleneck: int,
+        bottleneck: Union[int, float],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Bottleneck attention: each query attends to the k tokens it scores highest.
 
@@ -46,13 +57,13 @@ def attend(
         queries: Slot queries, (A, M, D).
         keys: Token keys, (A, T, D).
         values: Token values, (A, T, D).
-        bottleneck: Number k of tokens that each query keeps; k >= T keeps all.
+        bottleneck: As `num_kept`.
 
     Returns:
         Pooled values (A, M, D) and attention (A, M, T), zero outside the kept tokens.
     """
     scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
-    kept = scores.topk(min(bottleneck, scores.shape[-1]), dim=-1)
+    kept = scores.topk(num_kept(bottleneck, scores.shape[-1]), dim=-1)
     attention = torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
     return attention @ values, attention
 
@@ -103,7 +114,7 @@ def write(
         memory: torch.Tensor,
         weights: WriteWeights,
         num_heads: int,
-        bottleneck: int,
+        bottleneck: Union[int, float],
         token_mask: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the tokens propose to write into the memory.
@@ -113,7 +124,7 @@ def write(
         memory: Memory before the write, (M, D).
         weights: Projections and slot LayerNorm.
         num_heads: Number of heads A.
-        bottleneck: Number k of tokens that each slot and head keep; k >= T keeps all.
+        bottleneck: Tokens that each slot and head keep, as `num_kept`.
         token_mask: Which tokens there are, (T,); the others neither write nor count.
 
     Returns:
@@ -141,60 +152,62 @@ def retrieve(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) ->
 
 
 def read(
-        state: torch.Tensor,
+        tokens: torch.Tensor,
         attractors: torch.Tensor,
         beta: float = 1.,
+        num_steps: int = 1,
         residual: Optional[torch.Tensor] = None,
         gate: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Retrieval added to a residual, `residual + gate * retrieve(state)`.
+    """Retrieval added to a residual, `residual + gate * retrieve(tokens)`.
 
     Args:
-        state: Tokens to retrieve for, (T, E).
+        tokens: Normed tokens, (T, E).
         attractors: (M, E).
         beta: Inverse temperature.
-        residual: (T, E), the state itself if None.
+        num_steps: Number of retrieval steps.
+        residual: (T, E), the tokens themselves if None.
         gate: Factor per channel, (E,), one if None.
     """
-    retrieved = retrieve(state, attractors, beta)
-    return (state if residual is None else residual) + (retrieved if gate is None else gate * retrieved)
+    state = tokens
+    for _ in range(num_steps):
+        state = retrieve(state, attractors, beta)
+    return (tokens if residual is None else residual) + (state if gate is None else gate * state)
 
 
 def write_and_read(
-        x: torch.Tensor,
-        norm: TokenNorm,
+        tokens: torch.Tensor,
         memory: torch.Tensor,
         weights: WriteWeights,
         num_heads: int,
-        bottleneck: int,
+        bottleneck: Union[int, float],
         lift: Callable[[torch.Tensor], torch.Tensor],
         momentum: float = 0.9,
         rule: str = 'orthogonal',
         beta: float = 1.,
+        num_steps: int = 1,
+        residual: Optional[torch.Tensor] = None,
         gate: Optional[torch.Tensor] = None,
         token_mask: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A training step of the layer: tokens write, then read what was written.
 
     Args:
-        x: MLP output, (T, E).
-        norm: LayerNorm of the tokens.
+        tokens: Normed tokens, (T, E).
         memory: Memory before the write (M, D); this and all up to the bottleneck as `write`.
         lift: From the memory (M, D) to the attractors (M, E).
         momentum: As `update_memory`.
         rule: As `update_memory`.
-        beta: Inverse temperature.
-        gate: For the residual form `x + gate * retrieve` in place of `LayerNorm(x) + retrieve`, (E,).
+        beta: As `read`; this and all up to the gate.
         token_mask: As `write`.
 
     Returns:
         Output (T, E), memory after the write (M, D), the candidate it was averaged with (M, D), unweighted balance loss
         (scalar) and coverage (scalar).
     """
-    tokens = F.layer_norm(x, x.shape[1:], *norm)
     candidate, balance, coverage = write(tokens, memory, weights, num_heads, bottleneck, token_mask)
     written = update_memory(memory, candidate, momentum, rule)
-    output = read(tokens, lift(written), beta, None if gate is None else x, gate)
+    output = read(tokens, lift(written), beta, num_steps, residual, gate)
     return output, written, candidate, balance, coverage
 
 

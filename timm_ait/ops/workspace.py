@@ -1,38 +1,194 @@
-""" Fused training step of the workspace: tokens write, then read what was written. """
-from typing import Callable, Optional, Tuple
+""" A training step of the workspace, and its read, in few passes over the tokens.
+
+The key projection folds into the A * M queries, so no keys are made; tokens are pooled before the value projection, so
+no values are made; residual and gate ride in the last product. Scores, top-k, pooling and read are one function of plain
+PyTorch operators, which `torch.compile` takes whole.
+
+Source: the equations of `naive.py`, whose functions have the same names and arguments.
+"""
+from typing import Callable, Optional, Protocol, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 
-from .bottleneck import write
-from .hopfield import read
 from .memory import update_memory
-from .naive import TokenNorm, WriteWeights
+from .naive import WriteWeights, num_kept
 
-__all__ = ['write_and_read']
+__all__ = ['Ranks', 'num_kept', 'read', 'write', 'write_and_read']
 
 
-def write_and_read(
-        x: torch.Tensor,
-        norm: TokenNorm,
+class Ranks(Protocol):
+    """Processes whose tokens compete together."""
+    rank: int  # of this process
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """What all give, added up. So is the gradient, since every rank's loss depends on what each of them gives."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """What all give, of one shape (R, n), side by side, without gradient."""
+
+
+def _keep_best_of_all(scores: torch.Tensor, k: int, ranks: Ranks) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Which of this rank's scores (R, n) are among the k best of all ranks, and the best of all (R, 1)."""
+    # ranks may have different numbers of tokens
+    offered = ranks.gather(F.pad(scores, (0, k - scores.shape[1]), value=float('-inf')))
+    best, indices = offered.topk(k, dim=-1)
+    kept = torch.zeros_like(offered, dtype=torch.bool).scatter_(1, indices, True)
+    first = ranks.rank * k
+    return kept[:, first:first + scores.shape[1]], best[:, :1]
+
+
+def _attend(
+        scores: torch.Tensor,
+        bottleneck: Union[int, float],
+        token_mask: Optional[torch.Tensor],
+        ranks: Optional[Ranks],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Weights (R, k), in at least float32, and indices (R, k) of the tokens that each query keeps by its scores (R, T).
+
+    Weights are zero where a query keeps fewer than k tokens, since the others are masked or another rank's are better.
+    """
+    num_tokens = scores.shape[1]
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a query whose tokens are all masked must not become nan
+    if token_mask is not None:
+        scores = scores.masked_fill(~token_mask, lowest)
+    if ranks is None:
+        k = num_kept(bottleneck, num_tokens)
+    elif isinstance(bottleneck, int):
+        k = bottleneck
+    else:
+        num_valid = torch.tensor(num_tokens, device=scores.device) if token_mask is None else token_mask.sum()
+        k = num_kept(bottleneck, max(int(ranks.sum(num_valid)), 1))
+    is_share_of_valid = token_mask is not None and ranks is None and not isinstance(bottleneck, int)
+    best, indices = scores.topk(min(k, num_tokens), dim=-1, sorted=is_share_of_valid)
+    best = best.to(torch.promote_types(best.dtype, torch.float32))
+    if token_mask is None and ranks is None:
+        return best.softmax(dim=-1), indices
+
+    kept = torch.ones_like(indices, dtype=torch.bool) if token_mask is None else token_mask[indices]
+    if is_share_of_valid:  # k is a shape, which must not depend on the mask: keep the first of it
+        kept = kept & (torch.arange(k, device=best.device) < num_kept(bottleneck, token_mask.sum().clamp_min(1)))
+    if ranks is None:
+        return best.masked_fill(~kept, lowest).softmax(dim=-1) * kept, indices
+    kept_of_all, shift = _keep_best_of_all(best.detach(), k, ranks)
+    weights = (best - shift).exp() * (kept & kept_of_all)
+    total = ranks.sum(weights.sum(dim=-1, keepdim=True))
+    return weights / total.clamp_min(torch.finfo(total.dtype).tiny), indices
+
+
+def _balance(
+        selected: torch.Tensor,
+        indices: torch.Tensor,
+        num_slots: int,
+        num_tokens: int,
+        token_mask: Optional[torch.Tensor],
+        ranks: Optional[Ranks],
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Union[int, torch.Tensor]]:
+    """What `naive.balance_loss` is made of, from the weights and tokens of the selections alone, both (A, M * k).
+
+    Returns:
+        Sums of squared deviations of this rank's tokens in importance and load, (2, A); what to divide them by for
+        squared coefficients of variation, (2, A); coverage (scalar) and number of tokens, both of all ranks.
+    """
+    zeros = selected.new_zeros((selected.shape[0], num_tokens))
+    importance = zeros.scatter_add(1, indices, selected)
+    with torch.no_grad():
+        load = zeros.scatter_add(1, indices, (selected > 0).to(selected.dtype))
+        counts, num_covered = load.sum(dim=1), load.any(dim=0).sum().to(load.dtype)
+        num_valid: Union[int, torch.Tensor] = num_tokens if token_mask is None else token_mask.sum()
+        if ranks is not None:
+            sizes = torch.stack([num_covered, num_covered.new_tensor(num_valid)])
+            counts, sizes = ranks.sum(torch.cat([counts, sizes])).split([len(counts), 2])
+            num_covered, num_valid = sizes.unbind()
+        num_present = max(num_valid, 1) if isinstance(num_valid, int) else num_valid.clamp_min(1)
+        # the weights of a slot sum to one
+        means = torch.stack([torch.full_like(counts, num_slots), counts]) / num_present
+        divisors = (means.square() + 1e-10) * (num_present - 1 + (num_present == 1))
+    deviations = torch.stack([importance, load]) - means.unsqueeze(-1)
+    if token_mask is not None:
+        deviations = deviations * token_mask
+    return deviations.square().sum(dim=-1), divisors, num_covered / num_present, num_valid
+
+
+def write(
+        tokens: torch.Tensor,
         memory: torch.Tensor,
         weights: WriteWeights,
         num_heads: int,
-        bottleneck: int,
+        bottleneck: Union[int, float],
+        token_mask: Optional[torch.Tensor] = None,
+        ranks: Optional[Ranks] = None,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `naive.write`; the tokens, at least one, may be of lower precision than the memory and the weights.
+
+    With ranks, every rank sends its k best scores per query to all others, A * M * k numbers, and what ranks pool adds
+    up where it is smallest, after the output projection: sums of A * M, of A + 2 and of M * D + 2 * A numbers in the
+    forward, and of the first and the last again in its backward.
+
+    Args:
+        ranks: Processes whose tokens compete together. T is the number of all of them, and all get the same result.
+    """
+    num_tokens, (num_slots, slot_dim) = tokens.shape[0], memory.shape
+    if token_mask is not None:  # padding may be anything, also nan
+        tokens = tokens.masked_fill(~token_mask.unsqueeze(-1), 0.)
+    queries = F.linear(memory, weights.query).view(num_slots, num_heads, slot_dim).transpose(0, 1)
+    folded = (queries * slot_dim ** -0.5 @ weights.key.view(num_heads, slot_dim, -1)).flatten(0, 1)
+    scores = folded.to(tokens.dtype) @ tokens.T
+    selected, indices = _attend(scores, bottleneck, token_mask, ranks)
+    attention = torch.zeros_like(scores).scatter(1, indices, selected.to(scores.dtype))
+    pooled = (attention @ tokens).to(memory.dtype).view(num_heads, num_slots, -1)
+    values = pooled @ weights.value.view(num_heads, slot_dim, -1).transpose(1, 2)
+    written = F.linear(values.transpose(0, 1).flatten(1), weights.output)
+
+    squares, divisors, coverage, num_valid = _balance(
+        selected.view(num_heads, -1), indices.view(num_heads, -1), num_slots, num_tokens, token_mask, ranks)
+    if ranks is not None:
+        written, squares = ranks.sum(torch.cat([written.flatten(), squares.flatten()])).split(
+            [written.numel(), squares.numel()])
+        written, squares = written.view_as(memory), squares.view_as(divisors)
+    candidate = F.layer_norm(written + memory, (slot_dim,), weights.norm_weight, weights.norm_bias, eps=1e-6)
+    if isinstance(num_valid, torch.Tensor):
+        candidate = torch.where(num_valid > 0, candidate, memory)
+    return candidate, (squares / divisors).sum(), coverage
+
+
+def read(
+        tokens: torch.Tensor,
+        attractors: torch.Tensor,
+        beta: float = 1.,
+        num_steps: int = 1,
+        residual: Optional[torch.Tensor] = None,
+        gate: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """As `naive.read`, in the dtype of the tokens."""
+    # beta and the gate on the few attractors are fewer passes over the tokens
+    keys = (attractors if beta == 1. else beta * attractors).to(tokens.dtype)
+    values = (attractors if gate is None else attractors * gate).to(tokens.dtype)
+    state = tokens
+    for _ in range(num_steps - 1):
+        state = F.linear(state, keys).softmax(dim=-1) @ attractors.to(tokens.dtype)
+    association = F.linear(state, keys).softmax(dim=-1)
+    return torch.addmm(tokens if residual is None else residual, association, values)
+
+
+def write_and_read(
+        tokens: torch.Tensor,
+        memory: torch.Tensor,
+        weights: WriteWeights,
+        num_heads: int,
+        bottleneck: Union[int, float],
         lift: Callable[[torch.Tensor], torch.Tensor],
         momentum: float = 0.9,
         rule: str = 'orthogonal',
         beta: float = 1.,
+        num_steps: int = 1,
+        residual: Optional[torch.Tensor] = None,
         gate: Optional[torch.Tensor] = None,
         token_mask: Optional[torch.Tensor] = None,
-        global_batch: bool = False,
+        ranks: Optional[Ranks] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `naive.write_and_read`. Tokens may be of lower precision than the memory and the weights.
-
-    With a global batch, the tokens of all ranks of the process group compete, see `bottleneck.write`.
-    """
-    # the read gets the tokens from the write, which in backward adds its gradient to the one that the read has made
-    candidate, balance, coverage, tokens = write(
-        x, norm, memory, weights, num_heads, bottleneck, token_mask, global_batch)
+    """As `naive.write_and_read`, with ranks as `write`."""
+    candidate, balance, coverage = write(tokens, memory, weights, num_heads, bottleneck, token_mask, ranks)
     written = update_memory(memory, candidate, momentum, rule)
-    output = read(tokens, norm, lift(written), beta, gate)
+    output = read(tokens, lift(written), beta, num_steps, residual, gate)
     return output, written, candidate, balance, coverage

@@ -1,0 +1,128 @@
+""" The lean step against naive.py. """
+import inspect
+
+import pytest
+import torch
+
+from timm_ait.ops import naive, workspace
+
+from tests.ops import make_step, map_floats, run
+
+# tokens, width, slots, slot width, heads, bottleneck
+GRID = [
+    (64, 24, 8, 16, 4, 20),
+    (63, 24, 8, 16, 4, 1),
+    (37, 13, 5, 7, 3, 36),
+    (37, 13, 5, 7, 3, 37),
+    (9, 24, 8, 16, 4, 512),
+    (50, 24, 8, 16, 1, 0.3),
+    (50, 24, 1, 16, 4, 1.),
+    (2, 24, 8, 16, 4, 1 / 64),
+    (1, 24, 8, 16, 4, 4),
+    (257, 24, 12, 8, 2, 30),
+]
+KINDS = {
+    'plain': dict(),
+    'gated': dict(residual=lambda randn: randn(64, 24), gate=lambda randn: randn(24)),
+    'several steps': dict(beta=0.7, num_steps=3),
+    'published rule': dict(rule='normalize', momentum=0.5),
+    'masked': dict(token_mask=torch.arange(64) % 3 > 0),
+    'masked, fraction': dict(token_mask=torch.arange(64) % 3 > 0, bottleneck=0.3),
+    # the spec's SVD has no gradient at the memory itself
+    'all masked': dict(token_mask=torch.zeros(64, dtype=torch.bool), rule='normalize'),
+}
+TOLERANCE = {
+    torch.float64: dict(atol=1e-9, rtol=1e-7),
+    torch.float32: dict(atol=1e-4, rtol=1e-3),
+    torch.bfloat16: dict(atol=3e-2, rtol=3e-2),
+    torch.float16: dict(atol=5e-3, rtol=5e-3),
+}
+
+
+def assert_is_naive(step, tolerance):
+    results, grads = run(workspace.write_and_read, step)
+    expected, expected_grads = run(naive.write_and_read, step, torch.float64)
+    for actual, wanted in zip(results + grads, expected + expected_grads):
+        scale = wanted.abs().max().clamp_min(1e-2)
+        torch.testing.assert_close(actual.double() / scale, wanted / scale, **tolerance)
+
+
+@pytest.mark.parametrize('grid', GRID)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_outputs_and_gradients_are_those_of_naive(grid, dtype):
+    assert_is_naive(make_step(*grid, dtype=dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_so_they_are_with_every_option(kind, dtype):
+    assert_is_naive(make_step(dtype=dtype, **KINDS[kind]), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_tokens_of_half_precision_differ_by_rounding(dtype):
+    # every token is kept, since rounding the scores may change which ones are
+    step = make_step(40, bottleneck=40, dtype=dtype)
+    assert workspace.write_and_read(**step)[0].dtype == dtype
+    assert_is_naive(step, TOLERANCE[dtype])
+
+
+def test_a_large_channel_in_many_tokens_does_not_overflow_half_precision():
+    step = make_step(8192, bottleneck=4096, dtype=torch.float16)
+    step['tokens'][:, 3] = 40.
+    assert all(result.isfinite().all() for result in workspace.write_and_read(**step))
+
+
+@pytest.mark.parametrize('padding', [float('nan'), float('inf'), 1e30])
+def test_masked_tokens_may_be_anything(padding):
+    mask = torch.arange(64) % 3 > 0
+    step = make_step(token_mask=mask)
+    expected = workspace.write_and_read(**step)
+    step['tokens'] = step['tokens'].masked_fill(~mask.unsqueeze(-1), padding)
+    output, *others = workspace.write_and_read(**step)
+    torch.testing.assert_close([output[mask], *others], [expected[0][mask], *expected[1:]])
+
+
+def test_a_tie_keeps_exactly_k_tokens():
+    step = make_step(bottleneck=5)
+    step['tokens'] = step['tokens'][:1].expand(64, -1)
+    assert workspace.write_and_read(**step)[4] <= 5 * 8 * 4 / 64
+    torch.testing.assert_close(workspace.write_and_read(**step)[1], naive.write_and_read(**step)[1])
+
+
+def test_gradients_of_gradients_are_those_of_finite_differences():
+    step = make_step(5, 3, 2, 3, 2, 3, dtype=torch.float64, gate=lambda randn: randn(3))
+    step['residual'] = step['tokens']
+
+    def outputs(tokens, memory, query):
+        weights = step['weights']._replace(query=query)
+        return workspace.write_and_read(**{**step, 'tokens': tokens, 'memory': memory, 'weights': weights})[:4:3]
+
+    inputs = [x.clone().requires_grad_() for x in (step['tokens'], step['memory'], step['weights'].query)]
+    assert torch.autograd.gradcheck(outputs, inputs) and torch.autograd.gradgradcheck(outputs, inputs, atol=1e-3)
+
+
+@pytest.mark.parametrize('bottleneck, num_tokens, k', [
+    (5, 10, 5), (5, 3, 3), (0.5, 5, 3), (0.5, 4, 2), (1 / 64, 32768, 512), (1 / 64, 2, 1), (1., 7, 7), (0.1, 25, 3)])
+def test_number_of_tokens_kept(bottleneck, num_tokens, k):
+    assert workspace.num_kept(bottleneck, num_tokens) == k
+    if isinstance(bottleneck, float):
+        assert workspace.num_kept(bottleneck, torch.tensor(num_tokens).clamp_min(1)) == k
+
+
+@pytest.mark.parametrize('name', ['write', 'read', 'write_and_read'])
+def test_arguments_are_those_of_naive(name):
+    ours, theirs = (list(inspect.signature(getattr(module, name)).parameters) for module in (workspace, naive))
+    assert [argument for argument in ours if argument != 'ranks'] == theirs
+
+
+def test_without_tokens_the_spec_proposes_the_memory():
+    step = map_floats(make_step(0), lambda x: x)
+    candidate, balance, coverage = naive.write(*[step[name] for name in (
+        'tokens', 'memory', 'weights', 'num_heads', 'bottleneck')])
+    assert torch.equal(candidate, step['memory']) and balance == 0. and coverage == 0.
+
+
+def test_an_attractor_is_nearly_retrieved_at_large_beta():
+    attractors = torch.eye(4)
+    torch.testing.assert_close(naive.retrieve(attractors, attractors, 50.), attractors)

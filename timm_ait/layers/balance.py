@@ -1,0 +1,64 @@
+""" The balance loss of a model, and how its memories are. """
+import contextlib
+import weakref
+from contextvars import ContextVar
+from typing import Dict, Iterator, List, Optional
+
+import torch
+import torch.nn as nn
+
+from .registry import named_workspaces
+
+__all__ = ['balance_loss', 'memory_statistics', 'record_balance_losses']
+
+_record: ContextVar[Optional[List[torch.Tensor]]] = ContextVar('balance_losses', default=None)
+
+
+def _release_after_backward(workspace: nn.Module, loss: torch.Tensor) -> None:
+    """Let a workspace keep the value alone once the gradient of its loss was computed."""
+    of_workspace, of_loss = weakref.ref(workspace), weakref.ref(loss)
+
+    def release(grad: torch.Tensor) -> None:
+        workspace, loss = of_workspace(), of_loss()
+        if workspace is not None and loss is not None and workspace.balance is loss:
+            workspace.release_balance()
+
+    loss.register_hook(release)
+
+
+def balance_loss(model: nn.Module) -> torch.Tensor:
+    """Weighted balance loss of the last forward (scalar), summed over the workspaces that wrote in it.
+
+    Zero where none did: in evaluation, or where nothing of the write is trained. A workspace that the forward used
+    several times counts with each of its uses (compiled, with the last). The graph is kept until the backward, the next
+    forward or the optimizer's step; from then on the loss is its value alone.
+    """
+    losses = [
+        (workspace, workspace.balance) for _, workspace in named_workspaces(model)
+        if workspace.training and workspace.balance is not None]
+    # values beside losses with a gradient are of an earlier forward
+    alive = [(workspace, loss) for workspace, loss in losses if loss.requires_grad]
+    if not torch.compiler.is_compiling():
+        for workspace, loss in alive:
+            _release_after_backward(workspace, loss)
+    parts = [loss for _, loss in alive or losses]
+    total = sum(parts, torch.zeros((), device=parts[0].device if parts else None))
+    record = _record.get()
+    if record is not None:
+        record.append(total)
+    return total
+
+
+@contextlib.contextmanager
+def record_balance_losses() -> Iterator[List[torch.Tensor]]:
+    """List the balance losses that are asked for meanwhile."""
+    token = _record.set([])
+    try:
+        yield _record.get()
+    finally:
+        _record.reset(token)
+
+
+def memory_statistics(model: nn.Module) -> Dict[str, Dict[str, float]]:
+    """`GlobalWorkspace.memory_statistics` of every workspace of a model, by module name."""
+    return {name: module.memory_statistics() for name, module in named_workspaces(model)}

@@ -1,0 +1,102 @@
+""" Which processes train a model together, and what their workspaces exchange. """
+import functools
+import sys
+from typing import Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+from .registry import named_workspaces
+
+__all__ = ['ProcessGroups', 'ranks_of']
+
+
+class _AllReduce(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _AllReduce.apply(grad, ctx.group), None
+
+
+class ProcessGroups:
+    """The ranks of one group, or of the dimensions of a mesh: what `ops.workspace.Ranks` asks for."""
+
+    def __init__(self, groups: Tuple['dist.ProcessGroup', ...]) -> None:
+        self.groups = groups
+
+    @property
+    def rank(self) -> int:
+        rank, size = 0, 1
+        for group in self.groups:
+            rank, size = rank + size * dist.get_rank(group), size * dist.get_world_size(group)
+        return rank
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        for group in self.groups:
+            x = _AllReduce.apply(x, group)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        for group in self.groups:
+            gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(gathered, x.contiguous(), group=group)
+            x = torch.cat(gathered, dim=1)
+        return x
+
+
+def ranks_of(workspace: nn.Module) -> Optional[ProcessGroups]:
+    """The ranks that train a workspace together: those of its `process_group`, of DDP, or of FSDP's mesh.
+
+    With a global batch they are, unless known, all there are, as `torch.nn.SyncBatchNorm` has it. None for a workspace
+    that a single process trains.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    meshes = [parameter.device_mesh for parameter in workspace.parameters() if hasattr(parameter, 'device_mesh')]
+    if workspace.process_group is not None:
+        groups = [workspace.process_group]
+    elif workspace.wrapper_group is not None:
+        groups = [workspace.wrapper_group]
+    elif meshes:
+        groups = meshes[0].get_all_groups()
+    else:
+        groups = [dist.group.WORLD] if workspace.global_batch else []
+    groups = tuple(group for group in groups if dist.get_world_size(group) > 1)
+    return ProcessGroups(groups) if groups else None
+
+
+def note_group(wrapper: nn.Module) -> None:
+    """Let the workspaces inside of a wrapper that averages gradients know over which processes it does."""
+    for _, workspace in named_workspaces(wrapper):
+        workspace.wrapper_group = wrapper.process_group
+
+
+def _wrap(cls: type) -> None:
+    """Note the group of every wrapper of a class, which does not tell the modules inside of it."""
+    init = cls.__init__
+    if getattr(init, 'notes_group', False):
+        return
+
+    @functools.wraps(init)
+    def init_and_note_group(self, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        sys.modules[__name__].note_group(self)
+
+    init_and_note_group.notes_group = True
+    cls.__init__ = init_and_note_group
+
+
+if dist.is_available():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    for wrapper_cls in (DistributedDataParallel, FullyShardedDataParallel):
+        _wrap(wrapper_cls)
