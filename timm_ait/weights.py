@@ -1,11 +1,16 @@
 """ Where the shipped checkpoints are, and whether a checkpoint is that of a model. timm's loader does the rest. """
+import contextlib
+import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import HfHubHTTPError
 
-__all__ = ['check_weights', 'shipped_weights', 'weights_dir']
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
+
+__all__ = ['check_weights', 'say_where_weights_are', 'shipped_cfg', 'weights_dir']
 
 _HUB_USER = 'timm-ait'
 
@@ -19,13 +24,46 @@ def weights_dir() -> Path:
     return installed if installed.is_dir() else package.parent / 'weights'
 
 
-def shipped_weights(name: str) -> Dict[str, str]:
-    """Pretrained cfg entries of a checkpoint `<arch>.<tag>`: the shipped file where there is one, else the Hub."""
-    file = weights_dir() / name / 'model.safetensors'
-    source = {'hf_hub_id': f'{_HUB_USER}/{name}'}
-    if file.is_file():
-        source['file'] = str(file)
-    return source
+def shipped_cfg(name: str) -> Dict[str, Any]:
+    """Pretrained cfg entries of a checkpoint `<arch>.<tag>`: what its config.json says, and where its weights are.
+
+    The weights are the shipped file where there is one, else on the Hub.
+    """
+    folder = weights_dir() / name
+    cfg: Dict[str, Any] = {}
+    if (folder / 'config.json').is_file():
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        cfg = {**config['pretrained_cfg'], **{key: config[key] for key in ('num_classes', 'label_names')}}
+        cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+    cfg['hf_hub_id'] = f'{_HUB_USER}/{name}'
+    if (folder / 'model.safetensors').is_file():
+        cfg['file'] = str(folder / 'model.safetensors')
+    return cfg
+
+
+@contextlib.contextmanager
+def say_where_weights_are(
+        variant: str,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+) -> Iterator[None]:
+    """Say where the weights of a registered model are, if they are not installed and the Hub does not give them.
+
+    Raises:
+        RuntimeError: The download failed.
+    """
+    try:
+        yield
+    except (OSError, HfHubHTTPError) as e:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        hub_id = cfg.hf_hub_id or ''
+        if cfg.file or cfg.url or cfg.state_dict or not hub_id.startswith(f'{_HUB_USER}/'):
+            raise
+        name = hub_id.partition('/')[2]
+        raise RuntimeError(
+            f'The weights of {name} are not part of this installation and cannot be downloaded from {hub_id} on the '
+            f"Hugging Face Hub: {e} They are also in a source checkout of timm_ait, in weights/{name}: load them with "
+            f"create_model('local-dir:<checkout>/weights/{name}', pretrained=True).") from e
 
 
 def _names(entry: Any) -> List[str]:

@@ -9,6 +9,7 @@ Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 The paper's classifier, a LayerNorm and a linear layer over the features of all tokens, is `global_pool='flat'`. With it
 the parameters are as many as the paper's: small 15.8M, medium 45.9M, base 91.0M, of which the classifier has 0.6M.
 """
+import inspect
 import math
 from functools import partial
 from typing import Dict, Optional, Sequence, Tuple, Type
@@ -19,19 +20,21 @@ import torch.nn as nn
 from timm.layers import HybridEmbed, LayerNorm, Mlp, PatchDropout, get_device_dtype, get_norm_layer, resample_abs_pos_embed
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from timm.models._input import get_pretrained_grid_size
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 
-from timm_ait.data.sort_of_clevr import ANSWERS, QUESTION_DIM
-from timm_ait.data.triangle import CLASSES as TRIANGLE_CLASSES
-from timm_ait.layers import WorkspaceMlp
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers.workspace import split_workspace_kwargs
-from timm_ait.weights import shipped_weights
+from timm_ait.weights import shipped_cfg
 
-from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
+
+# those of `GlobalWorkspace` that a model takes
+WORKSPACE_ARGUMENTS = frozenset(inspect.signature(GlobalWorkspace).parameters) - {'dim', 'device', 'dtype'}
 
 
 @torch.fx.wrap
@@ -117,7 +120,7 @@ def resample_flat_weight(
     return tokens.reshape(*weight.shape[:-1], -1)
 
 
-class AssociativeTransformer(QuestionViT):
+class AssociativeTransformer(VisionTransformer):
     """ Associative Transformer
 
     timm's `VisionTransformer` with another MLP layer; keys of a plain ViT checkpoint match one to one.
@@ -137,11 +140,11 @@ class AssociativeTransformer(QuestionViT):
     ) -> None:
         """
         Args:
-            *args: As `QuestionViT`, and `global_pool='flat'`.
+            *args: As `VisionTransformer`, and `global_pool='flat'`.
             workspace: If False, plain MLPs without workspaces: a ViT of the same size.
             attention: If False, blocks without self-attention.
             mlp_layer: MLP layer, by default `WorkspaceMlp`, or `Mlp` without workspaces.
-            **kwargs: As `GlobalWorkspace`, its own from `num_slots` on, and as `QuestionViT` except for its blocks.
+            **kwargs: As `GlobalWorkspace`, its own from `num_slots` on, and as `VisionTransformer` except for its blocks.
 
         Raises:
             ValueError: An argument is out of its range.
@@ -153,7 +156,7 @@ class AssociativeTransformer(QuestionViT):
         unused = {} if attention else dict(
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are those with attention={attention}, which hand masks to the workspaces'
-        kwargs = refuse_arguments(args, kwargs, reason, block_fn=None, **unused)
+        kwargs = refuse_arguments(self, args, kwargs, reason, WORKSPACE_ARGUMENTS, block_fn=None, **unused)
         workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock
@@ -267,31 +270,28 @@ def checkpoint_filter_fn(
     return state_dict
 
 
-_CIFAR10_CLASSES = (
-    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+class QuestionAssociativeTransformer(QuestionViT, AssociativeTransformer):
+    """ Associative Transformer that takes questions """
+
 
 _cfg_224 = partial(cifar_cfg, num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9)
 
 default_cfgs = generate_default_cfgs({
-    'ait_small.cifar10': cifar_cfg(
-        **shipped_weights('ait_small.cifar10'), crop_pct=0.875, label_names=_CIFAR10_CLASSES),
-    'ait_small_patch32_64.triangle': cifar_cfg(
-        **shipped_weights('ait_small_patch32_64.triangle'), num_classes=2, input_size=(3, 64, 64), mean=(0.005,) * 3,
-        std=(0.072,) * 3, label_names=TRIANGLE_CLASSES),
+    'ait_small.cifar10': cifar_cfg(**shipped_cfg('ait_small.cifar10')),
+    'ait_small_patch32_64.triangle': cifar_cfg(**shipped_cfg('ait_small_patch32_64.triangle')),
     'ait_medium.untrained': cifar_cfg(),
     'ait_base.untrained': cifar_cfg(),
     'ait_small_patch16_224.untrained': _cfg_224(),
     'ait_medium_patch16_224.untrained': _cfg_224(),
     'ait_base_patch16_224.untrained': _cfg_224(),
     'ait_small_patch15_75.untrained': cifar_cfg(input_size=(3, 75, 75)),
-    'ait_tiny_hybrid_75.sort_of_clevr': cifar_cfg(
-        **shipped_weights('ait_tiny_hybrid_75.sort_of_clevr'), input_size=(3, 75, 75),
-        first_conv='patch_embed.backbone.0.conv', label_names=ANSWERS),
+    'ait_tiny_hybrid_75.sort_of_clevr': cifar_cfg(**shipped_cfg('ait_tiny_hybrid_75.sort_of_clevr')),
     'test_ait.untrained': cifar_cfg(),
 })
 
 
-_create_associative_transformer = partial(build_vit, AssociativeTransformer, checkpoint_filter_fn)
+_create_associative_transformer = partial(
+    build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn)
 
 # the paper's input, 32 px images in 64 patches, and its classifier ('flat') or average pooling ('avg')
 _PAPER = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
@@ -355,7 +355,7 @@ def ait_base_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTrans
 
 
 # Sort-of-CLEVR: images of 75 px and questions of 18 numbers, answered at the question's token
-_SORT_OF_CLEVR = dict(img_size=75, question_dim=QUESTION_DIM, global_pool='token')
+_SORT_OF_CLEVR = dict(img_size=75, question_dim=18, global_pool='token')
 
 
 @register_model
@@ -375,6 +375,8 @@ def ait_tiny_hybrid_75(pretrained: bool = False, **kwargs) -> AssociativeTransfo
         channels=(16, 32, 64, 128),
         stride=(2, 2, 2, 2),
         act_layer=nn.ReLU,
+        device=kwargs.get('device'),
+        dtype=kwargs.get('dtype'),
     )
     embed_layer = partial(HybridEmbed, backbone=stem, proj=False)
     model_args = dict(
