@@ -89,7 +89,8 @@ class TestEquations:
         assert latents.abs().max() <= 2
 
     def test_linear_layers_start_by_pytorchs_rule(self):
-        assert make_model().blocks[0].cross_attns[0].attn.kv.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
+        weight = make_model().blocks[0].cross_attns[0].attn.kv.weight
+        assert weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
 
     @pytest.mark.parametrize('share_weights, num_cross_attns, num_latent_transformers', [
         ('after_first', 2, 1), ('all', 1, 1), ('none', 4, 4)])

@@ -89,7 +89,8 @@ class TestQuestions:
         x, question = images(2), torch.randn(2, 5)
         for pool, expected in (('avg', lambda f: f[:, 1:].mean(1)), ('token', lambda f: f[:, 0])):
             model = make_model(question_dim=5, global_pool=pool, num_classes=0).eval()
-            torch.testing.assert_close(model(x, question=question), expected(model.forward_features(x, question=question)))
+            features = model.forward_features(x, question=question)
+            torch.testing.assert_close(model(x, question=question), expected(features))
 
 
 class TestModel:

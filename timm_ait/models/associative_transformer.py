@@ -6,8 +6,9 @@ memory, and every token reads from it by Hopfield retrieval.
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     Yuwei Sun, Hideya Ochiai, Zhirong Wu, Stephen Lin, Ryota Kanai. CVPR 2025.
 
-The paper's classifier, a LayerNorm and a linear layer over the features of all tokens, is `global_pool='flat'`. With it
-the parameters are as many as the paper's: small 15.8M, medium 45.9M, base 91.0M, of which the classifier has 0.6M.
+The paper's classifier, a LayerNorm and a linear layer over the features of all tokens, is `global_pool='flat'`.
+Parameters with it, against the paper's: small 15.7M (15.8M), medium 45.8M (45.9M), base 91.0M (91.0M), of which the
+classifier has 0.6M.
 """
 import inspect
 import math
@@ -64,6 +65,13 @@ class AssociativeBlock(Block):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
+        """Update tokens.
+
+        Args:
+            x: (B, N, E).
+            attn_mask: Boolean or additive mask that broadcasts to (B, heads, N, N).
+            is_causal: Attend to earlier tokens only.
+        """
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
@@ -84,6 +92,7 @@ class AttentionFreeBlock(AssociativeBlock):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
+        """As `AssociativeBlock`; the mask only says what tokens there are, and `is_causal` is not supported."""
         refuse_masks(None, is_causal)
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))

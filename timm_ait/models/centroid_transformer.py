@@ -117,6 +117,7 @@ class CentroidBlock(Block):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
+        """Centroids (B, P + M, C) of tokens x (B, P + N, C); masks are not supported."""
         refuse_masks(attn_mask, is_causal)
         centroids = self.init_centroids(x)
         x = self.norm1(x)

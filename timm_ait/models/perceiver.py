@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 
-from timm.layers import DropPath, LayerNorm, LayerType, Mlp, trunc_normal_
+from timm.layers import DropPath, LayerNorm, Mlp, trunc_normal_
 from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -149,95 +149,53 @@ class Perceiver(VisionTransformer):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 32,
-            patch_size: Union[int, Tuple[int, int]] = 4,
-            in_chans: int = 3,
-            num_classes: int = 10,
-            global_pool: str = 'avg',
-            embed_dim: int = 768,
-            depth: int = 2,
-            num_heads: int = 12,
-            *,
+            *args,
             num_cross_heads: int = 1,
-            mlp_ratio: float = 1.,
             num_latents: int = 32,
             num_iterations: int = 3,
             share_weights: str = 'after_first',
-            proj_drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            class_token: bool = False,
-            norm_layer: Optional[LayerType] = None,
-            act_layer: Optional[LayerType] = None,
-            device=None,
-            dtype=None,
             **kwargs,
     ) -> None:
         """
         Args:
-            img_size, patch_size, in_chans, num_classes: As `VisionTransformer`.
-            global_pool: Pooling of the latents, 'avg' (the paper's), 'avgmax', 'max', or '' for none.
-            embed_dim: Width E of latents and tokens.
-            depth: Number of self-attention blocks of the latent transformer, which follows each cross-attention.
-            num_heads: Number of heads of the self-attention.
+            *args: As `VisionTransformer`. `depth` and `num_heads` are those of the latent transformer, which follows
+                each cross-attention; `mlp_ratio` is 1 by default; `global_pool` of latents may be 'avg' (the paper's
+                and the default), 'avgmax', 'max', or '' for none; `drop_path_rate` is the same in all blocks, since a
+                shared block has no depth.
             num_cross_heads: Number of heads of the cross-attention.
-            mlp_ratio: Hidden width of the dense blocks, in units of `embed_dim`.
             num_latents: Number of latents M.
             num_iterations: Number of iterations, of a cross-attention and a latent transformer each.
             share_weights: Weights that the iterations share: 'after_first' is the paper's, all except for the first
                 cross-attention; 'all' or 'none'.
-            proj_drop_rate, attn_drop_rate, norm_layer, act_layer: As `VisionTransformer`.
-            drop_path_rate: Stochastic depth rate, the same in all blocks, since a shared block has no depth.
-            class_token: Have one more token to read.
             **kwargs: As `VisionTransformer`, except for what its blocks do not have.
 
         Raises:
             ValueError: An argument is out of its range, or one of other blocks.
         """
-        check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
-        if share_weights not in ('none', 'after_first', 'all'):
-            raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
-        self._check_global_pool(global_pool)
         kwargs = refuse_arguments(
             self,
-            (),
+            args,
             kwargs,
             'tokens are the patches and the question, and the blocks are those of the paper',
             qkv_bias=True, qk_norm=False, scale_attn_norm=False, scale_mlp_norm=False, proj_bias=True, init_values=None,
-            no_embed_class=True, reg_tokens=0, final_norm=False, fc_norm=False, weight_init='',
-            fix_init=False, block_fn=None, mlp_layer=None, attn_layer=None,
+            no_embed_class=True, reg_tokens=0, final_norm=False, fc_norm=False, weight_init='', fix_init=False,
+            block_fn=None, mlp_layer=None, attn_layer=None,
         )
-        def block_fn(dim: int, proj_drop: float, attn_drop: float, norm_layer, act_layer, **_) -> nn.Module:
+        kwargs = {'global_pool': 'avg', 'mlp_ratio': 1., 'class_token': False, **kwargs}
+        depth, drop_path = kwargs.pop('depth', 12), kwargs.pop('drop_path_rate', 0.)
+        check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
+        if share_weights not in ('none', 'after_first', 'all'):
+            raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
+        self._check_global_pool(kwargs['global_pool'])
+
+        def block_fn(dim: int, num_heads: int, **block_kwargs) -> nn.Module:
+            names = ('mlp_ratio', 'proj_drop', 'attn_drop', 'norm_layer', 'act_layer', 'device', 'dtype')
             return PerceiverEncoder(
                 dim, depth, num_heads, num_cross_heads, num_latents, num_iterations, share_weights,
-                mlp_ratio=mlp_ratio,
-                proj_drop=proj_drop,
-                attn_drop=attn_drop,
-                drop_path=drop_path_rate,
-                norm_layer=norm_layer,
-                act_layer=act_layer,
-                device=device,
-                dtype=dtype,
-            )
+                drop_path=drop_path, **{name: block_kwargs[name] for name in names})
 
         super().__init__(
-            img_size, patch_size, in_chans, num_classes, global_pool, embed_dim,
-            depth=1,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            class_token=class_token,
-            no_embed_class=True,
-            final_norm=False,
-            proj_drop_rate=proj_drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
-            weight_init='skip',
-            block_fn=block_fn,
-            device=device,
-            dtype=dtype,
-            **kwargs,
-        )
+            depth=1, no_embed_class=True, final_norm=False, weight_init='skip', block_fn=block_fn, **kwargs)
         self.num_prefix_tokens = 0  # of the features
         # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
         self.init_weights(needs_reset=False)
@@ -336,22 +294,26 @@ def _create_perceiver(variant: str, pretrained: bool = False, **kwargs) -> Perce
     return build_vit(Perceiver, QuestionPerceiver, checkpoint_filter_fn, variant, pretrained, **kwargs)
 
 
+# 32 px images in 64 patches
+_CIFAR = dict(img_size=32, patch_size=4)
+
+
 @register_model
 def perceiver_small(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver of AiT-Small's size, 3 iterations of 2 blocks, 32 px, patch 4. """
-    model_args = dict(embed_dim=768, depth=2, num_heads=12, num_iterations=3)
+    model_args = dict(_CIFAR, embed_dim=768, depth=2, num_heads=12, num_iterations=3)
     return _create_perceiver('perceiver_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def perceiver_base(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver of AiT-Base's size, 2 iterations of 12 blocks, 32 px, patch 4. """
-    model_args = dict(embed_dim=1024, depth=12, num_heads=16, num_iterations=2)
+    model_args = dict(_CIFAR, embed_dim=1024, depth=12, num_heads=16, num_iterations=2)
     return _create_perceiver('perceiver_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_perceiver(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver for unit tests. """
-    model_args = dict(embed_dim=64, depth=2, num_heads=2, num_latents=8, num_iterations=3)
+    model_args = dict(_CIFAR, embed_dim=64, depth=2, num_heads=2, num_latents=8, num_iterations=3)
     return _create_perceiver('test_perceiver', pretrained=pretrained, **dict(model_args, **kwargs))
