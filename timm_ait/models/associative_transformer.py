@@ -18,7 +18,8 @@ from typing import Dict, Optional, Sequence, Tuple, Type
 import torch
 import torch.nn as nn
 
-from timm.layers import HybridEmbed, LayerNorm, Mlp, PatchDropout, get_device_dtype, get_norm_layer, resample_abs_pos_embed
+from timm.layers import (
+    HybridEmbed, LayerNorm, Mlp, PatchDropout, get_device_dtype, get_norm_layer, resample_abs_pos_embed)
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from timm.models._input import get_pretrained_grid_size
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -153,7 +154,8 @@ class AssociativeTransformer(VisionTransformer):
             workspace: If False, plain MLPs without workspaces: a ViT of the same size.
             attention: If False, blocks without self-attention.
             mlp_layer: MLP layer, by default `WorkspaceMlp`, or `Mlp` without workspaces.
-            **kwargs: As `GlobalWorkspace`, its own from `num_slots` on, and as `VisionTransformer` except for its blocks.
+            **kwargs: As `GlobalWorkspace`, its own from `num_slots` on, and as `VisionTransformer` except for its
+                blocks.
 
         Raises:
             ValueError: An argument is out of its range.
@@ -165,7 +167,8 @@ class AssociativeTransformer(VisionTransformer):
         unused = {} if attention else dict(
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are those with attention={attention}, which hand masks to the workspaces'
-        kwargs = refuse_arguments(self, args, kwargs, reason, WORKSPACE_ARGUMENTS, block_fn=None, **unused)
+        kwargs = refuse_arguments(
+            self, args, kwargs, reason, WORKSPACE_ARGUMENTS, block_fn=None, **unused)
         workspace_kwargs, kwargs = split_workspace_kwargs(kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock

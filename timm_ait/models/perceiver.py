@@ -210,7 +210,9 @@ class Perceiver(VisionTransformer):
         """Patterns that group the parameters by depth, shared ones by their first use."""
         return dict(
             stem=super().group_matcher(coarse)['stem'] + r'|blocks\.0\.latents',
-            blocks=[(r'^blocks\.0\.cross_attns\.(\d+)', None), (r'^blocks\.0\.latent_transformers\.(\d+)\.(\d+)', None)],
+            blocks=[
+                (r'^blocks\.0\.cross_attns\.(\d+)', None),
+                (r'^blocks\.0\.latent_transformers\.(\d+)\.(\d+)', None)],
         )
 
     @torch.jit.ignore

@@ -154,8 +154,8 @@ class SetTransformer(VisionTransformer):
     ) -> None:
         """
         Args:
-            *args: As `VisionTransformer`. As `global_pool`, 'map' pools by multihead attention (PMA), the paper's decoder;
-                the others are those of timm's ViT, where 'token' is the question's.
+            *args: As `VisionTransformer`. As `global_pool`, 'map' pools by multihead attention (PMA), the paper's
+                decoder; the others are those of timm's ViT, where 'token' is the question's.
             num_inducing: Number of inducing points m of each block.
             num_seeds: Number of seeds k of the pooling by attention.
             act_layer: Activation of the rFFs, ReLU by default.
