@@ -75,7 +75,7 @@ class TestTokens:
 
     def test_need_the_question_of_question_models(self, images):
         model = timm.create_model('test_ait', question_dim=3)
-        with pytest.raises(ValueError, match='question'):
+        with pytest.raises(TypeError, match='question'):
             analysis.analyse(model, [images])
         assert analysis.collect_tokens(model, images, question=torch.randn(4, 3))[FIRST].shape == (4, 65, 64)
 

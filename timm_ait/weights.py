@@ -1,11 +1,16 @@
 """ Where the shipped checkpoints are, and whether a checkpoint is that of a model. timm's loader does the rest. """
+import contextlib
+import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, Iterator, List, Optional, Union
 
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import HfHubHTTPError
 
-__all__ = ['check_weights', 'shipped_weights', 'weights_dir']
+from timm.models import PretrainedCfg, resolve_pretrained_cfg
+
+__all__ = ['check_weights', 'say_where_weights_are', 'shipped_cfg', 'weights_dir']
 
 _HUB_USER = 'timm-ait'
 
@@ -19,56 +24,92 @@ def weights_dir() -> Path:
     return installed if installed.is_dir() else package.parent / 'weights'
 
 
-def shipped_weights(name: str) -> Dict[str, str]:
-    """Pretrained cfg entries of a checkpoint `<arch>.<tag>`: the shipped file where there is one, else the Hub."""
-    file = weights_dir() / name / 'model.safetensors'
-    source = {'hf_hub_id': f'{_HUB_USER}/{name}'}
-    if file.is_file():
-        source['file'] = str(file)
-    return source
+def shipped_cfg(name: str) -> Dict[str, Any]:
+    """Pretrained cfg entries of a checkpoint `<arch>.<tag>`: what its config.json says, and where its weights are.
+
+    The weights are the shipped file where there is one, else on the Hub.
+    """
+    folder = weights_dir() / name
+    cfg: Dict[str, Any] = {}
+    if (folder / 'config.json').is_file():
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        cfg = {**config['pretrained_cfg'], **{key: config[key] for key in ('num_classes', 'label_names')}}
+        cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+    cfg['hf_hub_id'] = f'{_HUB_USER}/{name}'
+    if (folder / 'model.safetensors').is_file():
+        cfg['file'] = str(folder / 'model.safetensors')
+    return cfg
+
+
+@contextlib.contextmanager
+def say_where_weights_are(
+        variant: str,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+) -> Iterator[None]:
+    """Say where the weights of a registered model are, if they are not installed and the Hub does not give them.
+
+    Raises:
+        RuntimeError: The download failed.
+    """
+    try:
+        yield
+    except (OSError, HfHubHTTPError) as e:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+        hub_id = cfg.hf_hub_id or ''
+        if cfg.file or cfg.url or cfg.state_dict or not hub_id.startswith(f'{_HUB_USER}/'):
+            raise
+        name = hub_id.partition('/')[2]
+        raise RuntimeError(
+            f'The weights of {name} are not part of this installation and cannot be downloaded from {hub_id} on the '
+            f"Hugging Face Hub: {e} They are also in a source checkout of timm_ait, in weights/{name}: load them with "
+            f"create_model('local-dir:<checkout>/weights/{name}', pretrained=True).") from e
 
 
 def _names(entry: Any) -> List[str]:
     return [entry] if isinstance(entry, str) else list(entry or ())
 
 
-def _check_fit(state_dict: Dict[str, Any], model: nn.Module) -> None:
-    """Compare keys, shapes and kinds of numbers before anything is loaded.
+def _list(items: List[str]) -> str:
+    return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
+
+
+def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Compare keys, shapes and dtypes before anything is loaded.
 
     Left to timm is what it adapts: the first convolution to other channels, the classifier to other classes. For other
-    classes it no longer minds what else is missing, which is right for the pooling and norms before the classifier.
+    classes it ignores what else is missing, which is right for the pooling and norms ahead of the classifier; those of
+    another shape are left out here.
 
     Raises:
         RuntimeError: They are not those of the model.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    head = _names(cfg.get('classifier'))
-    if getattr(model, 'num_classes', None) != cfg.get('num_classes'):
-        head += ['norm', 'fc_norm', 'attn_pool']
-    head = tuple(f'{name}.' for name in head)
+    if getattr(model, 'num_classes', None) != cfg.get('num_classes') or cfg.get('label_offset'):
+        adapted = tuple(f'{name}.' for name in [*_names(cfg.get('classifier')), 'norm', 'fc_norm', 'attn_pool'])
+    else:
+        adapted = ()
     first_convs = [f'{name}.weight' for name in _names(cfg.get('first_conv'))]
 
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(head)}
-    found = {key: tuple(value.shape) for key, value in state_dict.items() if not key.startswith(head)}
-    floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
+    expected = model.state_dict()
+    other_shape = [
+        key for key, value in expected.items()
+        if key in state_dict and key not in first_convs and state_dict[key].shape != value.shape]
     problems = {
-        'they lack': [key for key in expected if key not in found],
-        'they have, unlike the model,': [key for key in found if key not in expected],
-        'of another shape:': [
-            f'{key} {found[key]} in place of {shape}' for key, shape in expected.items()
-            if found.get(key, shape) != shape and key not in first_convs
-        ],
+        'missing keys': [key for key in expected if key not in state_dict and not key.startswith(adapted)],
+        'unexpected keys': [key for key in state_dict if key not in expected and not key.startswith(adapted)],
+        'another shape': [
+            f'{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}' for key in other_shape
+            if not key.startswith(adapted)],
         # PyTorch would convert them, complex numbers too
-        'no floating point numbers:': [
+        'not floating point': [
             f'{key} {value.dtype}' for key, value in state_dict.items()
-            if key in floating and not value.is_floating_point()
-        ],
+            if key in expected and expected[key].is_floating_point() and not value.is_floating_point()],
     }
-    text = '; '.join(
-        f'{problem} {", ".join(items[:3])}{f" and {len(items) - 3} more" if len(items) > 3 else ""}'
-        for problem, items in problems.items() if items)
+    text = '; '.join(f'{problem}: {_list(items)}' for problem, items in problems.items() if items)
     if text:
         raise RuntimeError(text)
+    return {key: value for key, value in state_dict.items() if key not in other_shape}
 
 
 def check_weights(filter_fn: FilterFn) -> FilterFn:
@@ -79,13 +120,11 @@ def check_weights(filter_fn: FilterFn) -> FilterFn:
 
     def checked(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
         try:
-            state_dict = filter_fn(state_dict, model)
-            _check_fit(state_dict, model)
+            return _check_fit(filter_fn(state_dict, model), model)
         except Exception as e:  # filters are written for the model's own weights, others may break them anywhere
             raise RuntimeError(
-                f'The weights are not those of this {type(model).__name__} (another width or depth?), nothing was '
-                f'loaded: {e if isinstance(e, RuntimeError) else repr(e)}. Create the model that they are of, with its '
-                'arguments, or use pretrained=False.') from e
-        return state_dict
+                f'The weights do not match this {type(model).__name__} (another width or depth?), nothing was loaded: '
+                f'{e if isinstance(e, RuntimeError) else repr(e)}. Create the matching architecture, with the '
+                'arguments of the checkpoint, or use pretrained=False.') from e
 
     return checked

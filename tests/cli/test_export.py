@@ -259,5 +259,5 @@ class TestTransformers:
         with torch.no_grad():
             torch.testing.assert_close(
                 model(images, question=question).logits, expected(images, question=question), rtol=0, atol=0)
-            with pytest.raises(ValueError, match='question'):
+            with pytest.raises(TypeError, match='question'):
                 model(images)

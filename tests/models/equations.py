@@ -40,14 +40,16 @@ class Equations:
 
 
 def vit_tokens(model, x, question=None):
-    """Patches, after the class token with the question, all with their position embeddings."""
+    """Patches with their position embeddings, after the class token with the question, which may have one too."""
     patches = F.unfold(x, model.patch_embed.patch_size, stride=model.patch_embed.patch_size).transpose(1, 2)
     x = patches @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
+    if model.no_embed_class:
+        x = x + model.pos_embed
     if question is not None:
         embed = model.question_embed.proj
         asked = model.cls_token + torch.einsum('bi,oi->bo', question, embed.weight)[:, None] + embed.bias
         x = torch.cat([asked, x], dim=1)
-    return x + model.pos_embed
+    return x if model.no_embed_class else x + model.pos_embed
 
 
 def assert_same(actual, expected, inputs):

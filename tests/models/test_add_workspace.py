@@ -437,3 +437,21 @@ class TestArchitecture:
     def test_a_body_without_mlp_blocks_is_named(self):
         with pytest.raises(ValueError, match='ResNet has no MLPs'):
             timm.create_model('ait_from_timm', model='resnet18')
+
+
+class TestMisspeltArguments:
+
+    def test_of_add_workspace(self):
+        model = make_model()
+        with pytest.raises(TypeError, match=r"'num_slot'.*Did you mean num_slots\?.*help\(timm_ait.GlobalWorkspace\)"):
+            timm_ait.add_workspace(model, num_slot=4)
+        assert not workspaces(model)
+
+    @pytest.mark.parametrize('gated', [True, False])
+    def test_added_workspaces_are_always_gated(self, gated):
+        with pytest.raises(TypeError, match='gated.*always gated'):
+            timm_ait.add_workspace(make_model(), gated=gated)
+
+    def test_of_ait_from_timm(self):
+        with pytest.raises(TypeError, match=r"'num_slot'.*Did you mean num_slots\?"):
+            timm.create_model('ait_from_timm', model='test_vit', num_slot=4)

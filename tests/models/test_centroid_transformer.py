@@ -106,7 +106,8 @@ class TestEquations:
         model = make_model(global_pool='', **kwargs).double().eval()
         x = torch.randn(2, 3, *model.patch_embed.img_size).double()
         question = torch.randn(2, 5).double() if 'question_dim' in kwargs else None
-        actual, expected = model.forward_features(x, question), model.norm(reference_model(model, x, question))
+        asked = {} if question is None else {'question': question}
+        actual, expected = model.forward_features(x, **asked), model.norm(reference_model(model, x, question))
         parameters = [p for name, p in model.named_parameters() if not name.startswith('head')]
         assert_same(actual, expected, parameters)
 
@@ -164,7 +165,7 @@ class TestCentroids:
         lengths = []
         for block in model.blocks:
             block.register_forward_hook(lambda m, i, output: lengths.append(output.shape[1]))
-        model(images(), torch.randn(4, 5))
+        model(images(), question=torch.randn(4, 5))
         assert lengths == [1 + 64, 1 + 16, 1 + 16]
 
 

@@ -50,7 +50,7 @@ def reference_workspace(layer, x, memory):
 def reference_model(model, x, question=None):
     """The model's features, with the reference workspace in every block."""
     x = vit_tokens(model, x, question)
-    memory = model.memory.slots.expand(x.shape[0], -1, -1)
+    memory = model.norm_pre.memory.slots.expand(x.shape[0], -1, -1)
     for block in model.blocks:
         received, memory, _ = reference_workspace(block.attn, block.norm1(x), memory)
         x = x + received
@@ -83,8 +83,9 @@ class TestEquations:
             block.attn.fused_attn = fused
         x = images(2).double()
         question = torch.randn(2, 5).double() if question_dim else None
-        actual = model.forward_features(x, question)
-        expected = model.norm(reference_model(model, x, question))
+        asked = {'question': question} if question_dim else {}
+        actual = model.forward_features(x, **asked)[:, model.num_prefix_tokens:]
+        expected = model.norm(reference_model(model, x, question))[:, int(question_dim > 0):]
         parameters = [p for name, p in model.named_parameters() if not name.startswith('head')]
         assert_same(actual, expected, parameters)
 
@@ -135,6 +136,7 @@ class TestCompetition:
         changed = x.clone()
         changed[..., :4, :4] = 0  # the first patch
         difference = (model.forward_features(changed) - model.forward_features(x)).abs().amax(dim=-1)[0]
+        difference = difference[model.num_prefix_tokens:]
         assert difference[0] > 1e-3
         assert difference[1:].max() == 0
 
@@ -142,9 +144,9 @@ class TestCompetition:
         model = make_model(depth=2).eval()
         seen = []
         for block in model.blocks:
-            block.register_forward_hook(lambda m, inputs, output: seen.append((inputs[1], output[1])))
+            block.attn.register_forward_hook(lambda m, inputs, output: seen.append((inputs[1], output[1])))
         model(images())
-        assert torch.equal(seen[0][0], model.memory.slots.expand(4, -1, -1))
+        assert torch.equal(seen[0][0], model.norm_pre.memory.slots.expand(4, -1, -1))
         assert torch.equal(seen[1][0], seen[0][1])
         assert not torch.equal(seen[1][0], seen[0][0])
 

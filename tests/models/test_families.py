@@ -1,10 +1,13 @@
 """ What holds for every family of models: a timm model of images, and of questions about them. """
+import inspect
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
 
 from tests.models import images, make_model
@@ -18,6 +21,10 @@ BASELINES = SETS + VITS
 FAMILIES = ['test_ait', *BASELINES]
 WITH_GRIDS = ['test_set_transformer', *VITS]
 SHARING = [('test_perceiver', dict(share_weights=share_weights)) for share_weights in ('all', 'none')]
+# all of the package that need no further argument
+REGISTERED = [
+    name for module in ('associative_transformer', 'ait_vit', 'set_transformer', 'perceiver', 'coordination',
+                        'centroid_transformer') for name in timm.list_models(module=module)]
 
 # tokens after each block, or latents after each iteration, of images of 32 px
 NUM_FEATURES = {
@@ -37,7 +44,7 @@ OWN_SHAPES = {
 }
 # parameters in the order of their layers, those of one layer together
 STEM = ['cls_token', 'patch_embed.proj.weight', 'question_embed.proj.weight']
-IN_STEM = {'test_perceiver': ['latents'], 'test_coordination': ['memory.slots']}
+IN_STEM = {'test_perceiver': ['blocks.0.latents'], 'test_coordination': ['norm_pre.memory.slots']}
 LAYERS = {
     'test_ait': [
         ['blocks.0.mlp.workspace.k.weight', 'blocks.0.mlp.fc1.weight'],
@@ -45,8 +52,9 @@ LAYERS = {
     'test_set_transformer': [
         ['blocks.0.inducing_points'], ['blocks.2.attend.rff.0.weight'], ['attn_pool.seeds', 'head.weight']],
     'test_perceiver': [
-        ['cross_attns.0.attn.kv.weight'], ['latent_transformers.0.0.mlp.fc1.weight'],
-        ['latent_transformers.0.1.mlp.fc1.weight'], ['cross_attns.1.attn.kv.weight'], ['head.weight']],
+        [f'blocks.0.{name}'] for name in (
+            'cross_attns.0.attn.kv.weight', 'latent_transformers.0.0.mlp.fc1.weight',
+            'latent_transformers.0.1.mlp.fc1.weight', 'cross_attns.1.attn.kv.weight')] + [['head.weight']],
     'test_coordination': [['blocks.0.attn.gates.weight'], ['blocks.2.mlp.fc1.weight'], ['head.weight']],
     'test_centroid_transformer': [['blocks.0.mlp.fc1.weight'], ['blocks.1.attn.qkv.weight'], ['head.weight']],
 }
@@ -133,6 +141,14 @@ class TestRegistry:
         assert model(images()).shape == (4, 5)
 
 
+@pytest.mark.parametrize('name', REGISTERED)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_every_registered_model_is_made_on_a_device_and_in_a_dtype(name, dtype):
+    model = timm.create_model(name, device='meta', dtype=dtype)
+    tensors = [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+    assert {(tensor.device.type, tensor.dtype) for tensor in tensors} == {('meta', dtype)}
+
+
 class TestOptions:
 
     @pytest.mark.parametrize('name, argument, value', [
@@ -151,10 +167,23 @@ class TestOptions:
         with pytest.raises(ValueError, match='qk_norm'):
             Coordination(32, 8, 3, 5, 'avg', 64, 1, 2, 4., True, True)
 
-    @pytest.mark.parametrize('name', FAMILIES)
-    def test_an_unknown_argument_is_named(self, name):
-        with pytest.raises(TypeError, match='num_slotz'):
-            make_model(name, num_slotz=4)
+    @pytest.mark.parametrize('name, misspelt, nearest', [
+        ('test_ait', 'num_slot', 'num_slots'),
+        ('test_ait', 'atention', 'attention'),
+        ('test_set_transformer', 'num_inducings', 'num_inducing'),
+        ('test_perceiver', 'num_latent', 'num_latents'),
+        ('test_coordination', 'slots_dim', 'slot_dim'),
+        ('test_centroid_transformer', 'centroid_indx', 'centroid_index'),
+        *((name, 'drop_path', 'drop_path_rate') for name in FAMILIES),
+    ])
+    @pytest.mark.parametrize('question_dim', [0, 5])
+    def test_a_misspelt_argument_is_named_with_the_nearest_and_the_list(self, name, misspelt, nearest, question_dim):
+        with pytest.raises(TypeError, match=rf"'{misspelt}'.*Did you mean {nearest}\?.*help\(timm_ait\.models\."):
+            make_model(name, question_dim=question_dim, **{misspelt: 4})
+
+    def test_an_argument_like_no_other_is_named(self):
+        with pytest.raises(TypeError, match=r"Unknown argument 'xyzzy'\. The arguments"):
+            make_model('test_ait', xyzzy=4)
 
     @pytest.mark.parametrize('name', BASELINES)
     @pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(64, 64, dtype=torch.bool)), dict(is_causal=True)])
@@ -171,7 +200,7 @@ class TestOptions:
     def test_options_train_every_parameter(self, name, kwargs):
         model = make_model(name, **kwargs).train()
         x = images(size=kwargs.get('img_size', 32), in_chans=kwargs.get('in_chans', 3))
-        output = model(x, question=torch.randn(4, 5) if 'question_dim' in kwargs else None)
+        output = model(x, **({'question': torch.randn(4, 5)} if 'question_dim' in kwargs else {}))
         assert output.shape == (4, model.num_classes or model.num_features)
         assert_gradients_reach_every_parameter(model, output)
 
@@ -203,33 +232,51 @@ class TestOptions:
 @pytest.mark.parametrize('name', FAMILIES)
 class TestQuestions:
 
-    def test_answers_depend_on_the_question_which_comes_second(self, name):
+    def test_answers_depend_on_the_question(self, name):
         model = randomize(make_model(name, question_dim=5))
         x, question = images(dtype=torch.float64), torch.randn(4, 5)
-        answer = model(x, question)
-        assert torch.equal(model(x, question=question), answer)
-        assert (model(x, -question) - answer).abs().min() > 1e-6
+        answer = model(x, question=question)
+        assert (model(x, question=-question) - answer).abs().min() > 1e-6
+
+    @pytest.mark.parametrize('method', ['forward', 'forward_features'])
+    def test_the_question_is_a_keyword_behind_timms_arguments(self, name, method):
+        for question_dim in (0, 5):
+            model = make_model(name, question_dim=question_dim)
+            parameters = inspect.signature(getattr(model, method)).parameters
+            assert list(parameters)[:3] == ['x', 'attn_mask', 'is_causal']
+            assert not question_dim or parameters['question'].kind is inspect.Parameter.KEYWORD_ONLY
 
     def test_the_question_is_added_to_the_class_token(self, name):
         model = randomize(make_model(name, question_dim=5))
         x, question = images(dtype=torch.float64), torch.randn(1, 5)
-        answer = model(x, question.expand(4, -1))
+        answer = model(x, question=question.expand(4, -1))
         with torch.no_grad():
             model.cls_token += model.question_embed.proj(question.double())
             model.question_embed.proj.bias.zero_()
-        torch.testing.assert_close(model(x, torch.zeros(4, 5)), answer)
+        torch.testing.assert_close(model(x, question=torch.zeros(4, 5)), answer)
 
     @pytest.mark.parametrize('dtype', [torch.bool, torch.uint8, torch.float64])
     def test_questions_of_any_dtype(self, name, dtype):
         model, x, question = make_model(name, question_dim=5).eval(), images(), torch.eye(5)[:4]
-        assert torch.equal(model(x, question.to(dtype)), model(x, question))
+        assert torch.equal(model(x, question=question.to(dtype)), model(x, question=question))
 
-    @pytest.mark.parametrize('question_dim, shape', [
-        (5, None), (5, (5,)), (5, (4, 6)), (5, (3, 5)), (5, (4, 1, 5)), (0, (4, 5))])
-    def test_a_missing_misshapen_or_unwanted_question_raises(self, name, question_dim, shape):
-        model, question = make_model(name, question_dim=question_dim), None if shape is None else torch.randn(shape)
-        with pytest.raises(ValueError, match='question'):
-            model(images(), question)
+    @pytest.mark.parametrize('shape', [(5,), (4, 6), (3, 5), (4, 1, 5)])
+    def test_a_misshapen_question_raises(self, name, shape):
+        with pytest.raises(ValueError, match=r'question must have the shape \(4, 5\)'):
+            make_model(name, question_dim=5)(images(), question=torch.randn(shape))
+
+    @pytest.mark.parametrize('question_dim, kwargs', [(5, {}), (0, dict(question=torch.zeros(4, 5)))])
+    def test_a_missing_or_unwanted_question_raises(self, name, question_dim, kwargs):
+        with pytest.raises(TypeError, match="argument:? 'question'"):
+            make_model(name, question_dim=question_dim)(images(), **kwargs)
+
+    def test_without_questions_it_has_timms_own_forwards(self, name):
+        for method in ('forward', 'forward_features', 'forward_head', 'get_intermediate_layers', '_pos_embed'):
+            assert getattr(type(make_model(name)), method) is getattr(VisionTransformer, method)
+
+    def test_pickled(self, name):
+        model, x, question = make_model(name, question_dim=5).eval(), images(), torch.randn(4, 5)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x, question=question), model(x, question=question))
 
     @pytest.mark.parametrize('question_dim', [-1, 2.5, True])
     def test_a_bad_width_is_named(self, name, question_dim):
@@ -241,7 +288,7 @@ class TestQuestions:
         x, question = images(), torch.randn(4, 5)
         final, intermediates = model.forward_intermediates(x, output_fmt='NLC', question=question)
         assert [tuple(y.shape) for y in intermediates] == [(4, n, 64) for n in NUM_FEATURES[name]]
-        assert torch.equal(final, model.forward_features(x, question))
+        torch.testing.assert_close(final, model.forward_features(x, question=question))
 
     def test_threads_do_not_mix_their_questions(self, name):
         model, x = make_model(name, question_dim=5).eval(), images(1)
@@ -290,10 +337,11 @@ class TestIntermediates:
         model = make_model(name).eval()
         blocks = []
         for block in model.blocks:
-            block.register_forward_hook(
-                lambda m, i, output: blocks.append(output[0] if isinstance(output, tuple) else output))
+            block.register_forward_hook(lambda m, i, output: blocks.append(output))
         final, intermediates = model.forward_intermediates(images(), output_fmt='NLC')
-        assert all(torch.equal(actual, expected) for actual, expected in zip(intermediates, blocks, strict=True))
+        assert all(
+            torch.equal(actual, expected[:, model.num_prefix_tokens:])
+            for actual, expected in zip(intermediates, blocks, strict=True))
         assert torch.equal(final, getattr(model, 'norm', torch.nn.Identity())(blocks[-1]))
 
     @pytest.mark.parametrize('name', FAMILIES)
@@ -311,9 +359,9 @@ class TestIntermediates:
         layers = model.get_intermediate_layers(
             x, 3, reshape=True, return_prefix_tokens=True, norm=True, question=question)
         assert [tuple(grid.flatten(2).shape) for grid, _ in layers] == [(4, 64, n) for n in NUM_FEATURES[name]]
-        assert [prefix.shape[1] for _, prefix in layers] == [3, 3, 3]
+        assert [prefix.shape[1] for _, prefix in layers] == [model.num_prefix_tokens] * 3
         last = torch.cat([layers[-1][1], layers[-1][0].flatten(2).transpose(1, 2)], dim=1)
-        assert torch.equal(last, model.forward_features(x, question))
+        torch.testing.assert_close(last, model.forward_features(x, question=question))
 
     @pytest.mark.parametrize('name', WITH_GRIDS)
     def test_features_only(self, name):
@@ -328,7 +376,7 @@ class TestIntermediates:
         model, x = make_model(name).eval(), images()
         expected = model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)[index]
         final, last = model.forward_intermediates(x, indices=[index], stop_early=True, output_fmt='NLC')
-        assert torch.equal(final, expected)
+        assert torch.equal(final[:, model.num_prefix_tokens:], expected)
         assert len(last) == 1 and torch.equal(last[0], expected)
 
     @pytest.mark.parametrize('name, kwargs', [(name, {}) for name in BASELINES] + SHARING)
@@ -337,7 +385,7 @@ class TestIntermediates:
         model, x = make_model(name, **kwargs).eval(), images()
         expected = model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)[index]
         assert model.prune_intermediate_layers([index], prune_norm=True) == [index]
-        assert torch.equal(model(x), expected)
+        assert torch.equal(model(x)[:, model.num_prefix_tokens:], expected)
         assert_gradients_reach_every_parameter(model, model.train()(x))
 
 
@@ -371,12 +419,12 @@ class TestState:
         model = make_model(name, question_dim=5).eval()
         model.set_input_size(img_size=(48, 48), patch_size=(8, 8))
         assert model.pos_embed.shape[1] in (36, 37)  # with the class token
-        assert model(images(size=48), torch.randn(4, 5)).shape == (4, 10)
+        assert model(images(size=48), question=torch.randn(4, 5)).shape == (4, 10)
 
     @pytest.mark.parametrize('name', ['test_ait', 'test_coordination'])
     def test_dynamic_image_size(self, name):
         model = make_model(name, question_dim=5, dynamic_img_size=True).eval()
-        assert model(images(size=48), torch.randn(4, 5)).shape == (4, 10)
+        assert model(images(size=48), question=torch.randn(4, 5)).shape == (4, 10)
 
     @pytest.mark.parametrize('name', BASELINES)
     def test_a_checkpoint_is_resampled_to_another_size(self, name, tmp_path):
@@ -386,7 +434,7 @@ class TestState:
         model = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'model.safetensors')),
             question_dim=5, img_size=48, patch_size=8, in_chans=1, num_classes=5).eval()
-        assert model(images(size=48, in_chans=1), torch.randn(4, 5)).shape == (4, 5)
+        assert model(images(size=48, in_chans=1), question=torch.randn(4, 5)).shape == (4, 5)
         changed = {key for key, value in model.state_dict().items() if not torch.equal(value, source[key])}
         assert changed == {'pos_embed', 'patch_embed.proj.weight', 'head.weight', 'head.bias'}
 
@@ -450,16 +498,23 @@ class TestCompilers:
     def test_compiled_without_graph_breaks(self, name, kwargs):
         torch._dynamo.reset()
         model = make_model(name, question_dim=5, **kwargs).eval()
-        inputs = images(), torch.randn(4, 5)
+        x, question = images(), torch.randn(4, 5)
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-        torch.testing.assert_close(compiled(*inputs), model(*inputs), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            compiled(x, question=question), model(x, question=question), atol=1e-4, rtol=1e-4)
 
     @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
     @pytest.mark.parametrize('name, question_dim', [*((name, 5) for name in FAMILIES), ('test_perceiver', 0)])
     def test_scripted(self, name, question_dim):
         model = make_model(name, question_dim=question_dim).eval()
-        inputs = (images(), torch.randn(4, 5)) if question_dim else (images(),)
-        torch.testing.assert_close(torch.jit.script(model)(*inputs), model(*inputs), atol=1e-5, rtol=1e-5)
+        x, asked = images(), {'question': torch.randn(4, 5)} if question_dim else {}
+        torch.testing.assert_close(torch.jit.script(model)(x, **asked), model(x, **asked), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize('name', FAMILIES)
+    def test_exported(self, name):
+        model, x, asked = make_model(name, question_dim=5).eval(), images(), {'question': torch.randn(4, 5)}
+        program = torch.export.export(model, (x,), asked)
+        torch.testing.assert_close(program.module()(x, **asked), model(x, **asked), atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize('name', ['test_ait', 'test_coordination'])
     def test_features_only_compiled_without_graph_breaks(self, name):

@@ -66,8 +66,9 @@ class TestEquations:
         model = randomize(model, scale=0.3)
         x = images(2, dtype=torch.float64).requires_grad_()
         question = torch.randn(2, question_dim, dtype=torch.float64) if question_dim else None
+        asked = {'question': question} if question_dim else {}
 
-        actual = model(x, question)
+        actual = model(x, **asked)
         expected = SetTransformerEquations(model, num_heads=4).classify(x, 2, num_seeds, question)
         assert_same(actual, expected, [x, *model.parameters()])
 
@@ -88,7 +89,8 @@ class TestQuestions:
         x, question = images(2), torch.randn(2, 5)
         for pool, expected in (('avg', lambda f: f[:, 1:].mean(1)), ('token', lambda f: f[:, 0])):
             model = make_model(question_dim=5, global_pool=pool, num_classes=0).eval()
-            torch.testing.assert_close(model(x, question), expected(model.forward_features(x, question)))
+            features = model.forward_features(x, question=question)
+            torch.testing.assert_close(model(x, question=question), expected(features))
 
 
 class TestModel:
@@ -119,8 +121,8 @@ class TestModel:
         model.reset_classifier(0, 'avg')
         assert model.attn_pool is None
         x, question = images(2), torch.randn(2, 5)
-        patches = model.forward_features(x, question)[:, 1:]
-        torch.testing.assert_close(model(x, question), patches.mean(1))
+        patches = model.forward_features(x, question=question)[:, 1:]
+        torch.testing.assert_close(model(x, question=question), patches.mean(1))
 
     def test_inducing_points_start_by_xaviers_rule_and_linear_layers_by_pytorchs(self):
         block = make_model().blocks[0]

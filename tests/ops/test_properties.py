@@ -76,9 +76,8 @@ class TestStep:
     def test_the_order_of_tokens_does_not_matter(self, step, random):
         order = list(range(len(step['tokens'])))
         random.shuffle(order)
-        mask = step['token_mask']
         shuffled = {
-            **step, 'tokens': step['tokens'][order], 'token_mask': mask if mask is None else mask[order]}
+            **step, **{name: step[name][order] for name in ('tokens', 'residual', 'token_mask') if step[name] is not None}}
         output, *others = workspace.write_and_read(**step)
         shuffled_output, *shuffled_others = workspace.write_and_read(**shuffled)
         torch.testing.assert_close([shuffled_output, *shuffled_others], [output[order], *others])

@@ -19,12 +19,12 @@ from typing import Dict
 import torch
 
 from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
-from timm_ait.weights import shipped_weights
+from timm_ait.weights import shipped_cfg
 
-from ._question import build_vit
-from .associative_transformer import AssociativeTransformer
+from ._builder import build_vit, cifar_cfg
+from .associative_transformer import AssociativeTransformer, QuestionAssociativeTransformer
+from .associative_transformer import checkpoint_filter_fn as ait_checkpoint_filter_fn
 from .from_timm import add_fresh_workspaces
 
 __all__ = []
@@ -35,7 +35,7 @@ def checkpoint_filter_fn(
         model: AssociativeTransformer,
 ) -> Dict[str, torch.Tensor]:
     """As the ViT's; its checkpoint is completed by workspaces that start as the identity."""
-    return add_fresh_workspaces(vit_checkpoint_filter_fn(state_dict, model), model)
+    return add_fresh_workspaces(ait_checkpoint_filter_fn(state_dict, model), model)
 
 
 def _cfgs(*vits: str) -> Dict[str, PretrainedCfg]:
@@ -46,31 +46,18 @@ def _cfgs(*vits: str) -> Dict[str, PretrainedCfg]:
     }
 
 
-# Oxford-IIIT Pet, in the order of timm's folders
-_PET_BREEDS = (
-    'Abyssinian', 'american_bulldog', 'american_pit_bull_terrier', 'basset_hound', 'beagle', 'Bengal', 'Birman',
-    'Bombay', 'boxer', 'British_Shorthair', 'chihuahua', 'Egyptian_Mau', 'english_cocker_spaniel', 'english_setter',
-    'german_shorthaired', 'great_pyrenees', 'havanese', 'japanese_chin', 'keeshond', 'leonberger', 'Maine_Coon',
-    'miniature_pinscher', 'newfoundland', 'Persian', 'pomeranian', 'pug', 'Ragdoll', 'Russian_Blue', 'saint_bernard',
-    'samoyed', 'scottish_terrier', 'shiba_inu', 'Siamese', 'Sphynx', 'staffordshire_bull_terrier', 'wheaten_terrier',
-    'yorkshire_terrier')
-
-_dinov2_cfgs = _cfgs('vit_small_patch14_dinov2')
-
 default_cfgs = generate_default_cfgs({
-    **_cfgs('vit_tiny_patch16_224', 'vit_small_patch16_224', 'vit_base_patch16_224'),
-    **_dinov2_cfgs,
-    'ait_vit_small_patch14_dinov2.pets': dataclasses.replace(
-        _dinov2_cfgs['ait_vit_small_patch14_dinov2.lvd142m'],
-        **shipped_weights('ait_vit_small_patch14_dinov2.pets'),
-        input_size=(3, 196, 196), crop_pct=0.875, num_classes=len(_PET_BREEDS), label_names=_PET_BREEDS),
+    **_cfgs(
+        'vit_tiny_patch16_224', 'vit_small_patch16_224', 'vit_base_patch16_224', 'vit_small_patch14_dinov2'),
+    'ait_vit_small_patch14_dinov2.pets': cifar_cfg(**shipped_cfg('ait_vit_small_patch14_dinov2.pets')),
     'test_ait_vit.r160_in1k': _cfgs('test_vit')['ait_test_vit.r160_in1k'],
 })
 
 
 def _create_ait_vit(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     kwargs.setdefault('gated', True)
-    return build_vit(AssociativeTransformer, checkpoint_filter_fn, variant, pretrained, **kwargs)
+    return build_vit(
+        AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn, variant, pretrained, **kwargs)
 
 
 @register_model

@@ -11,7 +11,7 @@ attention, which has the same parameters. Small 14.8M, near AiT-Small's 15.1M, b
 768 wide: one before, one of centroid attention and one after are the least that make the family.
 """
 from functools import partial
-from typing import Optional, Tuple
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -19,11 +19,13 @@ import torch.nn.functional as F
 
 from timm.layers import Attention
 from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block, checkpoint_filter_fn
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT
 
 __all__ = ['CentroidTransformer']
 
@@ -115,6 +117,7 @@ class CentroidBlock(Block):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
+        """Centroids (B, P + M, C) of tokens x (B, P + N, C); masks are not supported."""
         refuse_masks(attn_mask, is_causal)
         centroids = self.init_centroids(x)
         x = self.norm1(x)
@@ -123,7 +126,7 @@ class CentroidBlock(Block):
         return centroids + self.drop_path2(self.ls2(self.mlp(self.norm2(centroids))))
 
 
-class CentroidTransformer(QuestionViT):
+class CentroidTransformer(VisionTransformer):
     """ Centroid Transformer
 
     timm's `VisionTransformer` with one block of centroid attention; keys of a plain ViT checkpoint match one to one. A
@@ -140,16 +143,17 @@ class CentroidTransformer(QuestionViT):
     ) -> None:
         """
         Args:
-            *args: As `QuestionViT`.
+            *args: As `VisionTransformer`.
             centroid_index: Index of the block of centroid attention, the number of blocks over all tokens before it.
             centroid_pool: Side of the square of tokens that a centroid starts from: M = N / side^2.
             centroid_steps: Number of steps of the centroids within their block.
-            **kwargs: As `QuestionViT`, except for other blocks and what leaves no full grid of one size.
+            **kwargs: As `VisionTransformer`, except for other blocks and what leaves no full grid of one size.
 
         Raises:
             ValueError: An option of other blocks, or a size that is not possible.
         """
         kwargs = refuse_arguments(
+            self,
             args,
             kwargs,
             'centroids start from the means of a full grid of tokens of one size',
@@ -184,12 +188,39 @@ class CentroidTransformer(QuestionViT):
             if isinstance(block, CentroidBlock):
                 block.grid_size = self.patch_embed.grid_size
 
-    def _feature_size(self, index: int, height: int, width: int) -> Tuple[int, int]:
-        """Size of the grid of tokens or, from the centroid block on, of centroids."""
+    def _to_grid(self, x: Any, index: int) -> Any:
+        """Tokens or centroids (B, N, E) after a block as (B, E, H, W); prefix tokens beside them stay."""
+        if isinstance(x, tuple):
+            return self._to_grid(x[0], index), x[1]
         H, W = self.patch_embed.grid_size
         if index >= self.centroid_index:
             H, W = -(-H // self.centroid_pool), -(-W // self.centroid_pool)
-        return H, W
+        return x.transpose(1, 2).reshape(x.shape[0], -1, H, W)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            *args,
+            output_fmt: str = 'NCHW',
+            **kwargs,
+    ) -> Any:
+        """As `VisionTransformer`; the grid is one of centroids from their block on."""
+        output = super().forward_intermediates(x, indices, *args, output_fmt='NLC', **kwargs)
+        if output_fmt == 'NLC':
+            return output
+        assert output_fmt == 'NCHW', 'Output format must be one of NCHW or NLC.'
+        taken = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))
+        is_dict, is_pair = isinstance(output, dict), isinstance(output, tuple)
+        features = output['image_intermediates'] if is_dict else output[1] if is_pair else output
+        grids = [self._to_grid(y, i) for y, i in zip(features, taken)]
+        if is_dict:
+            return {**output, 'image_intermediates': grids}
+        return (output[0], grids) if is_pair else grids
+
+
+class QuestionCentroidTransformer(QuestionViT, CentroidTransformer):
+    """ Centroid Transformer that takes questions """
 
 
 default_cfgs = generate_default_cfgs({
@@ -199,7 +230,8 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_centroid_transformer = partial(build_vit, CentroidTransformer, checkpoint_filter_fn)
+_create_centroid_transformer = partial(
+    build_vit, CentroidTransformer, QuestionCentroidTransformer, checkpoint_filter_fn)
 
 # 32 px images in 64 patches, 16 centroids, average pooling
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')

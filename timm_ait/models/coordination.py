@@ -11,19 +11,21 @@ Paper: `Coordination Among Neural Modules Through a Shared Global Workspace` - h
 Parameters without the classifier: small 15.0M (AiT-Small 15.1M) and base 89.4M (AiT-Base 90.4M). Width, depth and heads
 are those of the AiT of the name; the slots are 320 wide, not 768 as the tokens, for the parameters to meet.
 """
+from collections import OrderedDict
 from functools import partial
-from typing import Dict, List, Optional, Set, Tuple, Union
+from typing import Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 
 from timm.layers import use_fused_attn
-from timm.models import checkpoint, generate_default_cfgs, register_model, register_notrace_function
-from timm.models.vision_transformer import Block, checkpoint_filter_fn
+from timm.models import generate_default_cfgs, register_model, register_notrace_function
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT
 
 __all__ = ['Coordination']
 
@@ -36,19 +38,27 @@ def topk_softmax(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.full_like(scores, float('-inf')).scatter(-1, indices, values).softmax(dim=-1)
 
 
-class LearnedSlots(nn.Module):
-    """The memory before the first block, the same for every image."""
+def join_memory(x: torch.Tensor, memory: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
+    """Put a memory (B, M, D) behind the first P of the tokens x (B, P + N, E), into as many as it fills."""
+    memory = memory.flatten(1)
+    memory = nn.functional.pad(memory, (0, -memory.shape[1] % x.shape[2])).reshape(x.shape[0], -1, x.shape[2])
+    return torch.cat([x[:, :num_prefix_tokens], memory.to(x.dtype), x[:, num_prefix_tokens:]], dim=1)
 
-    def __init__(self, num_slots: int, slot_dim: int, device=None, dtype=None) -> None:
+
+class LearnedSlots(nn.Module):
+    """Puts the memory before the first block, the same for every image, among the tokens of images."""
+
+    def __init__(self, num_slots: int, slot_dim: int, num_prefix_tokens: int, device=None, dtype=None) -> None:
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         self.slots = nn.Parameter(torch.empty(1, num_slots, slot_dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.slots)
 
-    def forward(self, batch_size: int) -> torch.Tensor:
-        return self.slots.repeat(batch_size, 1, 1)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return join_memory(x, self.slots.expand(x.shape[0], -1, -1), self.num_prefix_tokens)
 
 
 class SharedWorkspace(nn.Module):
@@ -154,26 +164,58 @@ class SharedWorkspace(nn.Module):
 
 
 class CoordinationBlock(Block):
-    """Pre-norm transformer block with a shared workspace in place of self-attention."""
+    """Pre-norm transformer block with a shared workspace in place of self-attention.
 
-    def __init__(self, dim: int, num_heads: int, slot_dim: int, slot_heads: int, bottleneck: int, **kwargs) -> None:
+    The memory (B, M, D) comes and goes among the tokens, after P others, in as many of them as its numbers fill.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            num_slots: int,
+            slot_dim: int,
+            slot_heads: int,
+            bottleneck: int,
+            num_prefix_tokens: int,
+            **kwargs,
+    ) -> None:
         super().__init__(dim, num_heads, **{**kwargs, 'attn_layer': nn.Identity})  # its place is taken below
         shared = ('qkv_bias', 'proj_bias', 'attn_drop', 'proj_drop', 'device', 'dtype')
         self.attn = SharedWorkspace(
             dim, num_heads, slot_dim, slot_heads, bottleneck, **{name: kwargs[name] for name in shared})
+        self.num_slots = num_slots
+        self.num_prefix_tokens = num_prefix_tokens
 
-    def forward(self, x: torch.Tensor, memory: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        received, memory = self.attn(self.norm1(x), memory)
-        x = x + self.drop_path1(self.ls1(received))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, memory
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Update the tokens and the memory among them.
+
+        Args:
+            x: (B, P + K + N, E), of which K hold the memory.
+            attn_mask, is_causal: Not supported, there is no self-attention.
+        """
+        refuse_masks(attn_mask, is_causal)
+        B, _, E = x.shape
+        size = self.num_slots * self.attn.slot_dim
+        start, stop = self.num_prefix_tokens, self.num_prefix_tokens + -(-size // E)
+        memory = x[:, start:stop].flatten(1)[:, :size].reshape(B, self.num_slots, -1)
+        tokens = torch.cat([x[:, :start], x[:, stop:]], dim=1)
+        received, memory = self.attn(self.norm1(tokens), memory)
+        tokens = tokens + self.drop_path1(self.ls1(received))
+        tokens = tokens + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens))))
+        return join_memory(tokens, memory, self.num_prefix_tokens)
 
 
-class Coordination(QuestionViT):
+class Coordination(VisionTransformer):
     """ Vision transformer coordinated through a shared global workspace
 
-    timm's `VisionTransformer` with other blocks, and a memory per image that they hand on. A question, in the class
-    token, writes into the memory if it wins the competition.
+    timm's `VisionTransformer` with other blocks, and a memory per image that they hand on: among the prefix tokens,
+    after class token and registers. A question, in the class token, writes into the memory if it wins the competition.
     """
 
     def __init__(
@@ -187,58 +229,47 @@ class Coordination(QuestionViT):
     ) -> None:
         """
         Args:
-            *args: As `QuestionViT`.
+            *args: As `VisionTransformer`.
             num_slots: Number of slots M of the memory.
             slot_dim, slot_heads, bottleneck: As `SharedWorkspace`.
-            **kwargs: As `QuestionViT`, except for the options of its attention and of its blocks.
+            **kwargs: As `VisionTransformer`, except for the options of its attention and of its blocks.
 
         Raises:
             ValueError: An option of self-attention, or a size that is not possible.
         """
         kwargs = refuse_arguments(
+            self,
             args,
             kwargs,
-            'this model has no self-attention',
-            qk_norm=False, scale_attn_norm=False, attn_layer=None, block_fn=None,
+            'this model has no self-attention, and only patches have positions',
+            qk_norm=False, scale_attn_norm=False, attn_layer=None, block_fn=None, no_embed_class=True,
         )
         check_at_least(1, num_slots=num_slots)
-        block_fn = partial(CoordinationBlock, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
-        super().__init__(block_fn=block_fn, **kwargs)
-        self.blocks = nn.ModuleList(self.blocks)  # not a sequence of one tensor
-        self.memory = LearnedSlots(num_slots, slot_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+
+        def block_fn(**block_kwargs) -> nn.Module:
+            return CoordinationBlock(
+                num_slots=num_slots,
+                slot_dim=slot_dim,
+                slot_heads=slot_heads,
+                bottleneck=bottleneck,
+                num_prefix_tokens=self.num_prefix_tokens,
+                **block_kwargs,
+            )
+
+        super().__init__(block_fn=block_fn, no_embed_class=True, **kwargs)
+        memory = LearnedSlots(
+            num_slots, slot_dim, self.num_prefix_tokens, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+        self.norm_pre = nn.Sequential(OrderedDict(norm=self.norm_pre, memory=memory))
+        self.num_prefix_tokens += -(-num_slots * slot_dim // self.embed_dim)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Set of parameters that should not use weight decay."""
-        return super().no_weight_decay() | {'memory.slots'}
+        return super().no_weight_decay() | {'norm_pre.memory.slots'}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:
-        """As `QuestionViT`, with the memory in the stem."""
-        matcher = super().group_matcher(coarse)
-        return {**matcher, 'stem': matcher['stem'] + '|memory'}
 
-    def _forward_blocks(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor],
-            is_causal: bool,
-            num_blocks: int,
-            take_indices: Optional[List[int]] = None,
-    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """As `QuestionViT`, with the memory that the blocks hand on."""
-        refuse_masks(attn_mask, is_causal)
-        taken: List[torch.Tensor] = []
-        memory = self.memory(x.shape[0])
-        for i, block in enumerate(self.blocks):
-            if i < num_blocks:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, memory = checkpoint(block, x, memory)
-                else:
-                    x, memory = block(x, memory)
-                if take_indices is not None and i in take_indices:
-                    taken.append(x)
-        return x, taken
+class QuestionCoordination(QuestionViT, Coordination):
+    """ Coordination that takes questions """
 
 
 default_cfgs = generate_default_cfgs({
@@ -248,7 +279,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_coordination = partial(build_vit, Coordination, checkpoint_filter_fn)
+_create_coordination = partial(build_vit, Coordination, QuestionCoordination, checkpoint_filter_fn)
 
 # 32 px images in 64 patches, average pooling
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')

@@ -20,9 +20,10 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers._arguments import split_kwargs
+from timm_ait.layers._arguments import options, split_kwargs
 from timm_ait.weights import check_weights
 
+from ._builder import refuse_unknown
 from .associative_transformer import AssociativeBlock
 
 __all__ = ['add_workspace']
@@ -96,15 +97,19 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
             ViT, DeiT, BEiT, EVA and Swin families. Its device and dtype are those of the workspaces.
         blocks: Numbers of the blocks that get a workspace, counted through all stages, negative from the end. None for
             all.
-        **workspace_kwargs: Arguments of `GlobalWorkspace`, except `gated`.
+        **workspace_kwargs: Arguments of `GlobalWorkspace`, except `gated`: these are always gated.
 
     Returns:
         The same model.
 
     Raises:
+        TypeError: An argument is unknown.
         ValueError: The model has no such MLPs, or has workspaces already, or an argument is out of its range. The
-            model is then unchanged.
+            model is unchanged after any error.
     """
+    if 'gated' in workspace_kwargs:
+        raise TypeError('gated is not an argument of add_workspace: the workspaces that it adds are always gated.')
+    refuse_unknown(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
     architecture = type(model).__name__
     for name, module in model.named_modules():
         if isinstance(module, GlobalWorkspace):
@@ -202,6 +207,12 @@ def ait_from_timm(
         model: Architecture of the transformer, with or without a tag: 'vit_tiny_patch16_224.augreg_in21k'.
         blocks: As `add_workspace`.
         **kwargs: Arguments of `GlobalWorkspace` and of the transformer.
+
+    Raises:
+        RuntimeError: The weights do not match the model.
+        TypeError: An argument is unknown.
+        ValueError: `model` is no architecture of timm or one that `add_workspace` refuses, or an argument is out of its
+            range.
     """
     if not isinstance(model, str) or not is_model(model):
         raise ValueError(
@@ -213,7 +224,12 @@ def ait_from_timm(
         # with its own classifier first: where timm adapts that, it no longer minds what else does not fit
         own_classifier = pretrained and not kwargs.keys() & {'global_pool', 'features_only'}
         num_classes = kwargs.pop('num_classes', None) if own_classifier else None
-        body = create_model(model, pretrained, **kwargs)
+        try:
+            body = create_model(model, pretrained, **kwargs)
+        except TypeError as e:
+            unknown = [name for name in kwargs if repr(name) in str(e)]
+            refuse_unknown(unknown, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
+            raise
         if num_classes not in (None, body.num_classes):
             body.reset_classifier(num_classes)
         return add_workspace(body, blocks, **workspace_kwargs)

@@ -21,15 +21,16 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 
-from timm.layers import DropPath, LayerNorm, LayerType, Mlp, get_act_layer, get_norm_layer, trunc_normal_
+from timm.layers import DropPath, LayerNorm, Mlp, trunc_normal_
 from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Block, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers.cross_attention import CrossAttention
 from timm_ait.layers._arguments import check_at_least
 
-from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT
 
 __all__ = ['Perceiver']
 
@@ -68,136 +69,41 @@ class CrossAttentionBlock(nn.Module):
         return latents
 
 
-class Perceiver(QuestionViT):
-    """ Perceiver
-
-    timm's `VisionTransformer` before and after its layers: patches, position embedding, pooling and classifier. Its
-    features are the latents. A question, in a class token, is one more token to read.
-    """
+class PerceiverEncoder(nn.Module):
+    """All iterations, of a cross-attention and a latent transformer each: the one block of a ViT, of tokens."""
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 32,
-            patch_size: Union[int, Tuple[int, int]] = 4,
-            in_chans: int = 3,
-            num_classes: int = 10,
-            global_pool: str = 'avg',
-            embed_dim: int = 768,
-            depth: int = 2,
-            num_heads: int = 12,
-            *,
-            num_cross_heads: int = 1,
-            mlp_ratio: float = 1.,
-            num_latents: int = 32,
-            num_iterations: int = 3,
-            share_weights: str = 'after_first',
-            proj_drop_rate: float = 0.,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            norm_layer: Optional[LayerType] = None,
-            act_layer: Optional[LayerType] = None,
+            dim: int,
+            depth: int,
+            num_heads: int,
+            num_cross_heads: int,
+            num_latents: int,
+            num_iterations: int,
+            share_weights: str,
             device=None,
             dtype=None,
-            **kwargs,
+            **block_kwargs,
     ) -> None:
-        """
-        Args:
-            img_size, patch_size, in_chans, num_classes: As `VisionTransformer`.
-            global_pool: Pooling of the latents, 'avg' (the paper's), 'avgmax', 'max', or '' for none.
-            embed_dim: Width E of latents and tokens.
-            depth: Number of self-attention blocks of the latent transformer, which follows each cross-attention.
-            num_heads: Number of heads of the self-attention.
-            num_cross_heads: Number of heads of the cross-attention.
-            mlp_ratio: Hidden width of the dense blocks, in units of `embed_dim`.
-            num_latents: Number of latents M.
-            num_iterations: Number of iterations, of a cross-attention and a latent transformer each.
-            share_weights: Weights that the iterations share: 'after_first' is the paper's, all except for the first
-                cross-attention; 'all' or 'none'.
-            proj_drop_rate, attn_drop_rate, norm_layer, act_layer: As `VisionTransformer`.
-            drop_path_rate: Stochastic depth rate, the same in all blocks, since a shared block has no depth.
-            **kwargs: As `QuestionViT`, except for what its blocks do not have.
-
-        Raises:
-            ValueError: An argument is out of its range, or one of other blocks.
-        """
-        check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
-        if share_weights not in ('none', 'after_first', 'all'):
-            raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
-        self._check_global_pool(global_pool)
-        kwargs = refuse_arguments(
-            (),
-            kwargs,
-            'tokens are the patches and the question, and the blocks are those of the paper',
-            qkv_bias=True, qk_norm=False, scale_attn_norm=False, scale_mlp_norm=False, proj_bias=True, init_values=None,
-            class_token=False, no_embed_class=True, reg_tokens=0, final_norm=False, fc_norm=False, weight_init='',
-            fix_init=False, block_fn=None, mlp_layer=None, attn_layer=None,
-        )
+        """Arguments as `Perceiver`, and of its blocks."""
+        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(
-            img_size, patch_size, in_chans, num_classes, global_pool, embed_dim,
-            depth=0,  # the blocks are below
-            class_token=False,
-            no_embed_class=True,
-            final_norm=False,
-            norm_layer=norm_layer,
-            weight_init='skip',
-            **dd,
-            **kwargs,
-        )
-        self.num_prefix_tokens = 0  # of the features
+        self.grad_checkpointing = False
         self.num_iterations = num_iterations
-
-        self.latents = nn.Parameter(torch.empty(1, num_latents, embed_dim, **dd))
-        block_args = dict(
-            mlp_ratio=mlp_ratio,
-            proj_drop=proj_drop_rate,
-            attn_drop=attn_drop_rate,
-            drop_path=drop_path_rate,
-            act_layer=get_act_layer(act_layer) or nn.GELU,
-            norm_layer=get_norm_layer(norm_layer) or LayerNorm,
-            **dd,
-        )
+        self.latents = nn.Parameter(torch.empty(1, num_latents, dim, **dd))
         # iterations beyond the length of a list use its last module
         num_cross_attns = {'none': num_iterations, 'after_first': min(2, num_iterations), 'all': 1}[share_weights]
         self.cross_attns = nn.ModuleList([
-            CrossAttentionBlock(embed_dim, num_heads=num_cross_heads, **block_args)
-            for _ in range(num_cross_attns)])
+            CrossAttentionBlock(dim, num_cross_heads, **block_kwargs, **dd) for _ in range(num_cross_attns)])
         self.latent_transformers = nn.ModuleList([
-            nn.Sequential(*[Block(embed_dim, num_heads=num_heads, qkv_bias=True, **block_args) for _ in range(depth)])
+            nn.Sequential(*[Block(dim, num_heads, qkv_bias=True, **block_kwargs, **dd) for _ in range(depth)])
             for _ in range(num_iterations if share_weights == 'none' else 1)])
-        # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
-        self.init_weights(needs_reset=False)
+        self.reset_parameters()
 
-    @torch.jit.ignore
-    def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
-        """As `VisionTransformer`; latents as the position embedding."""
-        super().init_weights(mode, needs_reset)
+    def reset_parameters(self) -> None:
         trunc_normal_(self.latents, std=.02)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        """Set of parameters that should not use weight decay."""
-        return super().no_weight_decay() | {'latents'}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns that group the parameters by depth, shared ones by their first use."""
-        return dict(
-            stem=super().group_matcher(coarse)['stem'] + '|latents',
-            blocks=[(r'^cross_attns\.(\d+)', None), (r'^latent_transformers\.(\d+)\.(\d+)', None)],
-        )
-
-    def _check_global_pool(self, global_pool: Optional[str]) -> None:
-        pools = ('', 'avg', 'avgmax', 'max')
-        if global_pool is not None and global_pool not in pools:
-            raise ValueError(f'global_pool must be one of {pools}, got {global_pool!r}.')
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """As `VisionTransformer`, with the poolings of latents."""
-        self._check_global_pool(global_pool)
-        super().reset_classifier(num_classes, global_pool)
-
-    def _iterate(self, latents: torch.Tensor, tokens: torch.Tensor, iteration: int) -> torch.Tensor:
+    def iterate(self, latents: torch.Tensor, tokens: torch.Tensor, iteration: int) -> torch.Tensor:
         """One iteration, counted from 0: latents (B, M, E) read the tokens (B, N, E), then each other."""
         # loops with a condition in them, since TorchScript cannot index a ModuleList by a variable
         for i, cross_attn in enumerate(self.cross_attns):
@@ -214,31 +120,148 @@ class Perceiver(QuestionViT):
                     latents = blocks(latents)
         return latents
 
-    def _num_blocks(self) -> int:
-        return self.num_iterations
-
-    def _forward_blocks(
+    def forward(
             self,
             x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor],
-            is_causal: bool,
-            num_blocks: int,
-            take_indices: Optional[List[int]] = None,
-    ) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-        """Latents (B, M, E) that have read the tokens x (B, N, E), and those after iterations that are to be taken."""
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Latents (B, M, E) that have read the tokens x (B, N, E); masks are not supported."""
         refuse_masks(attn_mask, is_causal)
-        taken: List[torch.Tensor] = []
         latents = self.latents.expand(x.shape[0], -1, -1)
-        for i in range(num_blocks):
-            latents = self._iterate(latents, x, i)
-            if take_indices is not None and i in take_indices:
-                taken.append(latents)
-        return latents, taken
+        for i in range(self.num_iterations):
+            latents = self.iterate(latents, x, i)
+        return latents
 
-    def forward_intermediates(self, x: torch.Tensor, indices=None, *, output_fmt: str = 'NLC', **kwargs) -> Any:
-        """As `QuestionViT`, with the latents after each iteration, which are no grids: `output_fmt` is 'NLC'."""
+    def prune(self, num_iterations: int) -> None:
+        """Keep the first iterations alone."""
+        self.num_iterations = num_iterations
+        self.cross_attns = self.cross_attns[:num_iterations]
+        self.latent_transformers = self.latent_transformers[:num_iterations]
+
+
+class Perceiver(VisionTransformer):
+    """ Perceiver
+
+    timm's `VisionTransformer` before and after its layers: patches, position embedding, pooling and classifier. Its
+    features are the latents. A question, in a class token, is one more token to read.
+    """
+
+    def __init__(
+            self,
+            *args,
+            num_cross_heads: int = 1,
+            num_latents: int = 32,
+            num_iterations: int = 3,
+            share_weights: str = 'after_first',
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            *args: As `VisionTransformer`. `depth` and `num_heads` are those of the latent transformer, which follows
+                each cross-attention; `mlp_ratio` is 1 by default; `global_pool` of latents may be 'avg' (the paper's
+                and the default), 'avgmax', 'max', or '' for none; `drop_path_rate` is the same in all blocks, since a
+                shared block has no depth.
+            num_cross_heads: Number of heads of the cross-attention.
+            num_latents: Number of latents M.
+            num_iterations: Number of iterations, of a cross-attention and a latent transformer each.
+            share_weights: Weights that the iterations share: 'after_first' is the paper's, all except for the first
+                cross-attention; 'all' or 'none'.
+            **kwargs: As `VisionTransformer`, except for what its blocks do not have.
+
+        Raises:
+            ValueError: An argument is out of its range, or one of other blocks.
+        """
+        kwargs = refuse_arguments(
+            self,
+            args,
+            kwargs,
+            'tokens are the patches and the question, and the blocks are those of the paper',
+            qkv_bias=True, qk_norm=False, scale_attn_norm=False, scale_mlp_norm=False, proj_bias=True, init_values=None,
+            no_embed_class=True, reg_tokens=0, final_norm=False, fc_norm=False, weight_init='', fix_init=False,
+            block_fn=None, mlp_layer=None, attn_layer=None,
+        )
+        kwargs = {'global_pool': 'avg', 'mlp_ratio': 1., 'class_token': False, **kwargs}
+        depth, drop_path = kwargs.pop('depth', 12), kwargs.pop('drop_path_rate', 0.)
+        check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
+        if share_weights not in ('none', 'after_first', 'all'):
+            raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
+        self._check_global_pool(kwargs['global_pool'])
+
+        def block_fn(dim: int, num_heads: int, **block_kwargs) -> nn.Module:
+            names = ('mlp_ratio', 'proj_drop', 'attn_drop', 'norm_layer', 'act_layer', 'device', 'dtype')
+            return PerceiverEncoder(
+                dim, depth, num_heads, num_cross_heads, num_latents, num_iterations, share_weights,
+                drop_path=drop_path, **{name: block_kwargs[name] for name in names})
+
+        super().__init__(
+            depth=1, no_embed_class=True, final_norm=False, weight_init='skip', block_fn=block_fn, **kwargs)
+        self.num_prefix_tokens = 0  # of the features
+        # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Set of parameters that should not use weight decay."""
+        return super().no_weight_decay() | {'blocks.0.latents'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that group the parameters by depth, shared ones by their first use."""
+        return dict(
+            stem=super().group_matcher(coarse)['stem'] + r'|blocks\.0\.latents',
+            blocks=[
+                (r'^blocks\.0\.cross_attns\.(\d+)', None),
+                (r'^blocks\.0\.latent_transformers\.(\d+)\.(\d+)', None)],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable gradient checkpointing, of each cross-attention and block."""
+        self.blocks[0].grad_checkpointing = enable
+
+    def _check_global_pool(self, global_pool: Optional[str]) -> None:
+        pools = ('', 'avg', 'avgmax', 'max')
+        if global_pool is not None and global_pool not in pools:
+            raise ValueError(f'global_pool must be one of {pools}, got {global_pool!r}.')
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """As `VisionTransformer`, with the poolings of latents."""
+        self._check_global_pool(global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            return_prefix_tokens: bool = False,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NLC',
+            intermediates_only: bool = False,
+            output_dict: bool = False,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """As `VisionTransformer`, with the latents after each iteration, which are no grids: `output_fmt` is 'NLC'.
+
+        `return_prefix_tokens` and `norm` change nothing: there are no prefix tokens among latents, and no norm.
+        """
         assert output_fmt == 'NLC', 'Output format must be NLC: latents are not on a grid.'
-        return super().forward_intermediates(x, indices, output_fmt=output_fmt, **kwargs)
+        refuse_masks(attn_mask, is_causal)
+        encoder = self.blocks[0]
+        take_indices, max_index = feature_take_indices(encoder.num_iterations, indices)
+        tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        latents = encoder.latents.expand(x.shape[0], -1, -1)
+        intermediates = []
+        for i in range(max_index + 1 if stop_early else encoder.num_iterations):
+            latents = encoder.iterate(latents, tokens, i)
+            if i in take_indices:
+                intermediates.append(latents)
+        if output_dict:
+            features = {} if intermediates_only else {'image_features': latents}
+            return {'image_intermediates': intermediates, **features}
+        return intermediates if intermediates_only else (latents, intermediates)
 
     def prune_intermediate_layers(
             self,
@@ -247,13 +270,15 @@ class Perceiver(QuestionViT):
             prune_head: bool = True,
     ) -> List[int]:
         """As `VisionTransformer`, of iterations; `prune_norm` changes nothing, since there is no norm after them."""
-        take_indices, max_index = feature_take_indices(self.num_iterations, indices)
-        self.num_iterations = max_index + 1
-        self.cross_attns = self.cross_attns[:max_index + 1]
-        self.latent_transformers = self.latent_transformers[:max_index + 1]
+        take_indices, max_index = feature_take_indices(self.blocks[0].num_iterations, indices)
+        self.blocks[0].prune(max_index + 1)
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices
+
+
+class QuestionPerceiver(QuestionViT, Perceiver):
+    """ Perceiver that takes questions """
 
 
 default_cfgs = generate_default_cfgs({
@@ -268,25 +293,29 @@ def _create_perceiver(variant: str, pretrained: bool = False, **kwargs) -> Perce
         raise RuntimeError(
             'features_only is not implemented for Perceiver models, whose features are latents and not grids: use '
             'forward_intermediates.')
-    return build_vit(Perceiver, checkpoint_filter_fn, variant, pretrained, **kwargs)
+    return build_vit(Perceiver, QuestionPerceiver, checkpoint_filter_fn, variant, pretrained, **kwargs)
+
+
+# 32 px images in 64 patches
+_CIFAR = dict(img_size=32, patch_size=4)
 
 
 @register_model
 def perceiver_small(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver of AiT-Small's size, 3 iterations of 2 blocks, 32 px, patch 4. """
-    model_args = dict(embed_dim=768, depth=2, num_heads=12, num_iterations=3)
+    model_args = dict(_CIFAR, embed_dim=768, depth=2, num_heads=12, num_iterations=3)
     return _create_perceiver('perceiver_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def perceiver_base(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver of AiT-Base's size, 2 iterations of 12 blocks, 32 px, patch 4. """
-    model_args = dict(embed_dim=1024, depth=12, num_heads=16, num_iterations=2)
+    model_args = dict(_CIFAR, embed_dim=1024, depth=12, num_heads=16, num_iterations=2)
     return _create_perceiver('perceiver_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_perceiver(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver for unit tests. """
-    model_args = dict(embed_dim=64, depth=2, num_heads=2, num_latents=8, num_iterations=3)
+    model_args = dict(_CIFAR, embed_dim=64, depth=2, num_heads=2, num_latents=8, num_iterations=3)
     return _create_perceiver('test_perceiver', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -23,12 +23,13 @@ import torch.nn as nn
 
 from timm.layers import DropPath, LayerNorm, LayerType
 from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers.cross_attention import CrossAttention
 from timm_ait.layers._arguments import check_at_least
 
-from ._question import QuestionViT, build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._question import QuestionViT
 
 __all__ = ['SetTransformer']
 
@@ -136,7 +137,7 @@ class PoolingByMultiheadAttention(nn.Module):
         return x.mean(dim=1)
 
 
-class SetTransformer(QuestionViT):
+class SetTransformer(VisionTransformer):
     """ Set Transformer
 
     timm's `VisionTransformer` with other blocks and its own pooling. A question, in the class token, is one more
@@ -153,17 +154,18 @@ class SetTransformer(QuestionViT):
     ) -> None:
         """
         Args:
-            *args: As `QuestionViT`. As `global_pool`, 'map' pools by multihead attention (PMA), the paper's decoder;
-                the others are those of timm's ViT, where 'token' is the question's.
+            *args: As `VisionTransformer`. As `global_pool`, 'map' pools by multihead attention (PMA), the paper's
+                decoder; the others are those of timm's ViT, where 'token' is the question's.
             num_inducing: Number of inducing points m of each block.
             num_seeds: Number of seeds k of the pooling by attention.
             act_layer: Activation of the rFFs, ReLU by default.
-            **kwargs: As `QuestionViT`, except for what its blocks do not have.
+            **kwargs: As `VisionTransformer`, except for what its blocks do not have.
 
         Raises:
             ValueError: An argument is out of its range, or one of other blocks.
         """
         kwargs = refuse_arguments(
+            self,
             args,
             kwargs,
             'the blocks are induced set attention blocks, with the norms, layers and initialisation of their paper',
@@ -194,6 +196,10 @@ class SetTransformer(QuestionViT):
             self.pool_include_prefix = False
 
 
+class QuestionSetTransformer(QuestionViT, SetTransformer):
+    """ Set Transformer that takes questions """
+
+
 default_cfgs = generate_default_cfgs({
     'set_transformer_small.untrained': cifar_cfg(),
     'set_transformer_base.untrained': cifar_cfg(),
@@ -201,7 +207,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_set_transformer = partial(build_vit, SetTransformer, checkpoint_filter_fn)
+_create_set_transformer = partial(build_vit, SetTransformer, QuestionSetTransformer, checkpoint_filter_fn)
 
 # 32 px images in 64 patches, of which a question, but no class token, has no position
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, no_embed_class=True, global_pool='map')
