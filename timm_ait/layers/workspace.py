@@ -300,6 +300,8 @@ class GlobalWorkspace(nn.Module):
             if isinstance(x, torch.fx.Proxy):  # when it writes, and what the memory is, is not for a graph to say
                 return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
         if self.training and self.writes:
+            if torch.jit.is_scripting():
+                raise RuntimeError('TorchScript does not support workspaces in training mode: call model.eval().')
             return self._write_and_read(x, token_mask)
         return self._read(x)
 
@@ -494,6 +496,10 @@ class GlobalWorkspace(nn.Module):
         self._refresh_slots()
 
     def __prepare_scriptable__(self) -> 'GlobalWorkspace':
+        if self.training and self.writes:
+            raise RuntimeError(
+                'torch.jit.script does not support workspaces in training mode: call model.eval() first, or train '
+                'without TorchScript (train.py: drop --torchscript).')
         self._refresh_slots()
         return self
 
