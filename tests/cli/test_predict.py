@@ -16,7 +16,7 @@ import timm_ait
 from timm_ait.__main__ import main
 from timm_ait.cli.images import find_images
 
-EXAMPLES = Path(__file__).parents[2] / 'examples' / 'images'
+EXAMPLES = Path(__file__).parents[2] / 'examples' / 'images' / 'cifar10'
 NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
 

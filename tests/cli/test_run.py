@@ -14,7 +14,7 @@ from timm_ait.__main__ import main
 from timm_ait.cli.labels import read_labels
 
 REPO = Path(__file__).parents[2]
-EXAMPLES = REPO / 'examples' / 'images'
+EXAMPLES = REPO / 'examples' / 'images' / 'cifar10'
 SCRIPTS = Path(os.environ['TIMM_SCRIPTS']).resolve() if 'TIMM_SCRIPTS' in os.environ else None
 
 
