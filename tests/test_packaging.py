@@ -12,7 +12,7 @@ from timm_ait.weights import weights_dir
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = 'ait_tiny_hybrid_75.sort_of_clevr'
-REPORT = f'''
+REPORT = f"""
 import json, sys, timm
 loaded = set(sys.modules)
 import timm_ait
@@ -24,7 +24,7 @@ print(json.dumps(dict(package=timm_ait.__file__, added=added, listed=listed, att
     name: [timm.get_pretrained_cfg_value(name, key) for key in ('file', 'hf_hub_id')]
     for name in {[folder.name for folder in weights_dir().iterdir() if folder.is_dir()]!r}
 }})))
-'''
+"""
 
 
 @pytest.fixture(scope='module')
