@@ -66,7 +66,8 @@ def test_the_checkpoints_of_the_wheel_are_complete(installed):
     folders = [folder for folder in checkpoints.iterdir() if folder.is_dir() and folder.name != '__pycache__']
     assert SMALLEST in {folder.name for folder in folders}
     for folder in folders:
-        assert {file.name for file in folder.iterdir()} == {file.name for file in (weights_dir() / folder.name).iterdir()}
+        expected = {file.name for file in (weights_dir() / folder.name).iterdir()}
+        assert {file.name for file in folder.iterdir()} == expected
 
 
 def test_the_wheel_is_typed(installed):

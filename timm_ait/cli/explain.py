@@ -259,7 +259,7 @@ def draw_sheet(
 def _picture(image: torch.Tensor, config: Dict[str, Any]) -> Image.Image:
     """What a model sees: its input (C, H, W) without the normalisation."""
     mean, std = (torch.tensor(config[key]) for key in ('mean', 'std'))
-    return _to_image((image.expand(3, -1, -1).permute(1, 2, 0) * std + mean))
+    return _to_image(image.expand(3, -1, -1).permute(1, 2, 0) * std + mean)
 
 
 def _numbers(layer: LayerMaps, num_slots: int) -> Dict[str, Any]:

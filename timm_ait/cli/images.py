@@ -16,7 +16,16 @@ from timm.models import create_model
 
 from . import one_line
 
-__all__ = ['MAX_ASPECT_RATIO', 'MAX_PIXELS', 'add_arguments', 'find_images', 'image_reader', 'load_image', 'load_model']
+__all__ = [
+    'MAX_ASPECT_RATIO',
+    'MAX_PIXELS',
+    'add_arguments',
+    'answers_questions',
+    'find_images',
+    'image_reader',
+    'load_image',
+    'load_model',
+]
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
@@ -182,6 +191,11 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
     channels = resolve_model_data_config(model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'--model {name} takes {channels} channels, images have 1 or 3')
-    if any('question_embed.' in key for key in model.state_dict()):
+    if answers_questions(model):
         raise ValueError(f'--model {name} answers questions about images, call it as model(images, question=…)')
     return model.to(device).eval()
+
+
+def answers_questions(model: nn.Module) -> bool:
+    """Whether a model takes a question besides an image."""
+    return any('question_embed.' in key for key in model.state_dict())
