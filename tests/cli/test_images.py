@@ -99,7 +99,7 @@ class TestProblems:
         (images / 'photo.HEIC').write_bytes(b'')
         files, problems = find_images([images])
         assert files == files_of(images)
-        assert problems == [(images / 'photo.HEIC', 'Pillow here does not read .heic files')]
+        assert problems == [(images / 'photo.HEIC', 'the installed Pillow does not read .heic files')]
 
     def test_a_format_that_pillow_reads_with_a_plugin(self, images, monkeypatch):
         (images / 'b.png').rename(images / 'b.heic')

@@ -171,7 +171,7 @@ class TestSheet:
     def test_too_many_images(self, capsys, model, images, tmp_path, monkeypatch):
         monkeypatch.setattr('timm_ait.cli.predict.MAX_TILES', 2)
         error = error_of(capsys, images, '--model', model, '--sheet', tmp_path / 'sheet.png')
-        assert '--sheet has room for 2 images, there are 3' in error
+        assert '--sheet has room for 2 images, got 3' in error
 
     def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, images, tmp_path, monkeypatch):
         def save(image, file, format):
