@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from PIL import Image
+
+import timm
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 

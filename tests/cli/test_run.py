@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+
+import timm
 from timm.models import save_for_hf
 
 from timm_ait.__main__ import main

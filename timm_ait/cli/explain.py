@@ -295,7 +295,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         'explain',
         help="show what a model's workspaces do with image files",
-        description="For each image, a sheet of maps by layer, <name>.png: which slot each patch reads, and what slots "
+        description='For each image, a sheet of maps by layer, <name>.png: which slot each patch reads, and what slots '
                     'would write. The numbers are in <name>.json. The exit code is 1 if some files could not be read, '
                     'which are named, 2 if nothing could be done.',
     )
