@@ -17,7 +17,7 @@ from timm_ait.cli.export import export
 from timm_ait.cli.labels import class_names
 from timm_ait.weights import weights_dir
 
-IMAGE_FOLDERS = ('ait_small.cifar10', 'ait_small_patch32_64.triangle', 'ait_vit_small_patch14_dinov2.pets')
+SMALLEST = 'ait_tiny_hybrid_75.sort_of_clevr'
 TRAINED = ('--model', 'test_ait', '--num-classes', '3')
 
 
@@ -148,17 +148,17 @@ class TestTrainingArguments:
 
 class TestPretrained:
 
-    @pytest.mark.parametrize('source', [
-        'ait_small.cifar10',
-        weights_dir() / 'ait_small.cifar10',
-        weights_dir() / 'ait_small.cifar10/model.safetensors',
-    ], ids=['name', 'folder', 'file'])
-    @pytest.mark.parametrize('options', [(), ('--model', 'ait_small', '--num-classes', '10')], ids=['', 'options'])
+    @pytest.mark.parametrize('source, options', [
+        (SMALLEST, ()),
+        (weights_dir() / SMALLEST, ()),
+        (weights_dir() / SMALLEST / 'model.safetensors', ()),
+        (weights_dir() / SMALLEST / 'model.safetensors', ('--model', 'ait_tiny_hybrid_75', '--num-classes', '10')),
+    ], ids=['name', 'folder', 'file', 'file and options'])
     def test_keeps_its_names_tag_and_license(self, tmp_path, source, options):
         config = run(source, tmp_path / 'out', *options)
-        cfg = timm.get_pretrained_cfg('ait_small.cifar10')
+        cfg = timm.get_pretrained_cfg(SMALLEST)
         assert config['label_names'] == list(cfg.label_names)
-        assert (config['pretrained_cfg']['tag'], config['pretrained_cfg']['license']) == ('cifar10', cfg.license)
+        assert (config['pretrained_cfg']['tag'], config['pretrained_cfg']['license']) == (cfg.tag, cfg.license)
 
     def test_computes_the_same_logits(self, tmp_path):
         run('ait_small.cifar10', tmp_path / 'out')
@@ -173,14 +173,14 @@ class TestPretrained:
 
     @pytest.mark.parametrize('options', [('--model', 'ait_base'), ('--num-classes', '3'), ('--no-ema',)], ids=' '.join)
     def test_refuses_options_that_contradict_it(self, tmp_path, capsys, options):
-        fails(capsys, options[0], 'ait_small.cifar10', tmp_path / 'out', *options)
+        fails(capsys, options[0], SMALLEST, tmp_path / 'out', *options)
 
     @pytest.mark.parametrize('name', ['no_such_model', 'ait_small.no_such_tag', 'test_ait', 'local-dir:nowhere'])
     def test_what_does_not_exist_is_named(self, tmp_path, capsys, name):
         fails(capsys, f'CHECKPOINT {name}', name, tmp_path / 'out')
 
     def test_fine_tuned_it_has_other_names_tag_and_license(self, train, tmp_path):
-        config = run(train(model='ait_small', num_classes=10), tmp_path / 'out')
+        config = run(train(model='ait_tiny_hybrid_75', num_classes=10), tmp_path / 'out')
         assert not {'label_names', 'tag', 'license'} & {*config, *config['pretrained_cfg']}
 
 
@@ -208,8 +208,8 @@ class TestReport:
 class TestClassNames:
 
     def test_without_any_classes_go_by_their_index(self, tmp_path):
-        torch.save(timm.create_model('ait_small').state_dict(), tmp_path / 'last.pth')
-        run(tmp_path / 'last.pth', tmp_path / 'out', '--model', 'ait_small', '--num-classes', '10')
+        torch.save(timm.create_model('ait_tiny_hybrid_75').state_dict(), tmp_path / 'last.pth')
+        run(tmp_path / 'last.pth', tmp_path / 'out', '--model', 'ait_tiny_hybrid_75', '--num-classes', '10')
         assert names_of(tmp_path / 'out') == [str(i) for i in range(10)]
 
     def test_are_not_those_of_imagenet_for_their_number_alone(self, tmp_path):
@@ -393,7 +393,11 @@ class TestTransformers:
     def test_what_export_writes(self, transformers, exported):
         self.check(transformers, exported, ['rose', 'daisy', 'tulip'])
 
-    @pytest.mark.parametrize('name', IMAGE_FOLDERS)
+    @pytest.mark.parametrize('name', [
+        'ait_small.cifar10',
+        'ait_small_patch32_64.triangle',
+        pytest.param('ait_vit_small_patch14_dinov2.pets', marks=pytest.mark.slow),
+    ])
     def test_the_shipped_weights(self, transformers, name):
         self.check(transformers, weights_dir() / name, timm.create_model(name).pretrained_cfg['label_names'])
 
