@@ -11,26 +11,39 @@ import pytest
 from timm_ait.weights import weights_dir
 
 ROOT = Path(__file__).parents[1]
-NAMES = [folder.name for folder in weights_dir().iterdir() if folder.is_dir()]
-SMALLEST = min(NAMES, key=lambda name: (weights_dir() / name / 'model.safetensors').stat().st_size)
-REPORT = f'''
+SMALLEST = 'ait_tiny_hybrid_75.sort_of_clevr'
+REPORT = f"""
 import json, sys, timm
 loaded = set(sys.modules)
 import timm_ait
 added = sorted(set(sys.modules) - loaded)
 timm.create_model({SMALLEST!r}, pretrained=True)
-weights = [timm.get_pretrained_cfg_value(name, 'file') for name in {NAMES!r}]
-print(json.dumps(dict(package=timm_ait.__file__, added=added, weights=weights)))
-'''
+listed = 'analysis' in dir(timm_ait)
+attribute = timm_ait.analysis.__name__
+print(json.dumps(dict(package=timm_ait.__file__, added=added, listed=listed, attribute=attribute, sources={{
+    name: [timm.get_pretrained_cfg_value(name, key) for key in ('file', 'hf_hub_id')]
+    for name in {[folder.name for folder in weights_dir().iterdir() if folder.is_dir()]!r}
+}})))
+"""
 
 
 @pytest.fixture(scope='module')
-def installed(tmp_path_factory):
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
+    pip('wheel', '--no-deps', '--wheel-dir', folder, ROOT)
+    return next(folder.glob('*.whl'))
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory, wheel):
     """A folder that holds nothing but what the wheel installs."""
     folder = tmp_path_factory.mktemp('site')
-    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', str(folder), str(ROOT)]
-    subprocess.run(command, check=True)
+    pip('install', '--no-deps', '--target', folder, wheel)
     return folder
+
+
+def pip(command, *arguments):
+    subprocess.run([sys.executable, '-m', 'pip', command, '--quiet', *map(str, arguments)], check=True)
 
 
 @pytest.fixture(scope='module')
@@ -43,18 +56,39 @@ def report(installed):
     return json.loads(result.stdout)
 
 
-def test_the_wheel_brings_the_weights_and_their_manifest(installed):
-    for file in weights_dir().rglob('*'):
-        if file.is_file():
-            assert (installed / 'timm_ait' / 'checkpoints' / file.relative_to(weights_dir())).is_file()
+def test_the_wheel_is_within_the_limit_of_pypi(wheel):
+    assert wheel.stat().st_size < 95 * 2 ** 20  # PyPI takes up to 100 MiB
+
+
+def test_the_checkpoints_of_the_wheel_are_complete(installed):
+    checkpoints = installed / 'timm_ait' / 'checkpoints'
+    assert (checkpoints / 'manifest.json').is_file()
+    folders = [folder for folder in checkpoints.iterdir() if folder.is_dir() and folder.name != '__pycache__']
+    assert SMALLEST in {folder.name for folder in folders}
+    for folder in folders:
+        expected = {file.name for file in (weights_dir() / folder.name).iterdir()}
+        assert {file.name for file in folder.iterdir()} == expected
 
 
 def test_the_wheel_is_typed(installed):
     assert (installed / 'timm_ait' / 'py.typed').is_file()
 
 
-def test_pretrained_models_are_found_away_from_the_checkout(installed, report):
-    assert all(path.startswith(str(installed)) for path in (report['package'], *report['weights']))
+def test_pretrained_models_come_from_the_wheel_or_the_hub(installed, report):
+    assert report['package'].startswith(str(installed))
+    for name, (file, hub_id) in report['sources'].items():
+        folder = installed / 'timm_ait' / 'checkpoints' / name
+        assert file == (str(folder / 'model.safetensors') if folder.is_dir() else None)
+        assert hub_id.endswith(f'/{name}')
+
+
+def test_the_checkpoint_of_a_toy_task_is_left_to_the_hub(report):
+    assert report['sources']['ait_small_patch32_64.triangle'][0] is None
+
+
+def test_analysis_is_an_attribute_that_is_imported_when_it_is_used(report):
+    assert report['listed'] and report['attribute'] == 'timm_ait.analysis'
+    assert 'timm_ait.analysis' not in report['added']
 
 
 def test_importing_loads_nothing_of_the_command_line_that_timm_does_not_load(report):

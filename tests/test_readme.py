@@ -172,10 +172,10 @@ def option(arguments: List[str], name: str) -> Optional[str]:
 
 
 def write_image_folder(folder: Path, num_classes: int, batch_size: int) -> Path:
-    """The photographs of examples/images, as many for training as fill a batch, and 2 a class for validation."""
-    with open(ROOT / 'examples' / 'images' / 'labels.csv') as file:
-        rows = sorted((row[1], ROOT / 'examples' / 'images' / row[0]) for row in csv.reader(file)
-                      if (ROOT / 'examples' / 'images' / row[0]).is_file())
+    """The CIFAR-10 pictures of the examples, as many for training as fill a batch, and 2 a class for validation."""
+    images = ROOT / 'examples' / 'images' / 'cifar10'
+    with open(images / 'labels.csv') as file:
+        rows = sorted((row['label'], images / row['file']) for row in csv.DictReader(file))
     for split, count in (('train', math.ceil(batch_size / num_classes)), ('validation', 2)):
         for i in range(num_classes):
             (folder / split / f'class{i:03}').mkdir(parents=True)

@@ -1,6 +1,6 @@
 """ Command line: python -m timm_ait COMMAND …
 
-A command is a module of `timm_ait.cli` with `add_parser`, which adds its arguments and sets the function that runs it.
+Each command is a module of `timm_ait.cli` whose `add_parser` adds its arguments and sets the function that runs it.
 """
 import argparse
 import sys
@@ -10,7 +10,7 @@ from timm_ait import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """ Says what is wrong in one line, without the usage. """
+    """ Reports errors on one line, without the usage. """
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {message}\n')
@@ -20,13 +20,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Run a command.
 
     Args:
-        argv: Arguments without the program's name, those of the process by default.
+        argv: Arguments without the program's name, by default those of the process.
 
     Returns:
         Exit code.
 
     Raises:
-        SystemExit: The arguments are wrong (code 2), or the command ends by itself.
+        SystemExit: The arguments are wrong (code 2), or the command exits.
     """
     from timm_ait.cli import data, explain, export, predict, run
 

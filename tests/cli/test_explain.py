@@ -2,9 +2,10 @@ import json
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
+
+import timm
 from timm.models import save_for_hf
 
 import timm_ait

@@ -99,7 +99,7 @@ class TestProblems:
         (images / 'photo.HEIC').write_bytes(b'')
         files, problems = find_images([images])
         assert files == files_of(images)
-        assert problems == [(images / 'photo.HEIC', 'Pillow here does not read .heic files')]
+        assert problems == [(images / 'photo.HEIC', 'the installed Pillow does not read .heic files')]
 
     def test_a_format_that_pillow_reads_with_a_plugin(self, images, monkeypatch):
         (images / 'b.png').rename(images / 'b.heic')
@@ -145,7 +145,7 @@ class TestLoadImage:
         Image.radial_gradient('L').save(file, compression='tiff_lzw')
         content = file.read_bytes()
         file.write_bytes(content[:-8] if damage == 'EXIF' else content[:5000] + bytes(200) + content[5200:])
-        with pytest.raises(Exception):
+        with pytest.raises((OSError, ValueError)):
             load_image(file)
         assert capfd.readouterr().err == '' and not recwarn.list
 

@@ -1,4 +1,5 @@
 import pytest
+
 import timm
 
 from timm_ait.cli.labels import class_names, match_labels, read_labels

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from PIL import Image
+
+import timm
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 
@@ -16,7 +17,7 @@ import timm_ait
 from timm_ait.__main__ import main
 from timm_ait.cli.images import find_images
 
-EXAMPLES = Path(__file__).parents[2] / 'examples' / 'images'
+EXAMPLES = Path(__file__).parents[2] / 'examples' / 'images' / 'cifar10'
 NAMES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
 
@@ -171,7 +172,7 @@ class TestSheet:
     def test_too_many_images(self, capsys, model, images, tmp_path, monkeypatch):
         monkeypatch.setattr('timm_ait.cli.predict.MAX_TILES', 2)
         error = error_of(capsys, images, '--model', model, '--sheet', tmp_path / 'sheet.png')
-        assert '--sheet has room for 2 images, there are 3' in error
+        assert '--sheet has room for 2 images, got 3' in error
 
     def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, images, tmp_path, monkeypatch):
         def save(image, file, format):

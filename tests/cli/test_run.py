@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+
+import timm
 from timm.models import save_for_hf
 
 from timm_ait.__main__ import main
 from timm_ait.cli.labels import read_labels
 
 REPO = Path(__file__).parents[2]
-EXAMPLES = REPO / 'examples' / 'images'
+EXAMPLES = REPO / 'examples' / 'images' / 'cifar10'
 SCRIPTS = Path(os.environ['TIMM_SCRIPTS']).resolve() if 'TIMM_SCRIPTS' in os.environ else None
 
 
@@ -38,10 +39,10 @@ def state(monkeypatch):
     monkeypatch.setattr(sys, 'path', sys.path[:])
 
 
-REPORT = '''
+REPORT = """
 import json, sys
 print(json.dumps([__name__, __file__, sys.argv, sys.path[0]]))
-'''
+"""
 
 
 class TestRun:
@@ -89,7 +90,7 @@ class TestRun:
         assert f'no file {name!r}' in capsys.readouterr().err
 
 
-WORKERS = '''
+WORKERS = """
 import sys
 import timm
 import torch
@@ -107,7 +108,7 @@ if __name__ == '__main__':
     for context in sys.argv[1:]:
         loader = torch.utils.data.DataLoader(images, num_workers=1, multiprocessing_context=context)
         print(context, sum(len(batch) for batch in loader))
-'''
+"""
 
 
 class TestProcesses:
@@ -118,19 +119,19 @@ class TestProcesses:
 
     @pytest.mark.slow
     def test_under_torchrun(self, tmp_path):
-        script = write(tmp_path, '''
+        script = write(tmp_path, """
 import sys, timm, torch
 torch.distributed.init_process_group('gloo')
 model = torch.nn.parallel.DistributedDataParallel(timm.create_model('test_ait'))
 print(type(model.module).__name__, torch.distributed.get_world_size(), sys.argv[1:])
 torch.distributed.destroy_process_group()
-''')
+""")
         torchrun = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1')
         result = run(script, '--lr', '1', python=torchrun)
         assert result.stdout == "AssociativeTransformer 1 ['--lr', '1']\n", result.stderr
 
 
-@pytest.mark.skipif(SCRIPTS is None, reason='set TIMM_SCRIPTS to the folder with timm\'s validate.py and benchmark.py')
+@pytest.mark.skipif(SCRIPTS is None, reason="set TIMM_SCRIPTS to the folder of timm's scripts")
 class TestTimmScripts:
 
     def test_validate_measures_the_accuracy_that_predict_does(self, capsys, tmp_path):
@@ -161,3 +162,13 @@ class TestTimmScripts:
             '--results-file', tmp_path / 'results.json', '--results-format', 'json')
         assert result.returncode == 0, result.stderr
         assert json.loads((tmp_path / 'results.json').read_text())['infer_samples_per_sec'] > 0
+
+    @pytest.mark.slow
+    def test_bulk_runner_as_the_help_says(self, tmp_path):
+        result = run(
+            SCRIPTS / 'bulk_runner.py', '--model-list', 'test_ai[t]', '--sort-key', 'infer_samples_per_sec',
+            '--results-file', tmp_path / 'results.csv', '-m', '1', 'timm_ait', 'run', SCRIPTS / 'benchmark.py',
+            '--bench', 'inference', '--device', 'cpu', '--batch-size', '2', '--num-warm-iter', '1',
+            '--num-bench-iter', '10')
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / 'results.csv').read_text().splitlines()[1].startswith('test_ait,')

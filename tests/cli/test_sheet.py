@@ -11,7 +11,7 @@ def blue(**kwargs):
 @pytest.mark.parametrize('num', [1, 2, 7])
 def test_shows_every_image(num):
     sheet = contact_sheet([blue()] * num)
-    assert dict((colour, n) for n, colour in sheet.getcolors(1 << 16))[0, 0, 255] == num * 128 ** 2
+    assert {colour: n for n, colour in sheet.getcolors(1 << 16)}[0, 0, 255] == num * 128 ** 2
 
 
 def test_frame():

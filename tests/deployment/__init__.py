@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 from typing import List
 
-import timm
 import torch
 import torch.nn as nn
+
+import timm
 
 import timm_ait  # registers the models
 from timm_ait.layers import GlobalWorkspace

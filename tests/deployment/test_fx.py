@@ -2,11 +2,12 @@
 import copy
 
 import pytest
-import timm
 import torch
-from timm.models._features_fx import create_feature_extractor as timm_feature_extractor
 from torchvision.models.feature_extraction import create_feature_extractor as torchvision_feature_extractor
 from torchvision.models.feature_extraction import get_graph_node_names
+
+import timm
+from timm.models._features_fx import create_feature_extractor as timm_feature_extractor
 
 from tests.deployment import images, make_ait, memories, train, workspaces
 

@@ -4,9 +4,8 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ait.layers import GlobalWorkspace, balance_loss
-
 from tests.deployment import images, make_ait, make_vit
+from timm_ait.layers import GlobalWorkspace, balance_loss
 
 BATCH, TOKENS, DIM, SLOTS, SLOT_DIM = 2, 7, 24, 8, 16
 DEPTH, EMBED_DIM = 2, 64

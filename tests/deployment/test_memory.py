@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn as nn
-from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from timm_ait.layers import advance_memory
+from timm.utils import ModelEmaV3
 
 from tests.deployment import images, make_ait, train
 from tests.layers import make_workspace
+from timm_ait.layers import advance_memory
 
 SHAPE = (8, 16)
 RULES = pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])

@@ -3,9 +3,10 @@ import copy
 
 import accelerate
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
+
+import timm
 
 from tests.deployment import images, make_ait, memories, train, workspaces
 from tests.layers import make_workspace

@@ -2,8 +2,9 @@
 import onnxruntime
 import pytest
 import torch
-from timm.utils.onnx import onnx_export
 from torch.export import Dim
+
+from timm.utils.onnx import onnx_export
 
 from tests.deployment import TOLERANCE, images, make_ait, other_memory
 

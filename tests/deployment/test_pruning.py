@@ -5,10 +5,9 @@ import torch.nn as nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from timm_ait.layers import balance_loss
-
 from tests.deployment import images, make_ait, train, workspaces
 from tests.layers import make_workspace
+from timm_ait.layers import balance_loss
 
 NAMES = ['q', 'k', 'v', 'proj', 'attractors']
 

@@ -5,10 +5,12 @@ import io
 import pytest
 import torch
 import torch.nn as nn
-from torchao.quantization import Int8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, quantize_
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-    X86InductorQuantizer, get_default_x86_inductor_quantization_config)
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+)
 
 from tests.deployment import images, make_ait, memories, train, workspaces
 

@@ -4,7 +4,12 @@ import torch
 
 from tests.deployment import TOLERANCE, images, make_ait, memories, other_memory, train
 
-pytestmark = [pytest.mark.filterwarnings('ignore'), pytest.mark.parametrize('how', ['script', 'trace'])]
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+@pytest.fixture(params=['script', 'trace'])
+def how(request):
+    return request.param
 
 
 def compile(model, how):
@@ -35,3 +40,19 @@ def test_leaves_the_model_able_to_train(how):
     before = memories(model)
     train(model, 1)
     assert not any(torch.equal(old, new) for old, new in zip(before, memories(model)))
+
+
+def test_a_model_in_training_mode_is_not_scripted():
+    with pytest.raises(RuntimeError, match=r'call model\.eval\(\) first.*drop --torchscript'):
+        torch.jit.script(make_ait().train())
+
+
+def test_a_scripted_model_does_not_train():
+    scripted = torch.jit.script(make_ait()).train()
+    with pytest.raises(torch.jit.Error, match=r'call model\.eval\(\)'):
+        scripted(images())
+
+
+def test_what_does_not_write_is_scripted_in_training_mode():
+    model = make_ait(write=False).train()
+    torch.testing.assert_close(torch.jit.script(model)(images()), model(images()))

@@ -1,4 +1,4 @@
-""" The commands of python -m timm_ait, a module each; nothing that a library user needs. """
+""" The commands of python -m timm_ait, one module each. Libraries should not import from here. """
 import contextlib
 import os
 import sys
@@ -10,22 +10,21 @@ __all__ = ['integer', 'nearest_folder', 'one_line', 'output_folder', 'quietly', 
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and message of an exception in one line of bounded length."""
+    """Type and message of an exception on one line, shortened to about 400 characters."""
     message = ' '.join(str(error).split())
     message = message if len(message) <= 400 else f'{message[:400]} …'
     return f'{type(error).__name__}: {message}' if message else type(error).__name__
 
 
 def quietly(command: Callable[[ArgumentParser, Namespace], int], parser: ArgumentParser, args: Namespace) -> int:
-    """Run a command, which ends without a word when whoever reads its output has seen enough, such as head, and with a
-    line where a file cannot be written.
+    """Run a command; end silently if its output is closed, as by `head`, and with one line if a file cannot be written.
     """
     try:
         code = command(parser, args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails
         return 1
     except OSError as e:
         parser.error(one_line(e))
@@ -42,7 +41,7 @@ def integer(minimum: int) -> Callable[[str], int]:
 
 
 def output_folder(text: str) -> Path:
-    """Type of an argument: a folder that can be written to, or made."""
+    """Type of an argument: a folder that can be written to or created."""
     existing = nearest_folder(Path(text))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ArgumentTypeError(f'{text}: {existing} is not a folder that can be written to')
@@ -50,14 +49,14 @@ def output_folder(text: str) -> Path:
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder, or that above it which is there."""
+    """The folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of `file` in the end; a failure leaves that as it was."""
+    """A temporary file to write to, which replaces `file` at the end; on failure `file` stays as it was."""
     temporary = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
     try:
         yield temporary

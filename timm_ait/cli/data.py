@@ -23,7 +23,7 @@ _MARKER = 'dataset.json'
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` once it is complete and disappears if it is not."""
+    """A temporary folder to fill, which replaces `out` at the end; on failure it is removed and `out` stays."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f'.{out.name}.incomplete-') as staging:
         complete = Path(staging, 'complete')
@@ -88,7 +88,7 @@ def add_parser(commands) -> None:
                         help='validation images (default: 10000 or 200)')
     parser.add_argument('--sheet', type=sheet_file, metavar='FILE',
                         help='also write a contact sheet of the first samples, .png or .jpg')
-    parser.add_argument('--force', action='store_true', help='replace a data set that is there already')
+    parser.add_argument('--force', action='store_true', help='replace an existing data set')
     parser.set_defaults(main=functools.partial(_main, parser))
 
 
@@ -97,9 +97,9 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     num_train, num_validation = args.train or module.NUM_TRAIN, args.validation or module.NUM_VALIDATION
     if args.out.exists():
         if not args.force:
-            parser.error(f'--out: {args.out} exists; choose another folder, or replace it with --force')
+            parser.error(f'--out: {args.out} exists; choose another folder, or --force to replace it')
         if not (args.out / _MARKER).is_file():
-            parser.error(f'--out: {args.out} is not a data set of this command, so --force does not replace it')
+            parser.error(f'--out: {args.out} was not written by this command, so --force does not replace it')
     about = {'dataset': args.dataset, 'seed': args.seed, 'train': num_train, 'validation': num_validation}
     try:
         with _new_folder(args.out) as folder:

@@ -259,7 +259,7 @@ def draw_sheet(
 def _picture(image: torch.Tensor, config: Dict[str, Any]) -> Image.Image:
     """What a model sees: its input (C, H, W) without the normalisation."""
     mean, std = (torch.tensor(config[key]) for key in ('mean', 'std'))
-    return _to_image((image.expand(3, -1, -1).permute(1, 2, 0) * std + mean))
+    return _to_image(image.expand(3, -1, -1).permute(1, 2, 0) * std + mean)
 
 
 def _numbers(layer: LayerMaps, num_slots: int) -> Dict[str, Any]:
@@ -295,7 +295,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         'explain',
         help="show what a model's workspaces do with image files",
-        description="For each image, a sheet of maps by layer, <name>.png: which slot each patch reads, and what slots "
+        description='For each image, a sheet of maps by layer, <name>.png: which slot each patch reads, and what slots '
                     'would write. The numbers are in <name>.json. The exit code is 1 if some files could not be read, '
                     'which are named, 2 if nothing could be done.',
     )

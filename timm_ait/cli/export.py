@@ -1,10 +1,11 @@
-""" Turn a train.py checkpoint into Hub layout: python -m timm_ait export CHECKPOINT --model NAME --out FOLDER. """
+""" Write a checkpoint in Hub layout: python -m timm_ait export CHECKPOINT|MODEL --out FOLDER. """
 import argparse
 import contextlib
 import functools
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,33 +21,49 @@ from timm.utils import ParseKwargs
 
 from timm_ait.layers import GlobalWorkspace
 
-from . import integer, nearest_folder, one_line, output_folder
+from . import integer, nearest_folder, one_line, output_folder, quietly
+from .images import answers_questions
 
 __all__ = ['add_parser', 'export', 'write_onnx']
+
+# entries of a pretrained config that describe the task it was trained for
+_TASK = ('label_names', 'label_descriptions', 'tag', 'license', 'description', 'origin_url', 'notes')
+
+# train.py's arguments that say how its images are read for evaluation
+_PREPROCESSING = ('input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct')
 
 
 @torch.no_grad()
 def export(
         model: nn.Module,
         folder: Path,
-        dtype: torch.dtype = torch.float16,
+        dtype: torch.dtype = torch.float32,
         label_names: Optional[Sequence[str]] = None,
+        data_config: Optional[Dict[str, Any]] = None,
+        fine_tuned: bool = True,
         onnx: bool = False,
-) -> None:
+) -> Dict[str, Any]:
     """Write config.json and model.safetensors of a model into a folder, as timm and transformers load them.
 
-    Other files in the folder stay.
+    Other files in the folder stay. Both libraries load the weights in float32 unless told otherwise.
 
     Args:
         model: A timm model with its weights. Its floating point tensors are converted in place.
-        folder: Checkpoint folder, made if it does not exist.
-        dtype: Precision on disk. timm loads it into the precision of the model.
-        label_names: Names of the classes. Without them the config has none: those of the weights that training started
-            from are not the names of these classes.
+        folder: Checkpoint folder, created if it does not exist.
+        dtype: Precision on disk.
+        label_names: Names of the classes, by default those of the model's pretrained config if it still applies.
+        data_config: Preprocessing of the images where it differs from the pretrained config, as in
+            `timm.models.save_for_hf`.
+        fine_tuned: The model was trained after its pretrained weights were loaded, or from scratch: class names, tag
+            and license of its pretrained config no longer apply and are left out.
         onnx: Also write model.onnx, see `write_onnx`.
 
+    Returns:
+        The contents of config.json.
+
     Raises:
-        ValueError: The weights are not finite in this precision. Nothing is written.
+        ValueError: Some weights are not finite in this precision, or the preprocessing does not fit the model. Nothing
+            is written.
     """
     for module in model.modules():
         if isinstance(module, GlobalWorkspace):  # averaged weights hold an averaged memory
@@ -56,44 +73,58 @@ def export(
         if not tensor.isfinite().all():
             raise ValueError(f'{name} has values that are not finite in {dtype}')
 
-    # written beside, then moved, so that an interruption leaves no half file
+    # written to a temporary folder first, so that an interruption leaves no half-written files
     with tempfile.TemporaryDirectory(dir=nearest_folder(folder)) as staging:
-        save_for_hf(model, staging, safe_serialization=True)
+        save_for_hf(model, staging, safe_serialization=True, data_config=data_config)
         config_file = Path(staging, 'config.json')
-        config_file.write_text(json.dumps(_with_names(json.loads(config_file.read_text()), label_names), indent=2))
+        config = _complete(json.loads(config_file.read_text()), label_names, fine_tuned)
+        config_file.write_text(json.dumps(config, indent=2))
         shutil.copymode(config_file, Path(staging, 'model.safetensors'))  # safetensors makes its file private
         if onnx:
             write_onnx(model, Path(staging, 'model.onnx'))
         folder.mkdir(parents=True, exist_ok=True)
         for file in Path(staging).iterdir():
             os.replace(file, folder / file.name)
+    return config
 
 
-def _with_names(config: Dict[str, Any], label_names: Optional[Sequence[str]]) -> Dict[str, Any]:
-    """timm's config of a checkpoint with these class names and no others, in a form that transformers reads too."""
-    for key in ('label_names', 'label_descriptions'):
-        config['pretrained_cfg'].pop(key, None)
-    if label_names is None and infer_imagenet_subset(config):
+def _complete(config: Dict[str, Any], label_names: Optional[Sequence[str]], fine_tuned: bool) -> Dict[str, Any]:
+    """timm's config.json with the class names, and with what transformers reads: names and dtype at the top level."""
+    pretrained_cfg = config['pretrained_cfg']
+    if fine_tuned:
+        for key in _TASK:
+            pretrained_cfg.pop(key, None)
+    own_names = pretrained_cfg.pop('label_names', None)
+    if label_names is not None:
+        pretrained_cfg.pop('label_descriptions', None)
+    elif own_names is not None:
+        label_names = own_names
+    elif fine_tuned and infer_imagenet_subset(config):
         # from their number alone, timm and transformers would take the classes for ImageNet's
         label_names = [str(index) for index in range(config['num_classes'])]
-    # it stands at the top too, and transformers passes both to the model
+    # also at the top level, and transformers would pass both to the model
     config.get('model_args', {}).pop('num_classes', None)
-    names = {} if label_names is None else {'label_names': list(label_names)}
-    return {'architecture': config.pop('architecture'), 'num_classes': config.pop('num_classes'), **names, **config}
+    return {
+        'architecture': config.pop('architecture'),
+        'num_classes': config.pop('num_classes'),
+        **({} if label_names is None else {'label_names': label_names}),
+        'dtype': 'float32',  # else transformers trains a half-precision file in half precision, where AdamW diverges
+        **config,
+    }
 
 
 def write_onnx(model: nn.Module, file: Path) -> None:
-    """Write an image model in evaluation mode and float32 as ONNX, with any batch size.
+    """Write an image model in evaluation mode and float32 as ONNX, for any batch size.
 
-    Its input is `image` (B, C, H, W), its output `logits` (B, num_classes). Where onnxruntime is installed, it must
-    compute what the model does.
+    Its input is `image` (B, C, H, W), its output `logits` (B, num_classes). If onnxruntime is installed, its logits are
+    compared with the model's.
 
     Args:
         model: Image classifier. It is converted to float32 in place.
         file: File to write.
 
     Raises:
-        RuntimeError: onnxruntime computes other logits.
+        AssertionError: onnxruntime computes other logits.
         Exception: Whatever torch raises if it cannot export the model.
     """
     model = model.float().eval()
@@ -118,6 +149,23 @@ def write_onnx(model: nn.Module, file: Path) -> None:
             torch.testing.assert_close(logits, model(batch), rtol=1e-3, atol=1e-4)
 
 
+def _training_args(file: Path) -> Dict[str, Any]:
+    """Arguments of train.py that its checkpoint holds; none for other files of weights."""
+    if file.suffix == '.safetensors':
+        return {}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(file, map_location='meta', weights_only=True)
+    args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    return vars(args) if isinstance(args, argparse.Namespace) else {}
+
+
+def _in_hub_layout(checkpoint: Path) -> Optional[Path]:
+    """The folder in Hub layout that the checkpoint is, or whose weights it is."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    is_weights = checkpoint.is_dir() or checkpoint.name == 'model.safetensors'
+    return folder if is_weights and (folder / 'config.json').is_file() else None
+
+
 def _class_names(class_to_idx: Dict[Any, int], num_classes: int) -> List[str]:
     """Names by index from timm's class map."""
     names = {index: str(name) for name, index in class_to_idx.items() if name != ''}
@@ -140,63 +188,133 @@ class _ParseKwargs(ParseKwargs):
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         'export',
-        help='turn a train.py checkpoint into Hub layout',
-        description='Write config.json and model.safetensors, as local-dir: and hf-hub: load them, and as transformers '
-                    'does, from a checkpoint of train.py. Other files in the folder stay.',
+        help='write a checkpoint of train.py in Hub layout',
+        description='Write config.json and model.safetensors, as timm (local-dir:, hf-hub:) and transformers load '
+                    'them, from a checkpoint of train.py or of a pretrained model. Other files in the folder stay. A '
+                    'checkpoint of train.py holds the arguments of its training: they are the defaults of --model, '
+                    '--num-classes, --model-kwargs and --data-dir, and say how images are preprocessed.',
     )
-    parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='checkpoint of train.py')
-    parser.add_argument('--model', required=True, metavar='NAME', help='model that was trained')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+                        help='checkpoint of train.py, folder in Hub layout, or name of a pretrained model, which keeps '
+                             'its class names, tag and license')
     parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER', help='folder to write to')
-    parser.add_argument('--num-classes', type=integer(0), metavar='N', help="number of classes, if not the model's own")
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_ParseKwargs, metavar='KEY=VALUE',
+    parser.add_argument('--model', metavar='NAME', help='model that was trained')
+    parser.add_argument('--num-classes', type=integer(0), metavar='N', help='number of classes')
+    parser.add_argument('--model-kwargs', nargs='*', action=_ParseKwargs, metavar='KEY=VALUE',
                         help='further arguments of the model, as given to train.py')
     names = parser.add_mutually_exclusive_group()
     names.add_argument('--class-map', type=Path, metavar='FILE',
                        help="names of the classes, in timm's format: a .txt file with a name in each line, or a .pkl")
     names.add_argument('--data-dir', type=Path, metavar='FOLDER',
                        help='data set that was trained on: its class folders are the names of the classes')
-    parser.add_argument('--dtype', default='float16', choices=('float16', 'bfloat16', 'float32'),
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
                         help='precision on disk (default: %(default)s)')
-    parser.add_argument('--no-ema', action='store_true', help='take the last weights where there are averaged ones')
+    parser.add_argument('--no-ema', action='store_true', help='use the last weights even if there are averaged ones')
     parser.add_argument('--onnx', action='store_true',
                         help='also write model.onnx, in float32, for images alone; needs the packages onnx and '
                              'onnxscript')
-    parser.set_defaults(main=functools.partial(_main, parser))
+    parser.set_defaults(main=functools.partial(quietly, _main, parser))
+
+
+@contextlib.contextmanager
+def _blame(parser: argparse.ArgumentParser, argument: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # readers of files and models raise nearly anything
+        parser.error(f'{argument}: {one_line(e)}')
 
 
 def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-
-    @contextlib.contextmanager
-    def blame(argument: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as e:  # readers of files and models raise nearly anything
-            parser.error(f'{argument}: {one_line(e)}')
-
-    if not args.checkpoint.is_file():
-        parser.error(f'CHECKPOINT: there is no file {args.checkpoint}')
     if args.data_dir and not args.data_dir.is_dir():
         parser.error(f'--data-dir: there is no folder {args.data_dir}')
     missing = [name for name in ('onnx', 'onnxscript') if args.onnx and not importlib.util.find_spec(name)]
     if missing:
         parser.error(f'--onnx needs other packages: pip install {" ".join(missing)}')
 
-    arguments = {'num_classes': args.num_classes, **args.model_kwargs}
-    with blame(f'--model {args.model} --num-classes {args.num_classes} --model-kwargs {args.model_kwargs}'):
-        model = create_model(args.model, **arguments)
-    if args.onnx and any('question_embed.' in key for key in model.state_dict()):
-        parser.error(f'--onnx is for image models, {args.model} answers questions about images')
-    names = None
+    checkpoint = Path(args.checkpoint)
+    fine_tuned = checkpoint.is_file() and not _in_hub_layout(checkpoint)
+    trained = {}
+    if fine_tuned:
+        with _blame(parser, f'CHECKPOINT {checkpoint} cannot be read'):
+            trained = _training_args(checkpoint)
+        model = _load_trained(parser, args, trained)
+    else:
+        model = _load_pretrained(parser, args)
+    if args.onnx and answers_questions(model):
+        parser.error(f'--onnx is for image models, {checkpoint} answers questions about images')
+
+    names, data_dir = None, args.data_dir or _data_dir(trained)
     if args.class_map:
-        with blame(f'--class-map {args.class_map}'):
+        with _blame(parser, f'--class-map {args.class_map}'):
             names = _class_names(load_class_map(str(args.class_map)), model.num_classes)
-    elif args.data_dir:
-        with blame(f'--data-dir {args.data_dir}'):
-            dataset = create_dataset('', root=str(args.data_dir), split='train')
+    elif data_dir:
+        with _blame(parser, f'--data-dir {data_dir}'):
+            dataset = create_dataset(
+                '', str(data_dir), trained.get('train_split') or 'train', class_map=trained.get('class_map') or '')
             names = _class_names(dataset.reader.class_to_idx, model.num_classes)
-    with blame(f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {args.model}'):
-        # a pickle: torch's reader of tensors alone runs no code in it
-        load_checkpoint(model, str(args.checkpoint), use_ema=not args.no_ema, weights_only=True)
-    with blame(f'--out {args.out}, nothing was written'):
-        export(model, args.out, getattr(torch, args.dtype), names, args.onnx)
+    data_config = {key: trained[key] for key in _PREPROCESSING if trained.get(key)}
+    with _blame(parser, f'--out {args.out}, nothing was written'):
+        config = export(model, args.out, getattr(torch, args.dtype), names, data_config, fine_tuned, args.onnx)
+    _report(model, config, args)
     return 0
+
+
+def _load_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: Dict[str, Any]) -> nn.Module:
+    """Model with the weights of a training."""
+    name = args.model or trained.get('model')
+    if not name:
+        parser.error(f'--model: {args.checkpoint} does not say which model it is of; give its name')
+    arguments = {
+        'num_classes': trained.get('num_classes') if args.num_classes is None else args.num_classes,
+        'in_chans': trained['input_size'][0] if trained.get('input_size') else trained.get('in_chans'),
+        'global_pool': trained.get('gp'),
+        **((trained.get('model_kwargs') or {}) if args.model_kwargs is None else args.model_kwargs),
+    }
+    given = ' '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)
+    with _blame(parser, f'--model {name}, --num-classes and --model-kwargs ({given or "none"})'):
+        model = create_model(name, **arguments)
+    with _blame(parser, f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
+        # a pickle: torch's reader of tensors alone runs no code in it
+        load_checkpoint(model, args.checkpoint, use_ema=not args.no_ema, weights_only=True)
+    return model
+
+
+def _load_pretrained(parser: argparse.ArgumentParser, args: argparse.Namespace) -> nn.Module:
+    """Pretrained model, by its name or from a folder in Hub layout."""
+    folder = _in_hub_layout(Path(args.checkpoint))
+    problem = 'cannot be loaded' if folder else 'is no file, folder in Hub layout or pretrained model'
+    with _blame(parser, f'CHECKPOINT {args.checkpoint} {problem}'):
+        model = create_model(
+            f'local-dir:{folder}' if folder else args.checkpoint, pretrained=True, **(args.model_kwargs or {}))
+    architecture = model.pretrained_cfg['architecture']
+    if args.model and args.model.partition('.')[0] != architecture:
+        parser.error(f'--model {args.model}: {args.checkpoint} is of {architecture}')
+    if args.num_classes not in (None, model.num_classes):
+        parser.error(f'--num-classes {args.num_classes}: {args.checkpoint} has {model.num_classes} classes')
+    if args.no_ema:
+        parser.error(f'--no-ema is for checkpoints of train.py, {args.checkpoint} has one set of weights')
+    return model
+
+
+def _data_dir(trained: Dict[str, Any]) -> Optional[Path]:
+    """Folder of images that was trained on, if it still exists."""
+    folder = trained.get('data_dir') or trained.get('data')
+    return Path(folder) if folder and os.path.isdir(folder) and not trained.get('dataset') else None
+
+
+def _report(model: nn.Module, config: Dict[str, Any], args: argparse.Namespace) -> None:
+    """Print what was written, and a command to try it."""
+    names, num_classes = config.get('label_names'), config['num_classes']
+    if names is not None:
+        names = list(names.values() if isinstance(names, dict) else names)
+        shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
+    elif infer_imagenet_subset(config):
+        shown = "ImageNet's"
+    else:
+        shown = 'without names; --class-map or --data-dir gives them'
+    channels, height, width = config['pretrained_cfg']['input_size']
+    print(f'{args.out}: {config["architecture"]} in {args.dtype}' + (', model.onnx in float32' if args.onnx else ''))
+    print(f'classes: {num_classes} ({shown})')
+    print(f'input: {channels} x {height} x {width}')
+    if num_classes > 0 and channels in (1, 3) and not answers_questions(model):
+        print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out}")}')

@@ -5,7 +5,7 @@ import os
 import struct
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,12 +16,21 @@ from timm.models import create_model
 
 from . import one_line
 
-__all__ = ['MAX_ASPECT_RATIO', 'MAX_PIXELS', 'add_arguments', 'find_images', 'image_reader', 'load_image', 'load_model']
+__all__ = [
+    'MAX_ASPECT_RATIO',
+    'MAX_PIXELS',
+    'add_arguments',
+    'answers_questions',
+    'find_images',
+    'image_reader',
+    'load_image',
+    'load_model',
+]
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
 
-# image formats that this Pillow may lack: such a file in a folder is named, any other of an unknown extension is not
+# extensions of images that Pillow reads only with plugins: in a folder such files are reported, other files are not
 _KNOWN_FORMATS = set('.heic .heif .hif .avif .jxl .jp2 .webp .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .raf '
                      '.rw2'.split())
 
@@ -31,18 +40,18 @@ Problem = Tuple[Path, str]
 def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
     """Arguments for `find_images` and `load_model`."""
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE',
-                        help='image, or folder to search for images; those of formats that Pillow here does not read '
-                             f'are named ({" ".join(sorted(_KNOWN_FORMATS))}), hidden ones are left out')
+                        help='image, or folder to search for images; hidden files are left out, images that the '
+                             f'installed Pillow cannot read ({" ".join(sorted(_KNOWN_FORMATS))}) are reported')
     parser.add_argument('--model', default='ait_small', metavar='NAME',
                         help=f'{models}: a timm model, hf-hub:<user>/<model> or local-dir:<folder> '
                              '(default: %(default)s)')
-    parser.add_argument('--device', help='device to run on (default: cuda if there is one, else cpu)')
+    parser.add_argument('--device', help='device to run on (default: cuda if available, else cpu)')
 
 
 def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
-    """List image files: the given ones, whatever their names, and those of folders that are named as images.
+    """List image files: the given files, whatever their names, and in folders those with an image's extension.
 
-    Folders are searched recursively and through links. Every file comes once, however many links lead to it. Hidden
+    Folders are searched recursively and through links; each file is listed once, however many links lead to it. Hidden
     files and folders, and the `__MACOSX` of archives, are left out unless they are given themselves.
 
     Args:
@@ -50,7 +59,7 @@ def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
 
     Returns:
         The files, sorted within a folder; and what cannot be read, with the reason: folders that cannot be listed, what
-        is not a regular file, and images of a known format that Pillow does not read here.
+        is not a regular file, and images of a known format that the installed Pillow does not read.
 
     Raises:
         ValueError: A path does not exist, or a folder has no images.
@@ -61,7 +70,7 @@ def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
 
     readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
     files, problems, seen = [], [], set()
-    for path in map(Path, paths):
+    for path in paths:
         found = [path]
         if os.path.isdir(path):
             found, unreadable = _search(path, readable | _KNOWN_FORMATS)
@@ -74,34 +83,31 @@ def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
                 continue
             seen.add(real)
             if not os.path.isfile(file):
-                problems.append((file, 'not a regular file' if os.path.exists(file) else 'cannot be reached'))
+                problems.append((file, 'not a regular file' if os.path.exists(file) else 'a broken link'))
             elif file != path and extension not in readable:
-                problems.append((file, f'Pillow here does not read {extension} files'))
+                problems.append((file, f'the installed Pillow does not read {extension} files'))
             else:
                 files.append(file)
     return files, problems
 
 
-def _search(root: Path, extensions: Sequence[str]) -> Tuple[List[Path], List[Problem]]:
+def _search(root: Path, extensions: Set[str]) -> Tuple[List[Path], List[Problem]]:
     """Files below a folder with these extensions, sorted, and the folders that cannot be listed."""
     files, problems, visited = [], [], set()
-    pending = [root]  # links to folders are followed last, so that files go by the names they have without
-    for start in pending:
-        for folder, subfolders, names in os.walk(
-                start, onerror=lambda e: problems.append((Path(e.filename), e.strerror))):
-            if os.path.realpath(folder) in visited:
-                subfolders.clear()
-                continue
-            visited.add(os.path.realpath(folder))
-            subfolders[:] = [name for name in subfolders if not name.startswith('.') and name != '__MACOSX']
-            pending += [Path(folder, name) for name in sorted(subfolders) if os.path.islink(os.path.join(folder, name))]
-            files += [Path(folder, name) for name in names if not name.startswith('.')]
+    for folder, subfolders, names in os.walk(
+            root, onerror=lambda e: problems.append((Path(e.filename), e.strerror)), followlinks=True):
+        if os.path.realpath(folder) in visited:  # a link that leads back
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = [name for name in subfolders if not name.startswith('.') and name != '__MACOSX']
+        files += [Path(folder, name) for name in names if not name.startswith('.')]
     return sorted(file for file in files if file.suffix.lower() in extensions), problems
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings, and without what the C libraries of Pillow write to standard error themselves."""
+    """Suppress warnings, and what Pillow's C libraries write to standard error."""
     with warnings.catch_warnings(), open(os.devnull, 'wb') as nowhere:
         warnings.simplefilter('ignore')
         kept = os.dup(2)
@@ -114,15 +120,15 @@ def _quiet() -> Iterator[None]:
 
 
 def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
-    """Read the first frame of an image, upright as its EXIF data says, and 16-bit images by their upper 8 bits.
+    """Read the first frame of an image, turned upright by its EXIF orientation; of 16-bit images the upper 8 bits.
 
     Args:
         file: Image file.
         mode: 'RGB' or 'L'.
 
     Raises:
-        ValueError: The image is larger or longer than the limits, which is found before its pixels are read; or they
-            are 32-bit numbers, whose range is not known.
+        ValueError: The image exceeds the limits, which is checked before its pixels are read; or its pixels are 32-bit
+            numbers, whose range is unknown.
         Exception: Whatever Pillow raises on a damaged file.
     """
     with _quiet(), Image.open(file) as image:
@@ -132,19 +138,23 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
         image.load()
-        # damaged EXIF data: they say nothing about the orientation, or cannot be kept without it
+        # damaged EXIF data, in which no orientation can be read or replaced
         with contextlib.suppress(SyntaxError, TypeError, ValueError, LookupError, OverflowError, struct.error):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
-            # Pillow's own conversion clips at 255, which leaves a white image
+            # Pillow's own conversion clips at 255: the image would be white
             image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
         elif image.mode in ('I', 'F'):
             raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
-        return image if image.mode == mode else image.convert(mode)  # without a copy, images may be large
+        return image if image.mode == mode else image.convert(mode)
 
 
 def image_reader(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, torch.Tensor]]:
-    """Function from a file to its image and a model's input (C, H, W), by the transforms of the model's config."""
+    """Function that reads a file and returns the image and the model's input (C, H, W).
+
+    Args:
+        model: Model whose data config gives the transforms.
+    """
     config = resolve_model_data_config(model)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     transform = create_transform(**config, is_training=False)
@@ -161,10 +171,10 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
 
     Args:
         name: Any timm model, 'hf-hub:<user>/<model>' or 'local-dir:<folder>'.
-        device: Device, by default cuda if there is one, else cpu.
+        device: Device, by default cuda if available, else cpu.
 
     Raises:
-        ValueError: There is no such device, or the model cannot be loaded, or does not classify images.
+        ValueError: The device is not available, the model cannot be loaded, or it does not classify images.
     """
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
@@ -173,15 +183,20 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
         raise ValueError(f'--device {device}: {one_line(e)}; --device cpu works everywhere') from e
     try:
         model = create_model(name, pretrained=True)
-    except Exception as e:  # a config of another library is a KeyError, a damaged file one of the reader's own
+    except Exception as e:  # timm raises nearly anything on configs and files that are not its own
         raise ValueError(
-            f'--model {name} cannot be loaded ({one_line(e)}); give a name out of timm.list_pretrained(), '
+            f'--model {name} cannot be loaded ({one_line(e)}); use a name from timm.list_pretrained(), '
             'hf-hub:<user>/<model> or local-dir:<folder with config.json and weights>') from e
     if model.num_classes < 1:
         raise ValueError(f'--model {name} has no classifier, only features')
     channels = resolve_model_data_config(model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'--model {name} takes {channels} channels, images have 1 or 3')
-    if any('question_embed.' in key for key in model.state_dict()):
-        raise ValueError(f'--model {name} answers questions about images, call it as model(images, question=…)')
+    if answers_questions(model):
+        raise ValueError(f'--model {name} answers questions about images; call it as model(images, question=…)')
     return model.to(device).eval()
+
+
+def answers_questions(model: nn.Module) -> bool:
+    """Whether a model takes a question besides an image."""
+    return any('question_embed.' in key for key in model.state_dict())

@@ -15,10 +15,11 @@ def read_labels(file: Path) -> Dict[Path, str]:
     """Read a CSV file with the columns `file`, relative to the CSV file's folder, and `label`.
 
     Returns:
-        Labels by resolved path, without those of images that have none.
+        Labels by resolved path; images without a label are left out.
 
     Raises:
-        ValueError: The file cannot be read, lacks a column, has a label without a file, or gives one image two.
+        ValueError: The file cannot be read, a column is missing, or a line has a label but no file, or a second label
+            of the same image.
     """
     labels = {}
     try:
@@ -30,10 +31,10 @@ def read_labels(file: Path) -> Dict[Path, str]:
                 if not row['label']:
                     continue
                 if not row['file']:
-                    raise ValueError(f'line {reader.line_num} lacks a file')
+                    raise ValueError(f'line {reader.line_num} has a label but no file')
                 path = (file.parent / row['file']).resolve()
                 if labels.setdefault(path, row['label']) != row['label']:
-                    raise ValueError(f'line {reader.line_num} gives {row["file"]} another label, {row["label"]!r}')
+                    raise ValueError(f'line {reader.line_num} gives {row["file"]} a second label, {row["label"]!r}')
     except (OSError, ValueError, csv.Error) as e:
         raise ValueError(f'--labels {file}: {e}') from e
     return labels
@@ -42,9 +43,9 @@ def read_labels(file: Path) -> Dict[Path, str]:
 def class_names(model: nn.Module) -> Tuple[List[str], List[str]]:
     """Names and descriptions of a classifier's classes, each of length num_classes.
 
-    As in timm's inference.py they come from the model's config, else from the ImageNet subset with that many classes.
-    Names that are not those of all classes are not used, unless given by index. A class without a name goes by its
-    index, one without a description by its name.
+    As in timm's inference.py they come from the model's config, else from the ImageNet subset with that many classes. A
+    list of names of another length is ignored. A class without a name is named by its index, and one without a
+    description is described by its name.
     """
     names = model.pretrained_cfg.get('label_names') or ()
     descriptions = model.pretrained_cfg.get('label_descriptions') or {}
@@ -60,7 +61,7 @@ def class_names(model: nn.Module) -> Tuple[List[str], List[str]]:
 
 
 def match_labels(labels: Dict[Path, str], names: List[str], descriptions: List[str]) -> Dict[Path, int]:
-    """Class indices of labels, which are names of classes or descriptions that only one class has.
+    """Class indices of labels; a label is the name of a class, or a description that no other class has.
 
     Raises:
         ValueError: There is no such class.

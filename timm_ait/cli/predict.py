@@ -25,7 +25,7 @@ _COLOURS = {True: '#137333', False: '#c5221f'}
 
 
 class Prediction(NamedTuple):
-    """ An image's most probable classes, as pairs of index and probability, or the error that left it without. """
+    """ An image's most probable classes, as pairs of index and probability, or the error why there are none. """
     file: Path
     classes: Sequence[Tuple[int, float]] = ()
     thumbnail: Optional[Image.Image] = None
@@ -42,7 +42,7 @@ def classify(model: nn.Module, files: Iterable[Path], topk: int = 5, batch_size:
         batch_size: Images in memory at a time.
 
     Yields:
-        Predictions; a file that cannot be read comes before the others of its batch.
+        Predictions in order, except that files that cannot be read come first in their batch.
     """
     read, device, files = image_reader(model), next(model.parameters()).device, iter(files)
     while chunk := list(islice(files, batch_size)):
@@ -69,10 +69,10 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         'predict',
         help='classify image files with a pretrained model',
-        description=f'Classify image files with a pretrained model, upright as their EXIF data says. Images of more '
-                    f'than {MAX_PIXELS // 10 ** 6} million pixels, or with one side more than {MAX_ASPECT_RATIO} times '
-                    'the other, are not read. The exit code is 1 if some files could not be read, which are named, '
-                    '2 if nothing could be done.',
+        description=f'Classify image files with a pretrained model, turned upright by their EXIF orientation. Images '
+                    f'of more than {MAX_PIXELS // 10 ** 6} million pixels, or with one side more than '
+                    f'{MAX_ASPECT_RATIO} times the other, are not read. The exit code is 1 if some files could not be '
+                    'read, which are reported, and 2 if nothing could be done.',
     )
     add_arguments(parser, 'classifier')
     parser.add_argument('--batch-size', type=integer(1), default=64, metavar='N',
@@ -80,7 +80,7 @@ def add_parser(commands) -> None:
     parser.add_argument('--topk', type=integer(1), default=5, metavar='N',
                         help='predictions per image, at most the number of classes (default: %(default)s)')
     parser.add_argument('--labels', type=Path, metavar='FILE.csv',
-                        help='true classes, in columns file (relative to the CSV file) and label: adds the accuracy')
+                        help='true classes, to report the accuracy: columns file (relative to the CSV file) and label')
     parser.add_argument('--sheet', type=sheet_file, metavar='FILE', help='write a contact sheet, .png or .jpg')
     parser.add_argument('--json', action='store_true', help='print one JSON document')
     parser.set_defaults(main=functools.partial(quietly, _main, parser))
@@ -92,9 +92,9 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         labels = read_labels(args.labels) if args.labels else {}
         if args.labels and labels.keys().isdisjoint(file.resolve() for file in files):
             raise ValueError(
-                f'--labels {args.labels} has a label for none of the images; its files are relative to its own folder')
+                f'--labels {args.labels} has no label for any of the images; its files are relative to its own folder')
         if args.sheet and len(files) > MAX_TILES:
-            raise ValueError(f'--sheet has room for {MAX_TILES} images, there are {len(files)}')
+            raise ValueError(f'--sheet has room for {MAX_TILES} images, got {len(files)}')
         model = load_model(args.model, args.device)
         names, descriptions = class_names(model)
         targets = match_labels(labels, names, descriptions)
@@ -133,7 +133,7 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             tiles.append(Tile(prediction.thumbnail, lines, _COLOURS.get(correct, 'black'), _COLOURS.get(correct)))
 
     if not images:
-        parser.error('IMAGE: none of the files could be classified, the reasons are above')
+        parser.error('IMAGE: none of the files could be classified, see above')
     if args.sheet:
         save_sheet(contact_sheet(tiles, _THUMBNAIL), args.sheet)
     marks = [image['correct'] for image in images if image['correct'] is not None]
@@ -146,8 +146,8 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _print(line: str) -> None:
-    # not every file name can be printed as it is
+    # file names may have characters that the terminal's encoding lacks
     encoding = sys.stdout.encoding or 'utf-8'
     line = line.encode(encoding, 'backslashreplace').decode(encoding)
-    # on a terminal the progress bar has to make room, elsewhere that would only draw it again for every line
+    # on a terminal the progress bar must be cleared first; elsewhere tqdm.write would only redraw it for every line
     (tqdm.write if sys.stdout.isatty() else print)(line)

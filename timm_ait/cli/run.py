@@ -11,14 +11,23 @@ from pathlib import Path
 
 __all__ = ['add_parser']
 
+_EPILOG = """\
+Other Python processes that the script starts do not import timm_ait. In a script of your own whose workers create
+models, write `import timm_ait`. timm's bulk_runner.py starts one process a model: let each be another `run`,
+
+  python -m timm_ait run bulk_runner.py --model-list 'ait_*' --sort-key infer_samples_per_sec \\
+      -m 1 timm_ait run benchmark.py --bench inference
+"""
+
 
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         'run',
-        help='run a script, such as timm\'s validate.py, that then knows this package\'s models',
-        description='Run a script as python would, with timm_ait imported first. Everything after the script is passed '
-                    'on to it. Processes that the script spawns start from the script: if these create models, '
-                    'write `import timm_ait` in it.',
+        help="run a script, such as timm's validate.py, with this package's models registered",
+        description='Run a script as python would, with timm_ait imported first. All arguments after the script are '
+                    "the script's.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # argparse's REMAINDER after a positional loses a `--` that follows it, PARSER does not
     parser.add_argument('command', nargs=argparse.PARSER, metavar='SCRIPT.py', help='script and its arguments')
@@ -34,7 +43,7 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     if not getattr(sys.flags, 'safe_path', False):
         start = sys.path[0]
         sys.path[0] = os.path.dirname(os.path.realpath(script))
-        # started from a source checkout, the package is importable from there alone; spawned workers need it too
+        # in a source checkout that is not installed, `start` is where the package is; spawned workers need it too
         if Path(start).resolve() == Path(__file__).resolve().parents[2]:
             sys.path.append(start)
     runpy.run_path(script, run_name='__main__')
