@@ -20,13 +20,14 @@ bfloat16 instead, and it is not compiled.
 Peak extra memory is the most that a step held beyond what was held before it. On CUDA the caching allocator counts it.
 On the CPU it is the highest running sum of the allocations and releases that PyTorch's profiler records.
 
-On CUDA the last column says whether the step waits for the device anywhere (`torch.cuda.set_sync_debug_mode`).
+On CUDA the last column says whether a step waits for the GPU (`torch.cuda.set_sync_debug_mode`).
 
 Prints Markdown tables; writes workspace.json to --out.
 """
 import argparse
 import ast
-import importlib
+import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -152,18 +153,18 @@ def measure_memory(step: Step, device: str) -> int:
     return peak
 
 
-def synchronizes(step: Step) -> bool:
-    """Whether a step on CUDA waits for the device."""
+def waits(step: Step) -> str:
+    """'yes' if a step waits for the GPU, else 'no'."""
     torch.cuda.set_sync_debug_mode('error')
     try:
         step()
     except RuntimeError as error:
         if 'synchronizing' not in str(error):
             raise
-        return True
+        return 'yes'
     finally:
         torch.cuda.set_sync_debug_mode('default')
-    return False
+    return 'no'
 
 
 class Results:
@@ -176,10 +177,8 @@ class Results:
 
     def start(self, part: str) -> None:
         """Print the heading of a part and of its table."""
-        on_cuda = self.args.device.startswith('cuda')
-        print(f'\n## {part}\n')
-        print('| case | size | dtype | contender | ms | ratio | peak MiB | ratio |' + ' waits |' * on_cuda)
-        print('| --- | --- | --- | --- | --: | --: | --: | --: |' + ' --- |' * on_cuda, flush=True)
+        print(f'\n## {part}\n\n| case | size | dtype | contender | ms | ratio | peak MiB | ratio | waits |')
+        print('| --- | --- | --- | --- | --: | --: | --: | --: | --- |', flush=True)
 
     def measure(self, part: str, case: str, dtype: str, size: str, value: int, steps: Dict[str, Step]) -> None:
         """Measure steps in turns.
@@ -207,7 +206,7 @@ class Results:
                 seconds[name].append(measure_time(steps[name], count, device))
         for name in names:
             reference = next(other for other in names if other.endswith(COMPILED) == name.endswith(COMPILED))
-            self.rows.append({
+            row = {
                 'part': part,
                 'case': case,
                 'dtype': dtype,
@@ -218,27 +217,15 @@ class Results:
                 'time_ratio': statistics.median(a / b for a, b in zip(seconds[name], seconds[reference])),
                 'peak_mib': memory[name] / MIB,
                 'memory_ratio': memory[name] / max(memory[reference], 1),
-                'reference': reference,
+                'waits': waits(steps[name]) if device.startswith('cuda') else '',
                 'all_milliseconds': [1e3 * x for x in seconds[name]],
-                'waits': synchronizes(steps[name]) if device.startswith('cuda') else None,
-            })
-            self.print(self.rows[-1])
+            }
+            self.rows.append(row)
+            cells = [
+                case, f'{size} {value:,}', dtype, name, f"{row['milliseconds']:.2f}", f"{row['time_ratio']:.3f}",
+                f"{row['peak_mib']:.1f}", f"{row['memory_ratio']:.2f}", row['waits']]
+            print(f"| {' | '.join(cells)} |", flush=True)
         self.store()
-
-    def print(self, row: Dict[str, Any]) -> None:
-        cells = [
-            row['case'],
-            f"{row['size']} {row['value']:,}",
-            row['dtype'],
-            row['contender'],
-            f"{row['milliseconds']:.2f}",
-            f"{row['time_ratio']:.3f}",
-            f"{row['peak_mib']:.1f}",
-            f"{row['memory_ratio']:.2f}",
-        ]
-        if row['waits'] is not None:
-            cells.append('yes' if row['waits'] else 'no')
-        print(f"| {' | '.join(cells)} |", flush=True)
 
     def store(self) -> None:
         """Write what there is so far."""
@@ -282,7 +269,7 @@ def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
     }
 
 
-# Contenders. Each trains with the loss that it has in `loss`, or with `timm_ait.balance_loss`.
+# Contenders. Each trains with the loss that it has in `own_loss`, or with `timm_ait.balance_loss`.
 
 class NaiveWorkspace(nn.Module):
     """The layer as the equations of naive.py."""
@@ -290,7 +277,7 @@ class NaiveWorkspace(nn.Module):
     def __init__(self, dim: int, **kwargs) -> None:
         super().__init__()
         self.workspace = GlobalWorkspace(dim, **kwargs)
-        self.loss = None
+        self.own_loss = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Write (in training) and read, (B, N, E) to (B, N, E)."""
@@ -304,100 +291,56 @@ class NaiveWorkspace(nn.Module):
             candidate, balance, _ = naive.write(tokens, memory, weights, layer.workspace_heads, layer.bottleneck)
             # naive.polar has no finite gradient where singular values are equal
             memory = update_memory(memory, candidate, layer.memory_momentum, layer.memory_update)
-            self.loss = layer.balance_weight * balance
+            self.own_loss = layer.balance_weight * balance
         return naive.read(tokens, layer.attractors(memory), layer.beta).view(x.shape)
 
 
 class PublishedWorkspace(nn.Module):
-    """The layer of the published implementation, without the MLP ahead of it.
+    """The layer of the published implementation, without the MLP ahead of it. It writes in evaluation too.
 
     Its file ait.py is a script that downloads data and trains. Only its classes are defined here, with the settings
     that they take from the script's globals.
     """
 
-    def __init__(
-            self,
-            path: Path,
-            dim: int,
-            num_slots: int,
-            slot_dim: int,
-            workspace_heads: int,
-            bottleneck: int,
-            tokens_per_image: int = TOKENS_PER_IMAGE,
-    ) -> None:
+    def __init__(self, path: Path, **settings) -> None:
         """
         Args:
             path: Checkout, the directory of ait.py.
-            dim: Token width E.
-            num_slots: Slots M.
-            slot_dim: Slot width D.
-            workspace_heads: Write heads A.
-            bottleneck: Tokens k.
-            tokens_per_image: Tokens N.
-
-        Raises:
-            FileNotFoundError: There is no ait.py.
-            ImportError: The package of its Hopfield layers is missing.
+            **settings: Globals of the script.
         """
         super().__init__()
-        try:
-            from hflayers import Hopfield
-        except ImportError as error:
-            raise ImportError(
-                'The published implementation needs hflayers: clone github.com/ml-jku/hopfield-layers and add '
-                '--hopfield CHECKOUT.') from error
+        from hflayers import Hopfield
         script = ast.parse((path / 'ait.py').read_text())
         script.body = [node for node in script.body if isinstance(node, ast.ClassDef)]
         with mock.patch.object(sys, 'path', [str(path), *sys.path]):
-            attention = importlib.import_module('MHA')
-        names = dict(
-            torch=torch,
-            nn=nn,
-            F=F,
-            Hopfield=Hopfield,
-            MultiHeadAttention=attention.MultiHeadAttention,
-            hidden_dim=dim,
-            mlp_dim=4 * dim,
-            dim=tokens_per_image,
-            pattern_size=num_slots,
-            memory_dim=slot_dim,
-            memory_head=workspace_heads,
-            bottleneck=bottleneck,
-            HN=True,
-            static=True,
-        )
+            attention = importlib.import_module('MHA').MultiHeadAttention
+        names = dict(torch=torch, nn=nn, F=F, Hopfield=Hopfield, MultiHeadAttention=attention, **settings)
         exec(compile(script, str(path / 'ait.py'), 'exec'), names)
         self.layer = names['ModularNN'](1., 0)
         self.layer.fc1, self.layer.gelu, self.layer.fc2 = nn.Identity(), nn.Identity(), nn.Identity()
-        self.loss = None
+        self.own_loss = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Write and read, (B, N, E) to (B, N, E); it writes in evaluation too."""
-        with torch.autocast(x.device.type, enabled=False):
-            if x.is_cuda:
-                output, self.loss = self.layer(x)
-            else:
-                # it sends a constant to the GPU, whatever device it is on
-                with mock.patch.object(torch.Tensor, 'cuda', lambda self: self):
-                    output, self.loss = self.layer(x)
+        # it sends a constant to the GPU, whatever device it is on
+        stays = contextlib.nullcontext() if x.is_cuda else mock.patch.object(torch.Tensor, 'cuda', lambda self: self)
+        with torch.autocast(x.device.type, enabled=False), stays:
+            output, self.own_loss = self.layer(x)
         return output
 
 
 def create_layers(args: argparse.Namespace, tokens: int, dtype: str) -> Dict[str, nn.Module]:
     """Contenders for `tokens` tokens, each also compiled where asked for."""
     torch.manual_seed(0)
-    kwargs = dict(
-        dim=args.dim,
-        num_slots=args.slots,
-        slot_dim=args.slot_dim,
-        workspace_heads=args.heads,
-        bottleneck=min(args.bottleneck, tokens),
-    )
+    dim, bottleneck = args.dim, min(args.bottleneck, tokens)
+    kwargs = dict(num_slots=args.slots, slot_dim=args.slot_dim, workspace_heads=args.heads, bottleneck=bottleneck)
+    published = dict(
+        hidden_dim=dim, mlp_dim=4 * dim, dim=TOKENS_PER_IMAGE, pattern_size=args.slots, memory_dim=args.slot_dim,
+        memory_head=args.heads, bottleneck=bottleneck, HN=True, static=True)
     create: Dict[str, Callable[[], nn.Module]] = {
-        OURS: lambda: GlobalWorkspace(**kwargs),
-        NAIVE: lambda: NaiveWorkspace(**kwargs),
-        PUBLISHED: lambda: PublishedWorkspace(args.published, **kwargs).to(getattr(torch, dtype)),
-        MLP: lambda: nn.Sequential(nn.Linear(args.dim, 4 * args.dim), nn.GELU(), nn.Linear(4 * args.dim, args.dim)),
+        OURS: lambda: GlobalWorkspace(dim, **kwargs),
+        NAIVE: lambda: NaiveWorkspace(dim, **kwargs),
+        PUBLISHED: lambda: PublishedWorkspace(args.published, **published).to(getattr(torch, dtype)),
+        MLP: lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)),
     }
     return with_compiled(args, {name: create[name]().to(args.device) for name in args.contenders})
 
@@ -439,11 +382,11 @@ def train_layer(
     with autocast(args, dtype):
         output = layer(x)
     if backward:
-        loss = layer.loss if hasattr(layer, 'loss') else timm_ait.balance_loss(layer)
+        loss = layer.own_loss if hasattr(layer, 'own_loss') else timm_ait.balance_loss(layer)
         losses = (loss,) if loss.requires_grad else ()
         torch.autograd.backward((output, *losses), (cotangent, *[torch.ones_like(x) for x in losses]))
-    if hasattr(layer, 'loss'):
-        layer.loss = None
+    if hasattr(layer, 'own_loss'):
+        layer.own_loss = None
     clear_grads(x, *layer.parameters())
 
 
@@ -533,6 +476,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.hopfield:
         sys.path.insert(0, str(args.hopfield))
+    if args.published and importlib.util.find_spec('hflayers') is None:
+        raise SystemExit('--published needs the package hflayers: add --hopfield CHECKOUT')
     results = Results(args)
     machine = results.machine
     print(f"# Workspace on {machine['gpu'] or machine['cpu']}\n")
