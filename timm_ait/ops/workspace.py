@@ -1,5 +1,6 @@
 """ Fused training step of the workspace: tokens write, then read what was written. """
-from typing import Callable, Optional, Tuple
+from fractions import Fraction
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 
@@ -8,7 +9,22 @@ from .hopfield import read
 from .memory import update_memory
 from .naive import TokenNorm, WriteWeights
 
-__all__ = ['write_and_read']
+__all__ = ['num_kept', 'write_and_read']
+
+
+def num_kept(bottleneck: Union[int, float], num_tokens: int) -> int:
+    """Number k of tokens that each slot and head keep: at least 1, at most all.
+
+    Args:
+        bottleneck: k itself if an int; a float is a share of the tokens, rounded half up.
+        num_tokens: Number of tokens that compete, T.
+    """
+    if isinstance(bottleneck, int):
+        return max(1, min(bottleneck, num_tokens))
+    # in integers, since compilers do not carry a float into a shape
+    share = Fraction(bottleneck).limit_denominator(2 ** 20)
+    kept = (2 * num_tokens * share.numerator + share.denominator) // (2 * share.denominator)
+    return max(1, min(kept, num_tokens))
 
 
 def write_and_read(
