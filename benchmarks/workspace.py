@@ -35,7 +35,6 @@ import platform
 import statistics
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -87,7 +86,6 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
     parser.add_argument('--compile', action='store_true', help='also measure contenders under torch.compile')
-    parser.add_argument('--threads', type=int, help='CPU threads; PyTorch decides if not given')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--round-seconds', type=float, default=0.1, help='least time of the slowest in a round')
     parser.add_argument('--warmup', type=int, default=2, help='steps ahead of the rounds')
@@ -233,21 +231,6 @@ class Results:
         arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
         record = {**self.machine, 'arguments': arguments, 'results': self.rows}
         (self.args.out / 'workspace.json').write_text(json.dumps(record, indent=2) + '\n')
-
-    def print_exponents(self) -> None:
-        """Print slopes of log time and log memory over log size, for each sweep, case, dtype and contender."""
-        print('\n| size | case | dtype | contender | exponent of time | of peak memory |')
-        print('| --- | --- | --- | --- | --: | --: |')
-        sweeps: Dict[tuple, List[Dict[str, Any]]] = {}
-        for row in self.rows:
-            if row['part'] == 'scaling':
-                sweeps.setdefault(tuple(row[key] for key in ('size', 'case', 'dtype', 'contender')), []).append(row)
-        for labels, rows in sweeps.items():
-            sizes = [math.log(row['value']) for row in rows]
-            slopes = [
-                statistics.linear_regression(sizes, [math.log(row[key]) for row in rows]).slope
-                for key in ('milliseconds', 'peak_mib')]
-            print(f"| {' | '.join(labels)} | {slopes[0]:.2f} | {slopes[1]:.2f} |")
 
 
 def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
@@ -465,15 +448,11 @@ def measure_scaling(args: argparse.Namespace, results: Results) -> None:
             sized = argparse.Namespace(**{**vars(args), argument: value})
             sized.contenders = [name for name in args.contenders if name != MLP]
             measure_layers(sized, results, 'scaling', value if size == 'T' else args.tokens[0], size, value)
-    results.print_exponents()
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[List[str]] = None) -> None:
+    args = parse_args(argv)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces every start and stop
-    warnings.filterwarnings('ignore', message='.*TensorFloat32')
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.hopfield:
         sys.path.insert(0, str(args.hopfield))
     if args.published and importlib.util.find_spec('hflayers') is None:
