@@ -286,7 +286,8 @@ def test_our_recipes_are_read():
     assert len(recipes) > len(examples) > 0
     for file in recipes:
         recipe = read_recipe(file)
-        for run in recipe['runs'].values():
+        # of runs with the same arguments, whatever their values, one is made
+        for run in {(run['model'], *sorted(run)): run for run in recipe['runs'].values()}.values():
             run = {**run, 'pretrained': False, 'pretrained_cfg_overlay': None}  # the weights are a run's output
             create_run_model(recipe, run, num_classes=10)
 

@@ -29,11 +29,10 @@ def test_models_are_timed_beside_those_without_workspaces(tmp_path):
     assert [row['contender'] for row in rows] == [f'{name}, workspace=False', name]
 
 
-def test_scaling_varies_one_size(tmp_path, capsys):
+def test_scaling_varies_one_size(tmp_path):
     rows = rows_of(
         tmp_path, '--part', 'scaling', '--sweep', 'k', '--case', 'training forward', '--contenders', 'timm_ait')
     assert [(row['size'], row['value']) for row in rows] == [('k', 32), ('k', 64), ('k', 128)]
-    assert '| k | training forward | float32 | timm_ait |' in capsys.readouterr().out
 
 
 def test_naive_layer_computes_what_ours_does():
