@@ -22,13 +22,12 @@ On the CPU it is the highest running sum of the allocations and releases that Py
 
 On CUDA the last column says whether a step waits for the GPU (`torch.cuda.set_sync_debug_mode`).
 
-Prints Markdown tables; writes workspace.json to --out.
+Prints Markdown tables.
 """
 import argparse
 import ast
 import contextlib
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -37,7 +36,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 from unittest import mock
 
 import timm
@@ -100,7 +99,6 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--bottleneck', type=int, default=512, help='tokens k that a slot and head keep')
     parser.add_argument('--sweep', nargs='+', choices=SWEEPS, default=list(SWEEPS), help='sizes that scaling varies')
     parser.add_argument('--quick', action='store_true', help='small sizes and 2 rounds, whatever else is given')
-    parser.add_argument('--out', type=Path, default=Path('output/benchmarks'), help='directory of workspace.json')
     args = parser.parse_args(args)
     if args.quick:
         args.rounds, args.round_seconds, args.batch_sizes = 2, 0., [4]
@@ -165,91 +163,60 @@ def waits(step: Step) -> str:
     return 'no'
 
 
-class Results:
-    """Measurements, printed and stored as they are made."""
+def measure(args: argparse.Namespace, labels: Sequence[str], steps: Dict[str, Step]) -> None:
+    """Measure steps in turns, and print a row for each.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.machine = describe_machine(args)
-        self.rows: List[Dict[str, Any]] = []
-
-    def start(self, part: str) -> None:
-        """Print the heading of a part and of its table."""
-        print(f'\n## {part}\n\n| case | size | dtype | contender | ms | ratio | peak MiB | ratio | waits |')
-        print('| --- | --- | --- | --- | --: | --: | --: | --: | --- |', flush=True)
-
-    def measure(self, part: str, case: str, dtype: str, size: str, value: int, steps: Dict[str, Step]) -> None:
-        """Measure steps in turns.
-
-        Args:
-            part: Part of the benchmark.
-            case: What the steps do.
-            dtype: What they compute in.
-            size: Name of the size that is varied.
-            value: Its value.
-            steps: A step for each contender; the first is what the ratios are to.
-        """
-        names, device = list(steps), self.args.device
-        for _ in range(max(self.args.warmup, 1)):  # the first allocates, compiles and chooses algorithms
-            for step in steps.values():
-                step()
-        slowest = max(measure_time(step, 1, device) for step in steps.values())
-        count = max(1, math.ceil(self.args.round_seconds / slowest))
-        memory = {name: measure_memory(step, device) for name, step in steps.items()}
-        seconds = {name: [] for name in names}
-        for i in range(self.args.rounds):
-            for name in names if i % 2 == 0 else reversed(names):
-                if slowest < 1.:  # caches and allocator as in a loop over the step; a long one makes its own
-                    steps[name]()
-                seconds[name].append(measure_time(steps[name], count, device))
-        for name in names:
-            reference = next(other for other in names if other.endswith(COMPILED) == name.endswith(COMPILED))
-            row = {
-                'part': part,
-                'case': case,
-                'dtype': dtype,
-                'size': size,
-                'value': value,
-                'contender': name,
-                'milliseconds': 1e3 * statistics.median(seconds[name]),
-                'time_ratio': statistics.median(a / b for a, b in zip(seconds[name], seconds[reference])),
-                'peak_mib': memory[name] / MIB,
-                'memory_ratio': memory[name] / max(memory[reference], 1),
-                'waits': waits(steps[name]) if device.startswith('cuda') else '',
-                'all_milliseconds': [1e3 * x for x in seconds[name]],
-            }
-            self.rows.append(row)
-            cells = [
-                case, f'{size} {value:,}', dtype, name, f"{row['milliseconds']:.2f}", f"{row['time_ratio']:.3f}",
-                f"{row['peak_mib']:.1f}", f"{row['memory_ratio']:.2f}", row['waits']]
-            print(f"| {' | '.join(cells)} |", flush=True)
-        self.store()
-
-    def store(self) -> None:
-        """Write what there is so far."""
-        self.args.out.mkdir(parents=True, exist_ok=True)
-        arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.args).items()}
-        record = {**self.machine, 'arguments': arguments, 'results': self.rows}
-        (self.args.out / 'workspace.json').write_text(json.dumps(record, indent=2) + '\n')
+    Args:
+        args: The command's.
+        labels: First cells of the rows.
+        steps: A step for each contender; the first, eager or compiled, is what the ratios are to.
+    """
+    names, device = list(steps), args.device
+    for _ in range(max(args.warmup, 1)):  # the first allocates, compiles and chooses algorithms
+        for step in steps.values():
+            step()
+    slowest = max(measure_time(step, 1, device) for step in steps.values())
+    count = max(1, math.ceil(args.round_seconds / slowest))
+    memory = {name: measure_memory(step, device) for name, step in steps.items()}
+    seconds = {name: [] for name in names}
+    for i in range(args.rounds):
+        for name in names if i % 2 == 0 else reversed(names):
+            if slowest < 1.:  # caches and allocator as in a loop over the step; a long one makes its own
+                steps[name]()
+            seconds[name].append(measure_time(steps[name], count, device))
+    for name in names:
+        reference = next(other for other in names if other.endswith(COMPILED) == name.endswith(COMPILED))
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[reference]))
+        print_row(
+            *labels,
+            name,
+            f'{1e3 * statistics.median(seconds[name]):.2f}',
+            f'{ratio:.3f}',
+            f'{memory[name] / MIB:.1f}',
+            f'{memory[name] / max(memory[reference], 1):.2f}',
+            waits(steps[name]) if device.startswith('cuda') else '',
+        )
 
 
-def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
+def print_row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_setting(args: argparse.Namespace) -> None:
     processor = platform.processor()
     if os.path.exists('/proc/cpuinfo'):
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         processor = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), processor)
-    return {
-        'cpu': processor,
-        'cores': os.cpu_count(),
-        'threads': torch.get_num_threads(),
-        'gpu': torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else None,
-        'python': platform.python_version(),
-        'torch': torch.__version__,
-        'timm': timm.__version__,
-        'timm_ait': timm_ait.__version__,
-        'matmul_precision': torch.get_float32_matmul_precision(),
-        'fused_attention': use_fused_attn(),
-    }
+    device = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else processor
+    print(
+        f'# Workspace on {device}\n\n'
+        f'{torch.get_num_threads()} threads on {os.cpu_count()} cores ({processor}), Python '
+        f'{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, timm_ait '
+        f'{timm_ait.__version__}, float32 products at {torch.get_float32_matmul_precision()} precision, fused '
+        f"attention {'on' if use_fused_attn() else 'off'}. Layer: tokens of width {args.dim}, {args.heads} heads, {args.slots} "
+        f'slots of width {args.slot_dim}, k {args.bottleneck}. Training steps of models '
+        f"{'with' if args.optimizer else 'without'} the optimizer's. Medians of {args.rounds} interleaved rounds. "
+        'Ratios are to the first contender, of those that are compiled to the first that is.')
 
 
 # Contenders. Each trains with the loss that it has in `own_loss`, or with `timm_ait.balance_loss`.
@@ -393,7 +360,7 @@ def train_model(
 
 # Parts
 
-def measure_layers(args: argparse.Namespace, results: Results, part: str, tokens: int, size: str, value: int) -> None:
+def measure_layers(args: argparse.Namespace, tokens: int, size: str) -> None:
     for dtype in args.dtype:
         layers = create_layers(args, tokens, dtype)
         shape = (tokens // TOKENS_PER_IMAGE, TOKENS_PER_IMAGE, args.dim)
@@ -407,17 +374,10 @@ def measure_layers(args: argparse.Namespace, results: Results, part: str, tokens
                     steps[name] = partial(evaluate, args, dtype, layer, x.detach())
                 else:
                     steps[name] = partial(train_layer, args, dtype, layer, x, cotangent, case == 'training step')
-            results.measure(part, case, dtype, size, value, steps)
+            measure(args, [case, size, dtype], steps)
 
 
-def measure_models(
-        args: argparse.Namespace,
-        results: Results,
-        part: str,
-        name: str,
-        batch_size: int,
-        cases: List[str],
-) -> None:
+def measure_models(args: argparse.Namespace, name: str, batch_size: int, cases: List[str]) -> None:
     """A model beside the same model with plain MLPs."""
     for dtype in args.dtype:
         torch.manual_seed(0)
@@ -438,16 +398,16 @@ def measure_models(
                     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4) if args.optimizer else None
                     steps[key] = partial(
                         train_model, args, dtype, model, optimizer, images, labels, case == 'training step')
-            results.measure(part, case, dtype, 'batch', batch_size, steps)
+            measure(args, [case, f'batch {batch_size:,}', dtype], steps)
 
 
-def measure_scaling(args: argparse.Namespace, results: Results) -> None:
+def measure_scaling(args: argparse.Namespace) -> None:
     for size in args.sweep:
         argument, values = SWEEPS[size]
         for value in QUICK_SWEEPS[size] if args.quick else values:
             sized = argparse.Namespace(**{**vars(args), argument: value})
             sized.contenders = [name for name in args.contenders if name != MLP]
-            measure_layers(sized, results, 'scaling', value if size == 'T' else args.tokens[0], size, value)
+            measure_layers(sized, value if size == 'T' else args.tokens[0], f'{size} {value:,}')
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -457,31 +417,23 @@ def main(argv: Optional[List[str]] = None) -> None:
         sys.path.insert(0, str(args.hopfield))
     if args.published and importlib.util.find_spec('hflayers') is None:
         raise SystemExit('--published needs the package hflayers: add --hopfield CHECKOUT')
-    results = Results(args)
-    machine = results.machine
-    print(f"# Workspace on {machine['gpu'] or machine['cpu']}\n")
-    print(f"{machine['threads']} threads on {machine['cores']} cores ({machine['cpu']}), torch {machine['torch']}, "
-          f"timm {machine['timm']}, float32 products at {machine['matmul_precision']} precision, fused attention "
-          f"{'on' if machine['fused_attention'] else 'off'}. Layer: tokens of width {args.dim}, {args.heads} heads, "
-          f'{args.slots} slots of width {args.slot_dim}, k {args.bottleneck}. Training steps of models '
-          f"{'with' if args.optimizer else 'without'} the optimizer's. Medians of {args.rounds} interleaved rounds. "
-          'Ratios are to the first contender, of those that are compiled to the first that is.')
-    for part in PARTS:
-        if part not in args.part:
-            continue
-        results.start(part)
+    print_setting(args)
+    for part in args.part:
+        print(f'\n## {part}\n')
+        print_row('case', 'size', 'dtype', 'contender', 'ms', 'ratio', 'peak MiB', 'ratio', 'waits')
+        print_row(*['---'] * 4, *['--:'] * 4, '---')
         if part == 'layer':
             for tokens in args.tokens:
-                measure_layers(args, results, part, tokens, 'T', tokens)
+                measure_layers(args, tokens, f'T {tokens:,}')
         elif part == 'models':
             for name in args.models:
                 for batch_size in args.batch_sizes:
-                    measure_models(args, results, part, name, batch_size, args.case)
+                    measure_models(args, name, batch_size, args.case)
         elif part == 'latency':
             for name in args.latency_models:
-                measure_models(args, results, part, name, 1, ['evaluation'])
+                measure_models(args, name, 1, ['evaluation'])
         else:
-            measure_scaling(args, results)
+            measure_scaling(args)
 
 
 if __name__ == '__main__':

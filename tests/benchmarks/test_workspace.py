@@ -1,6 +1,4 @@
 """ benchmarks/workspace.py at small sizes, on the CPU. """
-import json
-
 import pytest
 import torch
 
@@ -9,30 +7,35 @@ from timm_ait import balance_loss
 from timm_ait.layers import GlobalWorkspace
 
 
-def rows_of(tmp_path, *arguments):
-    main(['--quick', '--out', str(tmp_path), *arguments])
-    return json.loads((tmp_path / 'workspace.json').read_text())['results']
+@pytest.fixture
+def rows(capsys):
+    """Rows that the command prints, without heading, as lists of cells."""
+    def run(*arguments):
+        main(['--quick', *arguments])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+        return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines][2:]
+    return run
 
 
-def test_layers_are_timed_beside_each_other(tmp_path, capsys):
-    rows = rows_of(tmp_path, '--part', 'layer', '--case', 'training step', 'evaluation')
-    assert [(row['case'], row['contender']) for row in rows] == [
-        (case, name) for case in ('training step', 'evaluation') for name in ('timm_ait', 'naive', 'mlp')]
-    assert all(row['milliseconds'] > 0 and row['peak_mib'] > 0 for row in rows)
-    assert [row['time_ratio'] for row in rows if row['contender'] == 'timm_ait'] == [1., 1.]
-    assert capsys.readouterr().out.count('\n| training step | T 1,024 | float32 |') == 3
+def test_layers_are_timed_beside_each_other(rows):
+    found = rows('--part', 'layer', '--case', 'training step', 'evaluation')
+    assert [row[:4] for row in found] == [
+        [case, 'T 1,024', 'float32', name]
+        for case in ('training step', 'evaluation') for name in ('timm_ait', 'naive', 'mlp')]
+    assert all(float(milliseconds) > 0 and float(mib) > 0 for _, _, _, _, milliseconds, _, mib, *_ in found)
+    assert [row[5] for row in found if row[3] == 'timm_ait'] == ['1.000', '1.000']
 
 
-def test_models_are_timed_beside_those_without_workspaces(tmp_path):
-    rows = rows_of(tmp_path, '--part', 'latency', '--dtype', 'bfloat16')
+def test_models_are_timed_beside_those_without_workspaces(rows):
     name = 'ait_vit_tiny_patch16_224'
-    assert [row['contender'] for row in rows] == [f'{name}, workspace=False', name]
+    found = rows('--part', 'latency', '--dtype', 'bfloat16')
+    assert [row[1:4] for row in found] == [
+        ['batch 1', 'bfloat16', f'{name}, workspace=False'], ['batch 1', 'bfloat16', name]]
 
 
-def test_scaling_varies_one_size(tmp_path):
-    rows = rows_of(
-        tmp_path, '--part', 'scaling', '--sweep', 'k', '--case', 'training forward', '--contenders', 'timm_ait')
-    assert [(row['size'], row['value']) for row in rows] == [('k', 32), ('k', 64), ('k', 128)]
+def test_scaling_varies_one_size(rows):
+    found = rows('--part', 'scaling', '--sweep', 'k', '--case', 'training forward', '--contenders', 'timm_ait')
+    assert [row[1] for row in found] == ['k 32', 'k 64', 'k 128']
 
 
 def test_naive_layer_computes_what_ours_does():
