@@ -213,8 +213,8 @@ def print_setting(args: argparse.Namespace) -> None:
         f'{torch.get_num_threads()} threads on {os.cpu_count()} cores ({processor}), Python '
         f'{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, timm_ait '
         f'{timm_ait.__version__}, float32 products at {torch.get_float32_matmul_precision()} precision, fused '
-        f"attention {'on' if use_fused_attn() else 'off'}. Layer: tokens of width {args.dim}, {args.heads} heads, {args.slots} "
-        f'slots of width {args.slot_dim}, k {args.bottleneck}. Training steps of models '
+        f"attention {'on' if use_fused_attn() else 'off'}. Layer: tokens of width {args.dim}, {args.heads} heads, "
+        f'{args.slots} slots of width {args.slot_dim}, k {args.bottleneck}. Training steps of models '
         f"{'with' if args.optimizer else 'without'} the optimizer's. Medians of {args.rounds} interleaved rounds. "
         'Ratios are to the first contender, of those that are compiled to the first that is.')
 
