@@ -13,15 +13,16 @@ import io
 import os
 import statistics
 import time
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional
 
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import timm_ait  # noqa: F401, registers the models
+
+from .compare.data import load_images
 
 
 def quantized_models(model: nn.Module) -> Dict[str, nn.Module]:
@@ -33,15 +34,6 @@ def quantized_models(model: nn.Module) -> Dict[str, nn.Module]:
         'dynamic int8': torch.ao.quantization.quantize_dynamic(model, {nn.Linear}),
         'weight-only int8': weight_only,
     }
-
-
-def load_images(folder: str, model: nn.Module, num_images: Optional[int]) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Images (N, C, H, W) of a folder as the model wants them, and labels (N)."""
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
-    dataset = create_dataset('', root=folder, transform=transform)
-    count = min(num_images or len(dataset), len(dataset))
-    images, labels = zip(*(dataset[i * len(dataset) // count] for i in range(count)))
-    return torch.stack(images), torch.tensor(labels)
 
 
 def megabytes(model: nn.Module) -> float:

@@ -1,5 +1,3 @@
-import itertools
-
 import pytest
 import timm
 import torch
@@ -102,6 +100,11 @@ class TestWriteAttention:
         assert ((attention > 0).sum(dim=-1) == kept).all()
         torch.testing.assert_close(attention.sum(dim=-1), torch.ones(4, 8))
 
+    def test_rounds_a_share_as_the_layer_does(self):
+        workspace = GlobalWorkspace(8, bottleneck=0.5)
+        attention = analysis.write_attention(workspace, torch.randn(5, 8))
+        assert ((attention > 0).sum(dim=-1) == 3).all()
+
     @pytest.mark.parametrize('bottleneck', [0, -1, 1.5])
     def test_refuses_other_bottlenecks(self, model, bottleneck):
         with pytest.raises(ValueError, match='^bottleneck'):
@@ -121,21 +124,6 @@ class TestWriteAttention:
         attention = analysis.write_attention(workspace, tokens, 3)
         best = scores.topk(3).indices
         torch.testing.assert_close(attention.gather(-1, best), scores.gather(-1, best).softmax(dim=-1))
-
-
-def test_writes_of_coordination_are_one_per_image():
-    model = timm.create_model('test_coordination').train()
-    writes = analysis.coordination_writes(model, torch.randn(2, 3, 32, 32))
-    assert list(writes) == ['blocks.0.attn', 'blocks.1.attn', 'blocks.2.attn']
-    for attention, memory in writes.values():
-        assert attention.shape == (2, 2, 4, 64) and memory.shape == (2, 4, 32)
-        assert ((attention > 0).sum(dim=-1) == 3).all()
-    assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_only_a_coordination_has_its_writes():
-    with pytest.raises(ValueError, match='^model: VisionTransformer'):
-        analysis.coordination_writes(timm.create_model('test_vit'), torch.randn(2, 3, 160, 160))
 
 
 class TestCompetition:
@@ -167,36 +155,6 @@ class TestCompetition:
         figures = analysis.competition(attention)
         assert figures['coverage'] == pytest.approx((0.5 + 0.25) / 2)
         assert figures['overlap'] == 0.5
-
-
-class TestInteractions:
-
-    def test_counts_the_largest_weights(self):
-        attention = torch.tensor([[0.5, 0.4, 0.06, 0.04], [0.04, 0.5, 0.3, 0.16], [0.25, 0.25, 0.25, 0.25]])
-        assert analysis.interactions(attention).tolist() == [2, 3, 4]
-        assert analysis.interactions(torch.eye(4)).tolist() == [1] * 4
-
-    def test_of_heads_with_even_and_with_one_hot_attention(self):
-        model = timm.create_model('test_ait').eval()
-        with torch.no_grad():
-            for block in model.blocks:
-                block.attn.qkv.weight[:128] = 0.
-                block.attn.qkv.bias[:128] = 0.
-        counts = analysis.self_attention_interactions(model, torch.randn(2, 3, 32, 32))
-        assert list(counts) == ['blocks.0.attn', 'blocks.1.attn', 'blocks.2.attn']
-        for count in counts.values():
-            assert count.tolist() == [58., 58.]  # 90 % of 64
-
-    def test_are_those_of_plain_vits_too_and_attention_stays_fused(self):
-        model = timm.create_model('test_vit').eval()
-        fused = [block.attn.fused_attn for block in model.blocks]
-        counts = analysis.self_attention_interactions(model, torch.randn(1, 3, 160, 160))
-        assert len(counts) == len(model.blocks)
-        assert [block.attn.fused_attn for block in model.blocks] == fused
-
-    def test_of_models_without_self_attention(self):
-        model = timm.create_model('test_ait', attention=False).eval()
-        assert analysis.self_attention_interactions(model, torch.randn(1, 3, 32, 32)) == {}
 
 
 class TestFixedPoints:
@@ -261,61 +219,6 @@ class TestRetrieval:
             analysis.retrieval(GlobalWorkspace(8, retrieval=False), torch.randn(5, 8))
 
 
-class TestBasins:
-
-    def test_stored_patterns_return_at_high_beta(self):
-        shares = analysis.basins(torch.eye(4, 8), beta=50., noise=0.5)
-        assert shares.tolist() == [1.] * 4
-
-    def test_no_pattern_returns_at_low_beta(self):
-        assert analysis.basins(torch.eye(4, 8), beta=0.1).tolist() == [0.] * 4
-
-    def test_patterns_close_together_share_an_attractor(self):
-        patterns = torch.eye(4, 8)
-        patterns[1] = F.normalize(patterns[0] + 0.05 * patterns[1], dim=0)
-        shares = analysis.basins(patterns, beta=20.)
-        assert shares.tolist() == [0., 0., 1., 1.]
-
-    def test_more_noise_brings_fewer_back(self):
-        shares = [float(analysis.basins(torch.eye(8), 20., noise).mean()) for noise in (0., 1., 3.)]
-        assert shares[0] == 1. and shares[0] > shares[1] > shares[2]
-
-    def test_the_generator_decides(self):
-        shares = [
-            analysis.basins(torch.eye(8), 20., 1., generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
-        assert torch.equal(shares[0], shares[1]) and not torch.equal(shares[0], shares[2])
-
-
-class TestMatching:
-
-    def test_permuted_slots_are_found(self):
-        slots, order = torch.randn(16, 40), torch.randperm(16)
-        mean, chance, columns = analysis.agreement(slots[order], slots)
-        assert torch.equal(columns, order)
-        assert mean == pytest.approx(1.)
-        assert chance < 0.6
-
-    @pytest.mark.parametrize('columns', [5, 6])
-    def test_no_assignment_is_better(self, columns):
-        similarity = torch.randn(5, columns)
-        found = similarity[torch.arange(5), analysis.match_slots(similarity)].sum()
-        best = max(
-            sum(similarity[i, j] for i, j in enumerate(order)) for order in itertools.permutations(range(columns), 5))
-        torch.testing.assert_close(found, best)
-
-    def test_each_slot_is_matched_once(self):
-        assert analysis.match_slots(torch.ones(6, 6)).sort().values.tolist() == list(range(6))
-
-    @pytest.mark.parametrize('similarity', [torch.ones(3, 2), torch.full((2, 2), float('nan'))])
-    def test_refuses_what_cannot_be_matched(self, similarity):
-        with pytest.raises(ValueError, match='^similarity'):
-            analysis.match_slots(similarity)
-
-    def test_slots_that_have_nothing_in_common_are_at_chance(self):
-        mean, chance, _ = analysis.agreement(torch.randn(16, 1000), torch.randn(16, 1000))
-        assert mean == pytest.approx(chance, abs=0.02)
-
-
 class TestDiversity:
 
     def test_orthonormal_memory_has_full_rank(self, model):
@@ -331,23 +234,6 @@ class TestDiversity:
         assert figures['mean_cosine'] == pytest.approx(1., abs=1e-4)
         assert figures['attractor_mean_cosine'] == pytest.approx(1., abs=1e-4)
         assert figures['effective_rank'] == pytest.approx(1., abs=1e-2)
-
-    def test_slot_purity(self):
-        weights = torch.tensor([[0.5, 0.5, 0., 0.], [0.25, 0.25, 0.25, 0.25], [0., 0., 0.2, 0.6]])
-        assert analysis.slot_purity(weights, torch.tensor([0, 0, 1, 2])).tolist() == pytest.approx([1., 0.5, 0.75])
-
-    def test_kmeans_finds_clusters_far_apart(self):
-        labels = torch.arange(5).repeat(20)
-        points = 10. * torch.eye(5)[labels] + 0.1 * torch.randn(100, 5)
-        clusters = analysis.kmeans(points, 5)
-        for a, b in ((labels, clusters), (clusters, labels)):
-            assert analysis.slot_purity(F.one_hot(a).T.float(), b).tolist() == [1.] * 5
-
-    @pytest.mark.parametrize('num_clusters', [0, 4])
-    def test_kmeans_needs_points(self, num_clusters):
-        with pytest.raises(ValueError, match='^num_clusters'):
-            analysis.kmeans(torch.randn(3, 2), num_clusters)
-
 
 class TestReadShares:
 
@@ -372,73 +258,6 @@ class TestReadShares:
             torch.nn.init.ones_(block.mlp.workspace.attractors.bias)
         for figures in analysis.read_shares(model, images).values():
             assert figures['constant_share'] == pytest.approx(1., abs=1e-5)
-
-
-class TestContribution:
-
-    @pytest.mark.parametrize('how', analysis.REPLACEMENTS)
-    def test_replacing_changes_the_logits_and_nothing_for_long(self, model, images, how):
-        with torch.no_grad():
-            before = trained(model, images)(images)
-            with analysis.replaced_memory(model, how):
-                assert not torch.allclose(model(images), before)
-            assert torch.equal(model(images), before)
-
-    def test_removed_is_a_layer_without_retrieval(self, model, images):
-        without = timm.create_model('test_ait', num_classes=3, retrieval=False).eval()
-        without.load_state_dict(model.state_dict(), strict=False)
-        with torch.no_grad(), analysis.replaced_memory(model, 'removed'):
-            torch.testing.assert_close(model(images), without(images))
-
-    def test_constant_keeps_the_mean(self, model):
-        workspace, x = model.blocks[0].mlp.workspace, torch.randn(2, 5, 64)
-        with torch.no_grad():
-            mean = (workspace(x) - workspace.norm(x)).mean(dim=(0, 1))
-            with analysis.replaced_memory(model, 'constant'):
-                torch.testing.assert_close(workspace(x) - workspace.norm(x), mean.expand(2, 5, 64), atol=1e-5, rtol=0.)
-
-    @pytest.mark.parametrize('how', ['shuffled', 'random'])
-    def test_replaced_slots_stay_orthonormal(self, model, how):
-        workspace = model.blocks[0].mlp.workspace
-        before = workspace.stored_memory()
-        with analysis.replaced_memory(model, how):
-            after = workspace.stored_memory()
-        torch.testing.assert_close(after @ after.T, torch.eye(8), atol=1e-5, rtol=0.)
-        assert not torch.allclose(after, before)
-
-    def test_the_order_of_slots_does_not_matter(self, model, images):
-        with torch.no_grad():
-            before = model(images)
-            memory = model.blocks[0].mlp.workspace.memory
-            memory.copy_(memory.flip(0))
-            torch.testing.assert_close(model(images), before)
-
-    def test_in_one_layer_alone(self, model, images):
-        tokens = analysis.collect_tokens(model, images)
-        with analysis.replaced_memory(model, 'removed', ['blocks.1.mlp.workspace']):
-            other = analysis.collect_tokens(model, images)
-        same = [torch.allclose(a, b) for a, b in zip(tokens.values(), other.values())]
-        assert same == [True, True, False]
-
-    @pytest.mark.parametrize('argument, kwargs', [
-        ('how', dict(how='burnt')),
-        ('layers', dict(how='removed', layers=['blocks.7.mlp.workspace'])),
-    ])
-    def test_refuses(self, model, argument, kwargs):
-        with pytest.raises(ValueError, match=f'^{argument}'):
-            with analysis.replaced_memory(model, **kwargs):
-                pass
-
-    def test_accuracy(self, model, images):
-        predicted = model(images).argmax(dim=-1)
-        wrong = (predicted + torch.tensor([0, 0, 0, 1])) % 3
-        assert analysis.accuracy(model, [(images[:2], wrong[:2]), (images[2:], wrong[2:])]) == 0.75
-
-    def test_names_each_replacement_and_layer(self, model, images):
-        result = analysis.contribution(model, [(images, model(images).argmax(dim=-1))], each_layer=True)
-        assert list(result) == [
-            'unchanged', *analysis.REPLACEMENTS, *(f'removed in blocks.{i}.mlp.workspace' for i in range(3))]
-        assert result['unchanged'] == 1.
 
 
 class TestAnalyse:

@@ -8,24 +8,23 @@ import torch
 
 from . import __doc__ as description
 from .data import load_splits
-from .recipe import read_recipe, run_settings
+from .recipe import create_recipe_parser, read_recipe, run_settings
 from .report import report
 from .training import create_run_model, create_run_optimizer, train_run
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    parser = argparse.ArgumentParser(prog='python -m benchmarks.compare', description=description.split('\n\n')[0])
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks.compare', description=description.split('\n\n')[0], allow_abbrev=False,
+        epilog=create_recipe_parser().format_help(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipe', type=Path, help='YAML file')
     parser.add_argument('--data-dir', required=True, help='folder of the data set')
     parser.add_argument('--output', required=True, type=Path, help='folder of the results')
     parser.add_argument('--runs', nargs='+', metavar='LABEL', help="these of the recipe's runs alone")
-    parser.add_argument('--seeds', nargs='+', type=int, help="in place of the recipe's")
-    parser.add_argument('--steps', type=int, help="in place of the recipe's")
     parser.add_argument('--device', default='cpu', help='device to train on (default: %(default)s)')
-    args = parser.parse_args(argv)
-    changes = {key: getattr(args, key) for key in ('seeds', 'steps') if getattr(args, key) is not None}
+    args, overrides = parser.parse_known_args(argv)
     try:
-        recipe = read_recipe(args.recipe, changes)
+        recipe = read_recipe(args.recipe, overrides)
     except (OSError, ValueError) as e:
         parser.error(str(e))
     if args.runs:

@@ -9,14 +9,14 @@ from typing import Dict, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import create_dataset
+from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 from timm_ait.data import SortOfClevr
 from timm_ait.data.sort_of_clevr import ANSWERS, KINDS, QUESTION_DIM
 
 from .recipe import Recipe
 
-__all__ = ['Split', 'augment', 'load_image_folder', 'load_sort_of_clevr', 'load_splits']
+__all__ = ['Split', 'augment', 'load_image_folder', 'load_images', 'load_sort_of_clevr', 'load_splits']
 
 
 @dataclasses.dataclass
@@ -84,6 +84,26 @@ def load_image_folder(data_dir: str, split: str, image_size: int, in_chans: int)
         targets=torch.tensor(targets),
         class_names=tuple(dataset.reader.class_to_idx),
     )
+
+
+def load_images(
+        folder: Union[str, Path],
+        model: torch.nn.Module,
+        num_images: Optional[int] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Validation images (n, C, H, W) as a pretrained model wants them, and labels (n,), classes mixed.
+
+    Args:
+        folder: ImageFolder, or the folder of its splits.
+        model: Pretrained model.
+        num_images: How many, spread evenly over the folder; all if None.
+    """
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    dataset = create_dataset('', root=str(folder), split='validation', transform=transform)
+    count = min(num_images or len(dataset), len(dataset))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    images, labels = zip(*(dataset[i * len(dataset) // count] for i in order))
+    return torch.stack(images), torch.tensor(labels)
 
 
 def load_sort_of_clevr(data_dir: str, split: str, kinds: Sequence[str]) -> Split:

@@ -1,144 +1,134 @@
-""" Recipes: which models are trained on what, and how.
+""" Recipes: YAML files that say which models are trained on what, and how.
 
-A recipe is a YAML file with these keys; all but the first three have defaults.
-    dataset: image_folder (train/<class>/*, validation/<class>/*) or sort_of_clevr (of `python -m timm_ait data`)
-    image_size: pixels; images are scaled to it
-    runs: {label: {model: NAME, ARGUMENT: VALUE, …}, …}; a run may also have seeds of its own, blocks, the numbers
-        of the blocks that get gated workspaces, and gate_lr, a learning rate of the workspaces' gates
-    in_chans: channels of the images, 1 or 3
-    mean, std: what pixels in [0, 1] are normalised with
-    kinds: which of Sort-of-CLEVR's questions, all by default
-    model_kwargs: arguments of every run's model, which a run may take back with null
-    conv_stem: channels of convolutions of stride 2 that embed the patches of every model, in place of linear patches
-    steps, batch_size, opt, opt_kwargs, lr, layer_decay, weight_decay, warmup_steps, clip_grad, amp_dtype, seeds
-    eval_every: steps from one evaluation, and checkpoint, to the next
-    all_patches_from: step from which the patch_drop_rate of the models is zero
-    hflip, vflip, transpose: flip images at random; crop_padding: shift them by up to as many pixels
-    place: move what stands on a black ground to a random place of the image, whole
+A recipe has the key `runs`, {label: {model: NAME, ARGUMENT: VALUE, …}, …}, and any of the options that
+`python -m benchmarks.compare RECIPE --help` lists, with underscores for hyphens. An option on the command line replaces
+the recipe's. A run may also have
+
+    seeds: in place of the recipe's
+    blocks: numbers of the blocks that get gated workspaces
+    workspace_kwargs: arguments of these workspaces
+    gate_lr: a learning rate of the workspaces' gates
 """
+import argparse
 from pathlib import Path
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Dict, List, Sequence
 
-import timm
 import yaml
-from timm.optim import list_optimizers
 
 from timm_ait.data.sort_of_clevr import IMAGE_SIZE, KINDS
 
-__all__ = ['Recipe', 'read_recipe', 'run_settings']
+__all__ = ['Recipe', 'create_recipe_parser', 'read_recipe', 'run_settings']
 
 Recipe = Dict[str, Any]
 
 
-class _Key(NamedTuple):
-    check: Callable[[Any], bool]
-    wanted: str
-    default: Any = None
-    required: bool = False
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
+    return value
 
 
-def _integer(minimum: int, default: Any, **kwargs) -> _Key:
-    return _Key(lambda x: type(x) is int and x >= minimum, f'an integer of {minimum} or more', default, **kwargs)
+def _flag(text: str) -> bool:
+    if text.lower() not in ('true', 'false'):
+        raise argparse.ArgumentTypeError(f'must be true or false, got {text!r}')
+    return text.lower() == 'true'
 
 
-def _number(default: float, zero: bool = False) -> _Key:
-    wanted = f"a number{' of 0 or more' if zero else ' above 0'}, such as 1.0e-3"  # YAML reads 1e-3 as a text
-    return _Key(lambda x: type(x) in (int, float) and (x > 0 or zero and x == 0), wanted, default)
+def _mapping(text: str) -> Dict[str, Any]:
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'must be a mapping, such as {{depth: 2}}, got {text!r}')
+    return value
 
 
-def _flag() -> _Key:
-    return _Key(lambda x: type(x) is bool, 'true or false', False)
+class _Parser(argparse.ArgumentParser):
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
 
 
-def _choice(*values: Any, default: Any = None, **kwargs) -> _Key:
-    return _Key(lambda x: type(x) in (int, str) and x in values, f"one of {', '.join(map(str, values))}", default,
-                **kwargs)
+def create_recipe_parser() -> argparse.ArgumentParser:
+    """Parser of a recipe's options; it raises a ValueError where others exit."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group('options that a recipe may have')
+    add = group.add_argument
+    add('--dataset', choices=('image_folder', 'sort_of_clevr'), required=True,
+        help='train/<class>/*, validation/<class>/*, or what `python -m timm_ait data sort-of-clevr` writes')
+    add('--image-size', type=_positive, required=True, help='pixels; images are scaled to it')
+    add('--in-chans', type=int, choices=(1, 3), default=3)
+    add('--mean', type=float, default=0.5, help='what pixels in [0, 1] are normalised with')
+    add('--std', type=float, default=0.5)
+    add('--kinds', nargs='+', choices=KINDS, default=list(KINDS), help='which questions of Sort-of-CLEVR')
+    add('--model-kwargs', type=_mapping, default={}, help="of every run's model; a run takes one back with null")
+    add('--conv-stem', nargs='+', type=_positive, metavar='CHANNELS',
+        help='convolutions of stride 2 that embed the patches of every model, in place of linear patches')
+    add('--steps', type=_positive, default=1000)
+    add('--all-patches-from', type=_positive, metavar='STEP', help='from which the patch_drop_rate is zero')
+    add('--batch-size', type=_positive, default=128)
+    add('--opt', default='adamw')
+    add('--opt-kwargs', type=_mapping, default={})
+    add('--lr', type=float, default=1e-3)
+    add('--layer-decay', type=float)
+    add('--weight-decay', type=float, default=0.05)
+    add('--warmup-steps', type=int, default=100)
+    add('--clip-grad', type=float, default=1.)
+    add('--amp-dtype', choices=('bfloat16', 'float32'), default='bfloat16')
+    add('--seeds', nargs='+', type=int, default=[0])
+    add('--eval-every', type=_positive, default=250, help='steps from one evaluation, and checkpoint, to the next')
+    for flip in ('hflip', 'vflip', 'transpose'):
+        add(f'--{flip}', type=_flag, default=False, help='flip images at random')
+    add('--crop-padding', type=int, default=0, help='shift images by up to as many pixels')
+    add('--place', type=_flag, default=False, help='move what stands on a black ground to a random place, whole')
+    return parser
 
 
-def _are_integers(values: Any, minimum: int) -> bool:
-    return isinstance(values, list) and len(values) > 0 and all(type(x) is int and x >= minimum for x in values)
+def _arguments(key: str, value: Any) -> List[str]:
+    """The command-line arguments of an entry of the file."""
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [f"--{key.replace('_', '-')}", *(yaml.safe_dump(x) if isinstance(x, dict) else str(x) for x in values)]
 
 
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
-
-
-_RATE = _number(1e-3)
-_SEEDS = _Key(lambda x: _are_integers(x, 0) and len(set(x)) == len(x), 'a list of different integers', [0])
-_KEYS = {
-    'dataset': _choice('image_folder', 'sort_of_clevr', required=True),
-    'image_size': _integer(1, None, required=True),
-    'runs': _Key(lambda x: _is_mapping(x) and len(x) > 0, 'a mapping of labels to models', required=True),
-    'in_chans': _choice(1, 3, default=3),
-    'mean': _number(0.5, zero=True),
-    'std': _number(0.5),
-    'kinds': _Key(lambda x: isinstance(x, list) and len(x) > 0 and all(kind in KINDS for kind in x),
-                  f"a list out of {', '.join(KINDS)}", list(KINDS)),
-    'model_kwargs': _Key(_is_mapping, "a mapping of models' arguments", {}),
-    'conv_stem': _Key(lambda x: x is None or _are_integers(x, 1), 'a list of numbers of channels'),
-    'steps': _integer(1, 1000),
-    'all_patches_from': _Key(lambda x: x is None or type(x) is int and x > 0, 'an integer of 1 or more'),
-    'batch_size': _integer(1, 128),
-    'opt': _Key(lambda x: isinstance(x, str) and x in list_optimizers(), "one of timm's optimizers", 'adamw'),
-    'opt_kwargs': _Key(_is_mapping, "a mapping of the optimizer's arguments", {}),
-    'lr': _RATE,
-    'layer_decay': _Key(lambda x: x is None or type(x) in (int, float) and 0 < x <= 1, 'a number above 0, at most 1'),
-    'weight_decay': _number(0.05, zero=True),
-    'warmup_steps': _integer(0, 100),
-    'clip_grad': _number(1.),
-    'amp_dtype': _choice('bfloat16', 'float32', default='bfloat16'),
-    'seeds': _SEEDS,
-    'eval_every': _integer(1, 250),
-    'hflip': _flag(),
-    'vflip': _flag(),
-    'transpose': _flag(),
-    'crop_padding': _integer(0, 0),
-    'place': _flag(),
-}
-
-
-def read_recipe(path: Path, changes: Recipe) -> Recipe:
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: YAML file.
-        changes: Values in place of the file's; seeds also in place of the runs' own.
+        overrides: Options of the command line; --seeds also in place of the runs' own.
 
     Returns:
-        The recipe with all keys, and with seeds in every run.
+        The recipe with all options by name, and `runs`, each with seeds.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not YAML, a key is missing or unknown, or a value is none of those the key takes.
+        ValueError: It is not YAML, an option is missing or unknown, or has a wrong value.
     """
     try:
         recipe = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-    if not _is_mapping(recipe):
-        raise ValueError(f'{path} is not a recipe, a mapping with the keys {", ".join(_KEYS)}')
-    unknown = [key for key in recipe if key not in _KEYS]
-    missing = [key for key, rule in _KEYS.items() if rule.required and key not in recipe]
-    if unknown or missing:
-        raise ValueError(f'{path}: unknown keys {unknown}, missing keys {missing}; known are {", ".join(_KEYS)}')
-    recipe = {**{key: rule.default for key, rule in _KEYS.items()}, **recipe, **changes}
-    for key, rule in _KEYS.items():
-        if not rule.check(recipe[key]):
-            raise ValueError(f'{path}: {key} must be {rule.wanted}, got {recipe[key]!r}')
+    if not isinstance(recipe, dict) or not isinstance(recipe.get('runs'), dict) or not recipe['runs']:
+        raise ValueError(f'{path}: it must be a mapping with the key runs, {{label: {{model: NAME}}}}')
+    runs = recipe.pop('runs')
+    arguments = [argument for key, value in recipe.items() for argument in _arguments(str(key), value)]
+    try:
+        recipe = {**vars(create_recipe_parser().parse_args([*arguments, *overrides])), 'runs': runs}
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from e
     if recipe['dataset'] == 'sort_of_clevr' and (recipe['image_size'], recipe['in_chans']) != (IMAGE_SIZE, 3):
         raise ValueError(f'{path}: image_size must be {IMAGE_SIZE} and in_chans 3, those of sort_of_clevr')
-    for label, run in recipe['runs'].items():
-        if label != Path(label).name or label == '..':
+    for label, run in runs.items():
+        if label != Path(str(label)).name or label == '..':
             raise ValueError(f'{path}: run {label!r} names a folder of the output; it must have no slash')
-        if not _is_mapping(run) or not isinstance(run.get('model'), str):
+        if not isinstance(run, dict) or 'model' not in run:
             raise ValueError(f'{path}: run {label!r} must be a mapping with the key model, got {run!r}')
-        if not timm.is_model(run['model']):
-            raise ValueError(f"{path}: run {label!r} has the model {run['model']!r}, which is not registered")
-        run['seeds'] = changes.get('seeds') or run.get('seeds', recipe['seeds'])
-        if not _SEEDS.check(run['seeds']):
-            raise ValueError(f"{path}: seeds of run {label!r} must be {_SEEDS.wanted}, got {run['seeds']!r}")
-        if 'gate_lr' in run and not _RATE.check(run['gate_lr']):
-            raise ValueError(f"{path}: gate_lr of run {label!r} must be {_RATE.wanted}, got {run['gate_lr']!r}")
+        if '--seeds' in overrides or 'seeds' not in run:
+            run['seeds'] = recipe['seeds']
+        if not isinstance(run['seeds'], list) or len(set(run['seeds'])) != len(run['seeds']):
+            raise ValueError(f"{path}: seeds of run {label!r} must be a list of different integers, got "
+                             f"{run['seeds']!r}")
     return recipe
 
 

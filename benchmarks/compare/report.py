@@ -1,4 +1,4 @@
-""" Table and figures of finished runs. """
+""" Table and learning curves of finished runs. """
 import json
 import statistics
 from pathlib import Path
@@ -17,7 +17,7 @@ Results = Dict[str, Dict[str, Any]]
 
 
 def report(recipe: Recipe, output: Path) -> None:
-    """Gather the runs' results into `results.json`, `table.md` and the figures."""
+    """Gather the runs' results into `results.json`, `table.md` and `learning_curves.svg`."""
     matplotlib.use('Agg')
     results = {}
     for label, run in recipe['runs'].items():
@@ -27,9 +27,6 @@ def report(recipe: Recipe, output: Path) -> None:
     table = _table(results)
     write_text(output / 'table.md', table)
     print(table)
-    _dots(results, output)
-    _accuracy_against(results, 'parameters', 'parameters', output)
-    _accuracy_against(results, 'macs', 'multiply-adds per image', output)
     _learning_curves(results, output)
 
 
@@ -73,34 +70,6 @@ def _mean_and_deviation(result: Dict[str, Any], group: str = 'all') -> Tuple[flo
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _dots(results: Results, output: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 1 + 0.3 * len(results)), layout='constrained')
-    for position, result in enumerate(results.values()):
-        accuracy, deviation = _mean_and_deviation(result)
-        axes.errorbar(accuracy, position, xerr=deviation, fmt='o', capsize=3, color='tab:blue')
-    axes.set(xlabel='accuracy (%)', yticks=range(len(results)), yticklabels=list(results))
-    axes.invert_yaxis()
-    axes.grid(axis='x', alpha=0.3)
-    _save(figure, output / 'accuracy.svg')
-
-
-def _accuracy_against(results: Results, quantity: str, xlabel: str, output: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
-    for label, result in results.items():
-        x = result['runs'][0][quantity]
-        accuracy, deviation = _mean_and_deviation(result)
-        axes.errorbar(x, accuracy, deviation, fmt='o', capsize=3)
-        axes.annotate(label, (x, accuracy), xytext=(5, 4), textcoords='offset points', fontsize=8)
-    axes.set(xlabel=xlabel, ylabel='accuracy (%)', xscale='log')
-    axes.margins(x=0.2)
-    _save(figure, output / f'accuracy_{quantity}.svg')
-
-
 def _learning_curves(results: Results, output: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
     for i, (label, result) in enumerate(results.items()):
@@ -110,4 +79,5 @@ def _learning_curves(results: Results, output: Path) -> None:
         axes.plot([entry['step'] for entry in logs[0]], accuracies, style, label=label)
     axes.set(xlabel='step', ylabel='accuracy (%)')
     axes.legend(fontsize=8)
-    _save(figure, output / 'learning_curves.svg')
+    figure.savefig(output / 'learning_curves.svg')
+    plt.close(figure)

@@ -33,7 +33,7 @@ __all__ = ['create_run_model', 'create_run_optimizer', 'evaluate', 'train_run', 
 def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
     """The model of a run, made for the recipe's input unless that is its own."""
     kwargs = {**recipe['model_kwargs'], **run}
-    for key in ('seeds', 'blocks', 'gate_lr'):
+    for key in ('seeds', 'blocks', 'workspace_kwargs', 'gate_lr'):
         kwargs.pop(key, None)
     if recipe['conv_stem']:
         channels = recipe['conv_stem']
@@ -52,7 +52,7 @@ def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> t
         kwargs = {'question_dim': QUESTION_DIM, **kwargs}
     model = timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
     if 'blocks' in run:
-        timm_ait.add_workspace(model, run['blocks'])
+        timm_ait.add_workspace(model, run['blocks'], **run.get('workspace_kwargs', {}))
     if recipe['all_patches_from'] is not None and not getattr(getattr(model, 'patch_drop', None), 'prob', 0.):
         raise ValueError(f"all_patches_from={recipe['all_patches_from']}: the model has no patch_drop_rate")
     if 'gate_lr' in run and not _gates(model):
@@ -199,7 +199,9 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
         done = step + 1
         if done % recipe['eval_every'] == 0 or done == steps:
             accuracy, inference_rate = evaluate(model, test)
-            log.append(dict(step=done, loss=loss.item(), accuracy=accuracy))
+            memory = {
+                name: layer['effective_rank'] for name, layer in timm_ait.memory_statistics(model).items()}
+            log.append(dict(step=done, loss=loss.item(), accuracy=accuracy, effective_rank=memory))
             write_text(folder / 'log.json', json.dumps(log))
             saver.save_checkpoint(step, accuracy['all'])
             print(f'{folder}: step {done}/{steps}', ', '.join(f'{k} {v:.2f}' for k, v in accuracy.items()),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from timm.data import resolve_model_data_config
 
 from timm_ait.analysis import analyse, collect_tokens, read_weights, workspaces, write_attention
+from timm_ait.ops.workspace import num_kept
 
 from . import integer, one_line, output_folder, quietly, replacing
 from .images import add_arguments, find_images, image_reader, load_model
@@ -82,8 +83,8 @@ def layer_maps(model: nn.Module, image: torch.Tensor, bottleneck: float) -> List
             selected = (attention > 0).sum(dim=0).unflatten(-1, grid).cpu()
         if workspace.retrieves:
             read = read_weights(workspace, tokens[0, num_prefix:]).T.unflatten(-1, grid).cpu()
-        num_kept = max(1, round(bottleneck * tokens.shape[1]))
-        result.append(LayerMaps(name, selected, read, workspace.workspace_heads, num_kept, figures[name]))
+        kept = num_kept(bottleneck, tokens.shape[1])
+        result.append(LayerMaps(name, selected, read, workspace.workspace_heads, kept, figures[name]))
     return result
 
 

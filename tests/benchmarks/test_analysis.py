@@ -1,0 +1,212 @@
+""" benchmarks.analysis on a few small runs, and its measures. """
+import itertools
+import re
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+
+import timm_ait
+from benchmarks import analysis, measures
+from benchmarks.compare.__main__ import main as compare_main
+from benchmarks.page import table, write_parts
+from tests.benchmarks.test_compare import images, recipe_of  # noqa: F401, a fixture
+
+PAGE = 'By hand.\n' + ''.join(
+    f'<!-- begin generated: {name} -->\nold\n<!-- end generated: {name} -->\nConclusion about {name}.\n'
+    for name in (*analysis.RUN_TABLES, 'attractors', 'reading', 'attention', 'purity', 'agreement'))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('test_ait', num_classes=3).eval()
+
+
+@pytest.fixture
+def pictures():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class TestPage:
+
+    def test_is_written_from_runs_and_checkpoints(self, images, tmp_path, monkeypatch):  # noqa: F811
+        recipe = recipe_of(steps=2, seeds=[0, 1])
+        recipe['runs'] = {
+            'default': recipe['runs']['AiT'],
+            'learned and never written': {**recipe['runs']['AiT'], 'write': False},
+            'Coordination': {'model': 'test_coordination'},
+            'ViT': recipe['runs']['ViT'],
+        }
+        (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe, sort_keys=False))
+        compare_main([
+            str(tmp_path / 'recipe.yaml'), '--data-dir', str(images), '--output', str(tmp_path / 'runs' / 'mine')])
+        checkpoint = tmp_path / 'weights' / 'ait_small_patch32_64.triangle'
+        checkpoint.mkdir(parents=True)
+        (checkpoint / 'model.safetensors').touch()
+        monkeypatch.setattr(analysis, 'weights_dir', lambda: tmp_path / 'weights')
+        page = tmp_path / 'page.md'
+        page.write_text(PAGE)
+        arguments = [str(tmp_path / 'runs'), '--images', f'mine={images}', '--page', str(page)]
+        analysis.main(arguments)
+        text = page.read_text()
+        assert 'old' not in text and text.count('Conclusion about') == PAGE.count('Conclusion about')
+        memories = re.search(r'generated: memories -->\n(.*?)\n<!--', text, re.DOTALL)[1].splitlines()
+        assert [line.split('|')[1].strip() for line in memories[2:]] == [
+            'mine, default', 'mine, learned and never written', 'mine, Coordination', 'mine, ViT']
+        assert all(line.count('|') == memories[0].count('|') for line in memories)
+        assert '| ait_small_patch32_64.triangle, block 1 |' in text
+        assert (tmp_path / 'figures' / 'analysis_rank.svg').is_file()
+        # nothing is measured twice, and the same figures give the same page
+        monkeypatch.setattr(analysis, 'measure', None)
+        monkeypatch.setattr(analysis, 'measure_shipped', None)
+        analysis.main(arguments)
+        assert page.read_text() == text
+
+    def test_has_a_place_for_every_part(self):
+        page = analysis.Path(analysis.__file__).with_name('ANALYSIS.md').read_text()
+        for name in re.findall('generated: (.*) -->', PAGE):
+            assert page.count(f'generated: {name} -->') == 2
+
+    def test_without_a_place_it_stays(self, tmp_path):
+        page = tmp_path / 'page.md'
+        page.write_text('<!-- begin generated: a -->\n<!-- end generated: a -->')
+        before = page.read_text()
+        with pytest.raises(ValueError, match='no place for b'):
+            write_parts(page, {'a': 'x', 'b': 'y'})
+        assert page.read_text() == before
+
+    def test_tables_are_markdown(self):
+        assert table(['x', 'y'], [['a', 1]]) == '| x | y |\n| --- | --: |\n| a | 1 |'
+
+    def test_needs_images_of_each_data_set(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            analysis.main([str(tmp_path), '--images', 'mine=x'])
+        assert 'outputs of benchmarks.compare' in capsys.readouterr().err
+
+
+def test_writes_of_coordination_are_one_per_image():
+    model = timm.create_model('test_coordination').train()
+    writes = measures.coordination_writes(model, torch.randn(2, 3, 32, 32))
+    assert list(writes) == ['blocks.0.attn', 'blocks.1.attn', 'blocks.2.attn']
+    for attention, memory in writes.values():
+        assert attention.shape == (2, 2, 4, 64) and memory.shape == (2, 4, 32)
+        assert ((attention > 0).sum(dim=-1) == 3).all()
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+class TestInteractions:
+
+    def test_count_the_largest_weights(self):
+        attention = torch.tensor([[0.5, 0.4, 0.06, 0.04], [0.04, 0.5, 0.3, 0.16], [0.25, 0.25, 0.25, 0.25]])
+        assert measures.interactions(attention).tolist() == [2, 3, 4]
+        assert measures.interactions(torch.eye(4)).tolist() == [1] * 4
+
+    def test_of_heads_with_even_attention(self, model, pictures):
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.qkv.weight[:128] = 0.
+                block.attn.qkv.bias[:128] = 0.
+        fused = [block.attn.fused_attn for block in model.blocks]
+        counts = measures.self_attention_interactions(model, pictures)
+        assert counts == {f'blocks.{i}.attn': [58., 58.] for i in range(3)}  # 90 % of 64
+        assert [block.attn.fused_attn for block in model.blocks] == fused
+
+
+class TestBasins:
+
+    def test_stored_patterns_return_at_high_beta(self):
+        assert measures.basins(torch.eye(4, 8), beta=50., noise=0.5).tolist() == [1.] * 4
+
+    def test_no_pattern_returns_at_low_beta(self):
+        assert measures.basins(torch.eye(4, 8), beta=0.1, noise=0.).tolist() == [0.] * 4
+
+    def test_patterns_close_together_share_an_attractor(self):
+        patterns = torch.eye(4, 8)
+        patterns[1] = F.normalize(patterns[0] + 0.05 * patterns[1], dim=0)
+        assert measures.basins(patterns, beta=20., noise=0.).tolist() == [0., 0., 1., 1.]
+
+    def test_more_noise_brings_fewer_back(self):
+        shares = [float(measures.basins(torch.eye(8), 20., noise).mean()) for noise in (0., 1., 3.)]
+        assert shares[0] == 1. and shares[0] > shares[1] > shares[2]
+
+
+class TestAgreement:
+
+    def test_permuted_slots_are_found(self):
+        slots = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
+        agreement, chance = measures.agreement(slots[torch.randperm(16)], slots)
+        assert agreement == pytest.approx(1.) and chance < 0.6
+
+    def test_no_assignment_is_better(self):
+        a, b = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0)).double()
+        correlation = torch.corrcoef(torch.cat([a, b]))[:5, 5:]
+        best = max(
+            sum(correlation[i, j] for i, j in enumerate(order)) / 5 for order in itertools.permutations(range(5)))
+        assert measures.agreement(a, b)[0] == pytest.approx(float(best))
+
+    def test_slots_that_have_nothing_in_common_are_at_chance(self):
+        agreement, chance = measures.agreement(*torch.randn(2, 16, 1000, generator=torch.Generator().manual_seed(0)))
+        assert agreement == pytest.approx(chance, abs=0.02)
+
+
+class TestPurity:
+
+    def test_is_the_share_of_the_favourite_kind(self):
+        weights = torch.tensor([[0.5, 0.5, 0., 0.], [0.25, 0.25, 0.25, 0.25], [0., 0., 0.2, 0.6]])
+        assert measures.slot_purity(weights, torch.tensor([0, 0, 1, 2])).tolist() == pytest.approx([1., 0.5, 0.75])
+
+    def test_clusters_far_apart_are_found(self):
+        labels = torch.arange(5).repeat(20)
+        points = 10. * torch.eye(5)[labels] + 0.1 * torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+        clusters = measures.kmeans(points, 5)
+        for a, b in ((labels, clusters), (clusters, labels)):
+            assert measures.slot_purity(F.one_hot(a).T.float(), b).tolist() == [1.] * 5
+
+
+class TestReplacedMemory:
+
+    @pytest.mark.parametrize('how', measures.REPLACEMENTS)
+    def test_changes_the_logits_and_nothing_for_long(self, model, pictures, how):
+        model.train()(pictures)
+        timm_ait.advance_memory(model.eval())
+        with torch.no_grad():
+            before = model(pictures)
+            with measures.replaced_memory(model, how):
+                assert not torch.allclose(model(pictures), before)
+            assert torch.equal(model(pictures), before)
+
+    def test_removed_is_a_layer_without_retrieval(self, model, pictures):
+        without = timm.create_model('test_ait', num_classes=3, retrieval=False).eval()
+        without.load_state_dict(model.state_dict(), strict=False)
+        with torch.no_grad(), measures.replaced_memory(model, 'removed'):
+            torch.testing.assert_close(model(pictures), without(pictures))
+
+    def test_constant_keeps_the_mean(self, model):
+        workspace, x = model.blocks[0].mlp.workspace, torch.randn(2, 5, 64)
+        with torch.no_grad():
+            mean = (workspace(x) - workspace.norm(x)).mean(dim=(0, 1))
+            with measures.replaced_memory(model, 'constant'):
+                torch.testing.assert_close(workspace(x) - workspace.norm(x), mean.expand(2, 5, 64), atol=1e-5, rtol=0.)
+
+    @pytest.mark.parametrize('how', ['shuffled', 'random'])
+    def test_replaced_slots_stay_orthonormal(self, model, how):
+        workspace = model.blocks[0].mlp.workspace
+        before = workspace.stored_memory()
+        with measures.replaced_memory(model, how):
+            after = workspace.stored_memory()
+        torch.testing.assert_close(after @ after.T, torch.eye(8), atol=1e-5, rtol=0.)
+        assert not torch.allclose(after, before)
+
+    def test_contribution_names_each_replacement(self, model, pictures):
+        with torch.no_grad():
+            result = measures.contribution(model, [(pictures, model(pictures).argmax(dim=-1))])
+        assert list(result) == ['unchanged', *measures.REPLACEMENTS] and result['unchanged'] == 1.
+
+
+def test_accuracy_is_the_share_of_correct_predictions(model, pictures):
+    predicted = model(pictures).argmax(dim=-1)
+    wrong = (predicted + torch.tensor([0, 0, 0, 1])) % 3
+    assert measures.accuracy(model, [(pictures[:2], wrong[:2]), (pictures[2:], wrong[2:])]) == 0.75

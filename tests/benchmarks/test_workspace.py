@@ -1,0 +1,59 @@
+""" benchmarks/workspace.py at small sizes, on the CPU. """
+import pytest
+import torch
+
+from benchmarks.workspace import NaiveWorkspace, main, parse_args
+from timm_ait import balance_loss
+from timm_ait.layers import GlobalWorkspace
+
+
+@pytest.fixture
+def rows(capsys):
+    """Rows that the command prints, without heading, as lists of cells."""
+    def run(*arguments):
+        main(['--quick', *arguments])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+        return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines][2:]
+    return run
+
+
+def test_layers_are_timed_beside_each_other(rows):
+    found = rows('--part', 'layer', '--case', 'training step', 'evaluation')
+    assert [row[:4] for row in found] == [
+        [case, 'T 1,024', 'float32', name]
+        for case in ('training step', 'evaluation') for name in ('timm_ait', 'naive', 'mlp')]
+    assert all(float(milliseconds) > 0 and float(mib) > 0 for _, _, _, _, milliseconds, _, mib, *_ in found)
+    assert [row[5] for row in found if row[3] == 'timm_ait'] == ['1.000', '1.000']
+
+
+def test_models_are_timed_beside_those_without_workspaces(rows):
+    name = 'ait_vit_tiny_patch16_224'
+    found = rows('--part', 'latency', '--dtype', 'bfloat16')
+    assert [row[1:4] for row in found] == [
+        ['batch 1', 'bfloat16', f'{name}, workspace=False'], ['batch 1', 'bfloat16', name]]
+
+
+def test_scaling_varies_one_size(rows):
+    found = rows('--part', 'scaling', '--sweep', 'k', '--case', 'training forward', '--contenders', 'timm_ait')
+    assert [row[1] for row in found] == ['k 32', 'k 64', 'k 128']
+
+
+def test_naive_layer_computes_what_ours_does():
+    kwargs = dict(num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=16)
+    ours, naive = GlobalWorkspace(24, **kwargs), NaiveWorkspace(24, **kwargs)
+    naive.workspace.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 20, 24)
+    torch.testing.assert_close(naive.train()(x), ours.train()(x), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(naive.own_loss, balance_loss(ours), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(naive.eval()(x), ours.eval()(x), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize('arguments, name', [
+    (['--tokens', '100'], '--tokens'),
+    (['--contenders', 'published'], '--published'),
+    (['--dtype', 'int8'], '--dtype'),
+])
+def test_bad_arguments_are_named(arguments, name, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(arguments)
+    assert name in capsys.readouterr().err
