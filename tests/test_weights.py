@@ -163,8 +163,8 @@ class TestFit:
         return model, f'local-dir:{tmp_path}'
 
     @pytest.mark.parametrize('kwargs, problem', [
-        (dict(embed_dim=32), r'\(1, 64, 64\) in place of \(1, 64, 32\)'),
-        (dict(embed_dim=32, num_classes=5), r'\(1, 64, 64\) in place of \(1, 64, 32\)'),
+        (dict(embed_dim=32), r'\(1, 64, 64\) instead of \(1, 64, 32\)'),
+        (dict(embed_dim=32, num_classes=5), r'\(1, 64, 64\) instead of \(1, 64, 32\)'),
         (dict(depth=4), r'blocks\.3\.'),
         (dict(depth=2), r'blocks\.2\.'),
         (dict(depth=4, num_classes=5), r'blocks\.3\.'),  # timm by itself leaves the block untrained

@@ -32,43 +32,46 @@ def _names(entry: Any) -> List[str]:
     return [entry] if isinstance(entry, str) else list(entry or ())
 
 
-def _check_fit(state_dict: Dict[str, Any], model: nn.Module) -> None:
-    """Compare keys, shapes and kinds of numbers before anything is loaded.
+def _list(items: List[str]) -> str:
+    return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
+
+
+def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Compare keys, shapes and dtypes before anything is loaded.
 
     Left to timm is what it adapts: the first convolution to other channels, the classifier to other classes. For other
-    classes it no longer minds what else is missing, which is right for the pooling and norms before the classifier.
+    classes it ignores what else is missing, which is right for the pooling and norms ahead of the classifier; those of
+    another shape are left out here.
 
     Raises:
         RuntimeError: They are not those of the model.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    head = _names(cfg.get('classifier'))
-    if getattr(model, 'num_classes', None) != cfg.get('num_classes'):
-        head += ['norm', 'fc_norm', 'attn_pool']
-    head = tuple(f'{name}.' for name in head)
+    if getattr(model, 'num_classes', None) != cfg.get('num_classes') or cfg.get('label_offset'):
+        adapted = tuple(f'{name}.' for name in [*_names(cfg.get('classifier')), 'norm', 'fc_norm', 'attn_pool'])
+    else:
+        adapted = ()
     first_convs = [f'{name}.weight' for name in _names(cfg.get('first_conv'))]
 
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if not key.startswith(head)}
-    found = {key: tuple(value.shape) for key, value in state_dict.items() if not key.startswith(head)}
-    floating = {key for key, value in model.state_dict().items() if value.is_floating_point()}
+    expected = model.state_dict()
+    other_shape = [
+        key for key, value in expected.items()
+        if key in state_dict and key not in first_convs and state_dict[key].shape != value.shape]
     problems = {
-        'they lack': [key for key in expected if key not in found],
-        'they have, unlike the model,': [key for key in found if key not in expected],
-        'of another shape:': [
-            f'{key} {found[key]} in place of {shape}' for key, shape in expected.items()
-            if found.get(key, shape) != shape and key not in first_convs
-        ],
+        'missing keys': [key for key in expected if key not in state_dict and not key.startswith(adapted)],
+        'unexpected keys': [key for key in state_dict if key not in expected and not key.startswith(adapted)],
+        'another shape': [
+            f'{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}' for key in other_shape
+            if not key.startswith(adapted)],
         # PyTorch would convert them, complex numbers too
-        'no floating point numbers:': [
+        'not floating point': [
             f'{key} {value.dtype}' for key, value in state_dict.items()
-            if key in floating and not value.is_floating_point()
-        ],
+            if key in expected and expected[key].is_floating_point() and not value.is_floating_point()],
     }
-    text = '; '.join(
-        f'{problem} {", ".join(items[:3])}{f" and {len(items) - 3} more" if len(items) > 3 else ""}'
-        for problem, items in problems.items() if items)
+    text = '; '.join(f'{problem}: {_list(items)}' for problem, items in problems.items() if items)
     if text:
         raise RuntimeError(text)
+    return {key: value for key, value in state_dict.items() if key not in other_shape}
 
 
 def check_weights(filter_fn: FilterFn) -> FilterFn:
@@ -79,13 +82,11 @@ def check_weights(filter_fn: FilterFn) -> FilterFn:
 
     def checked(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
         try:
-            state_dict = filter_fn(state_dict, model)
-            _check_fit(state_dict, model)
+            return _check_fit(filter_fn(state_dict, model), model)
         except Exception as e:  # filters are written for the model's own weights, others may break them anywhere
             raise RuntimeError(
-                f'The weights are not those of this {type(model).__name__} (another width or depth?), nothing was '
-                f'loaded: {e if isinstance(e, RuntimeError) else repr(e)}. Create the model that they are of, with its '
-                'arguments, or use pretrained=False.') from e
-        return state_dict
+                f'The weights do not match this {type(model).__name__} (another width or depth?), nothing was loaded: '
+                f'{e if isinstance(e, RuntimeError) else repr(e)}. Create the matching architecture, with the '
+                'arguments of the checkpoint, or use pretrained=False.') from e
 
     return checked

@@ -114,10 +114,10 @@ class TestPretrained:
 
     @pytest.mark.parametrize('classes', [{}, dict(num_classes=7)])
     @pytest.mark.parametrize('kwargs, found_and_expected', [
-        (dict(embed_dim=32), r'\(1, 1, 64\) in place of \(1, 1, 32\)'),
-        (dict(depth=7), r'they lack blocks\.6\.'),
-        (dict(depth=5), r'have, unlike the model, blocks\.5\.'),
-        (dict(mlp_ratio=4), r'\(192, 64\) in place of \(256, 64\)'),
+        (dict(embed_dim=32), r'\(1, 1, 64\) instead of \(1, 1, 32\)'),
+        (dict(depth=7), r'missing keys: blocks\.6\.'),
+        (dict(depth=5), r'unexpected keys: blocks\.5\.'),
+        (dict(mlp_ratio=4), r'\(192, 64\) instead of \(256, 64\)'),
     ])
     def test_another_width_or_depth_is_one_error(self, vit, kwargs, found_and_expected, classes):
         with pytest.raises(RuntimeError, match=f'nothing was loaded.*{found_and_expected}'):
@@ -128,19 +128,19 @@ class TestPretrained:
         state_dict = vit[0].state_dict()
         del state_dict['blocks.3.mlp.fc1.weight']
         save_file(state_dict, tmp_path / 'incomplete.safetensors')
-        with pytest.raises(RuntimeError, match='they lack blocks.3.mlp.fc1.weight'):
+        with pytest.raises(RuntimeError, match='missing keys: blocks.3.mlp.fc1.weight'):
             self.load(dict(file=str(tmp_path / 'incomplete.safetensors')), **classes)
 
     def test_workspaces_are_loaded_whole_or_not_at_all(self, tmp_path):
         state_dict = timm.create_model('test_ait_vit').state_dict()
         del state_dict['blocks.3.mlp.workspace.memory']
         save_file(state_dict, tmp_path / 'incomplete.safetensors')
-        with pytest.raises(RuntimeError, match='they lack blocks.3.mlp.workspace.memory'):
+        with pytest.raises(RuntimeError, match='missing keys: blocks.3.mlp.workspace.memory'):
             self.load(dict(file=str(tmp_path / 'incomplete.safetensors')))
 
     def test_without_gates_the_weights_of_a_vit_are_refused(self, vit):
         # the ungated layer would not start as the identity
-        with pytest.raises(RuntimeError, match='they lack blocks.0.mlp.workspace'):
+        with pytest.raises(RuntimeError, match='missing keys: blocks.0.mlp.workspace'):
             self.load(vit[1], gated=False)
 
     def test_fine_tuned_and_saved_it_comes_back(self, vit, tmp_path):

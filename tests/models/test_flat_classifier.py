@@ -1,0 +1,276 @@
+""" The paper's classifier, `global_pool='flat'`: a norm and a linear layer over the features of all tokens. """
+import io
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from timm.optim import param_groups_layer_decay
+
+from tests.models import images, make_model
+from timm_ait import balance_loss
+
+E, N = 64, 64
+
+make_flat = partial(make_model, 'test_ait', global_pool='flat')
+
+
+def randomize_classifier(model):
+    """Weights of which every one counts, and that vary smoothly over the tokens."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in (model.fc_norm.weight, model.fc_norm.bias, model.head.weight, model.head.bias):
+            parameter.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize('name, paper', [('ait_small', 15.8), ('ait_medium', 45.9), ('ait_base', 91.0)])
+def test_parameters_are_as_many_as_in_the_paper(name, paper):
+    model = timm.create_model(name, global_pool='flat', num_classes=10, device='meta')
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(paper, rel=0.005)
+
+
+class TestForward:
+
+    def test_logits_are_a_linear_map_of_all_normed_features(self):
+        model, x = randomize_classifier(make_flat()), images()
+        tokens = model.forward_features(x)
+        assert tokens.shape == (4, N, E)
+        flat = F.layer_norm(tokens.flatten(1), (N * E,), model.fc_norm.weight, model.fc_norm.bias, 1e-6)
+        torch.testing.assert_close(model(x), flat @ model.head.weight.T + model.head.bias)
+
+    def test_no_norm_comes_before_the_flattening(self):
+        assert isinstance(make_flat().norm, torch.nn.Identity)
+
+    def test_fc_norm_false_puts_the_norm_there(self):
+        model = make_flat(fc_norm=False)
+        assert isinstance(model.fc_norm, torch.nn.Identity) and model.norm.normalized_shape == (E,)
+        assert model(images()).shape == (4, 10)
+
+    def test_widths_are_those_of_timm(self):
+        model = make_flat()
+        assert (model.num_features, model.head_hidden_size, model.head.in_features) == (E, N * E, N * E)
+        pooled = model.eval().forward_head(model.forward_features(images()), pre_logits=True)
+        assert pooled.shape == (4, N * E)
+
+    def test_without_classes_the_features_are_returned(self):
+        assert make_flat(num_classes=0)(images()).shape == (4, N * E)
+
+    @pytest.mark.parametrize('include, num_tokens', [(False, N), (True, N + 3)])
+    def test_prefix_tokens_are_flattened_if_they_are_to_be_pooled(self, include, num_tokens):
+        model = make_flat(class_token=True, reg_tokens=2, pool_include_prefix=include)
+        assert model.head_hidden_size == num_tokens * E
+        assert model(images()).shape == (4, 10)
+
+    def test_first_logits_are_of_a_size_that_does_not_grow_with_the_tokens(self):
+        assert 0.2 < make_flat().eval()(images(16)).std() < 1.
+
+    def test_every_parameter_is_trained(self):
+        model = make_flat().train()
+        (model(images()).square().sum() + balance_loss(model)).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+    def test_without_workspaces(self):
+        assert make_flat(workspace=False)(images()).shape == (4, 10)
+
+
+class TestRefusals:
+
+    @pytest.mark.parametrize('name, value', [('dynamic_img_size', True), ('patch_drop_rate', 0.5)])
+    def test_where_the_number_of_tokens_varies(self, name, value):
+        with pytest.raises(ValueError, match=f"'flat'.*{name}"):
+            make_flat(**{name: value})
+
+    @pytest.mark.parametrize('name, value', [('dynamic_img_size', True), ('patch_drop_rate', 0.5)])
+    def test_also_of_a_new_classifier_and_the_model_is_as_it_was(self, name, value):
+        model = make_flat(global_pool='avg', **{name: value})
+        with pytest.raises(ValueError, match=f"'flat'.*{name}"):
+            model.reset_classifier(3, 'flat')
+        assert (model.global_pool, model.num_classes) == ('avg', 10)
+
+    def test_images_of_another_size(self):
+        with pytest.raises(AssertionError, match='Input height'):
+            make_flat()(images(size=48))
+
+
+class TestResetClassifier:
+
+    def test_other_classes(self):
+        model = make_flat().eval()
+        norm = model.fc_norm
+        model.reset_classifier(3)
+        assert model.head.weight.shape == (3, N * E) and model.fc_norm is norm
+        assert model(images()).shape == (4, 3)
+
+    def test_no_classes(self):
+        model = make_flat()
+        model.reset_classifier(0)
+        assert model(images()).shape == (4, N * E)
+
+    def test_to_average_pooling_and_back(self):
+        model, x = make_flat().eval(), images()
+        model.reset_classifier(3, 'avg')
+        assert (model.head_hidden_size, model.fc_norm.normalized_shape) == (E, (E,))
+        expected = model.head(model.fc_norm(model.forward_features(x).mean(1)))
+        torch.testing.assert_close(model(x), expected)
+        model.reset_classifier(5, 'flat')
+        assert (model.head_hidden_size, model.fc_norm.normalized_shape) == (N * E, (N * E,))
+        assert model(x).shape == (4, 5)
+
+    def test_none_at_all(self):
+        model = make_flat()
+        model.reset_classifier(0, '')
+        assert model(images()).shape == (4, N, E)
+
+    @pytest.mark.parametrize('first, second', [('flat', 'avg'), ('avg', 'flat'), ('flat', None)])
+    def test_a_saved_model_has_the_new_one(self, tmp_path, first, second):
+        model = make_flat(global_pool=first).eval()
+        model.reset_classifier(3, second)
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+        assert loaded.global_pool == (second or first)
+        x = images()
+        assert torch.equal(loaded(x), model(x))
+
+
+class TestFeatures:
+
+    def test_features_only(self):
+        model = make_flat(features_only=True)
+        assert [tuple(f.shape) for f in model(images())] == [(4, E, 8, 8)] * 3
+        assert [name for name, _ in model.named_parameters() if 'head' in name or 'fc_norm' in name] == []
+
+    def test_intermediates(self):
+        model = make_flat().eval()
+        final, intermediates = model.forward_intermediates(images())
+        assert [tuple(f.shape) for f in intermediates] == [(4, E, 8, 8)] * 3
+        assert final.shape == (4, N, E)
+
+    def test_pruned_blocks_leave_the_classifier_if_it_is_to_stay(self):
+        model = make_flat().eval()
+        model.prune_intermediate_layers([0], prune_head=False)
+        assert model(images()).shape == (4, 10)
+
+    def test_pruned_head(self):
+        model = make_flat().eval()
+        model.prune_intermediate_layers([0])
+        assert model(images()).shape == (4, N, E)
+
+
+class TestImageSize:
+
+    @pytest.mark.parametrize('size, patch_size, grid', [
+        ((64, 64), None, (16, 16)), ((64, 32), None, (16, 8)), (None, (8, 8), (4, 4))])
+    def test_set_input_size(self, size, patch_size, grid):
+        model = randomize_classifier(make_flat())
+        model.set_input_size(size, patch_size)
+        assert model.head_hidden_size == model.head.in_features == grid[0] * grid[1] * E
+        assert model(torch.randn(2, 3, *(size or (32, 32)))).shape == (2, 10)
+
+    def test_logits_of_the_same_features_stay_the_same(self):
+        model = make_flat().eval()
+        with torch.no_grad():  # weights that do not vary over the tokens
+            for parameter in (model.fc_norm.weight, model.fc_norm.bias, model.head.weight):
+                parameter.copy_(torch.randn(*parameter.shape[:-1], 1, E).expand(
+                    *parameter.shape[:-1], N, E).flatten(-2))
+        feature = torch.randn(2, 1, E)
+        before = model.forward_head(feature.expand(-1, N, -1))
+        model.set_input_size((64, 64))
+        torch.testing.assert_close(model.forward_head(feature.expand(-1, 4 * N, -1)), before, atol=1e-4, rtol=1e-4)
+
+    def test_weights_are_those_of_a_checkpoint_at_that_size(self, tmp_path):
+        model = randomize_classifier(make_flat())
+        save_for_hf(model, tmp_path, safe_serialization=True)
+        loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=(64, 32)).eval()
+        model.set_input_size((64, 32))
+        x = torch.randn(2, 3, 64, 32)
+        torch.testing.assert_close(loaded(x), model(x))
+
+    def test_a_class_token_keeps_its_weights(self):
+        model = randomize_classifier(make_flat(class_token=True, pool_include_prefix=True))
+        before = model.head.weight[:, :E].clone()
+        model.set_input_size((64, 64))
+        torch.testing.assert_close(model.head.weight[:, :E], before)
+
+    def test_frozen_weights_stay_frozen(self):
+        model = make_flat().requires_grad_(False)
+        model.set_input_size((64, 64))
+        assert not any(p.requires_grad for p in model.parameters())
+
+
+class TestCheckpoints:
+
+    def load(self, file, **kwargs):
+        return timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs)
+
+    @pytest.fixture(params=['flat', 'avg'])
+    def saved(self, request, tmp_path):
+        save_file(make_flat(global_pool=request.param).state_dict(), tmp_path / 'model.safetensors')
+        return request.param, tmp_path / 'model.safetensors'
+
+    def test_load_into_the_model_of_their_own_pooling(self, saved):
+        pool, file = saved
+        assert self.load(file, global_pool=pool).global_pool == pool
+
+    def test_of_another_pooling_say_which(self, saved):
+        pool, file = saved
+        other = {'flat': 'avg', 'avg': 'flat'}[pool]
+        with pytest.raises(RuntimeError, match=f"global_pool='{pool}'"):
+            self.load(file, global_pool=other)
+
+    def test_of_another_pooling_serve_other_classes(self, saved):
+        pool, file = saved
+        model = self.load(file, global_pool={'flat': 'avg', 'avg': 'flat'}[pool], num_classes=3)
+        assert torch.equal(model.blocks[0].mlp.fc1.weight, self.load(file, global_pool=pool).blocks[0].mlp.fc1.weight)
+        assert model(images()).shape == (4, 3)
+
+    def test_serve_other_classes(self, saved):
+        pool, file = saved
+        assert self.load(file, global_pool=pool, num_classes=3, img_size=64)(images(size=64)).shape == (4, 3)
+
+
+class TestTools:
+
+    def test_layer_decay_has_norm_and_head_in_the_last_layer(self):
+        model = make_flat()
+        groups = param_groups_layer_decay(model, layer_decay=0.5, weight_decay=0.1)
+        scale_of = {id(p): group['lr_scale'] for group in groups for p in group['params']}
+        last = {scale_of[id(p)] for p in (*model.fc_norm.parameters(), *model.head.parameters())}
+        assert last == {1.} and scale_of[id(model.blocks[2].mlp.fc1.weight)] < 1.
+
+    def test_weights_are_initialised_after_the_meta_device(self):
+        model = make_flat(device='meta').to_empty(device='cpu')
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float('nan'))
+        model.init_weights()
+        assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
+        assert model.head.weight.std() < 0.02
+
+    @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
+    def test_torchscript(self):
+        model, x, buffer = make_flat().eval(), images(), io.BytesIO()
+        torch.jit.save(torch.jit.script(model), buffer)
+        buffer.seek(0)
+        torch.testing.assert_close(torch.jit.load(buffer)(x), model(x))
+
+    def test_torch_export(self):
+        model, x = make_flat().eval(), images()
+        batch = torch.export.Dim('batch', max=64)
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+        torch.testing.assert_close(program.module()(images(2)).shape, (2, 10))
+        torch.testing.assert_close(program.module()(x), model(x))
+
+    def test_compiled_without_graph_breaks(self):
+        torch._dynamo.reset()
+        model, x = make_flat(depth=1).eval(), images()
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(x), model(x))
+
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+    def test_created_in_a_dtype(self, dtype):
+        model = make_flat(dtype=dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert model(images(dtype=dtype)).dtype == dtype
