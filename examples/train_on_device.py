@@ -7,7 +7,7 @@ share of it that is spent: a run of a given time needs no known number of steps.
     python examples/train_on_device.py --config examples/cifar10_teacher.yaml --data-dir CIFAR10 --output output/teacher
 
 The data set is an ImageFolder of images of one size. Written are the averaged weights (model.safetensors), a checkpoint
-to resume from (last.pth.tar), what was measured (log.jsonl) and the options (args.yaml). Options have the names of timm's
+to resume from (last.pth.tar), what was measured (log.jsonl) and the options (args.yaml). Options are named as in timm's
 train.py where it has the same.
 """
 import argparse
@@ -64,7 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     group.add_argument('--num-classes', type=int, metavar='N', help='default: as many as folders')
     group.add_argument('--init', metavar='FILE', help='checkpoint to start from; if of fewer blocks, they are grown')
-    group.add_argument('--device-modules', nargs='+', default=[], metavar='MODULE', help='imported: they register models')
+    group.add_argument('--device-modules', nargs='+', default=[], metavar='MODULE', help='that register models')
     group.add_argument('--device', default='cuda')
     group.add_argument('--amp-dtype', default='bfloat16', choices=['bfloat16', 'float32'])
     group.add_argument('--channels-last', action='store_true')
@@ -81,7 +81,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--clip-grad', type=float, metavar='NORM')
     group.add_argument('--batch-size', type=int, default=512, metavar='N')
     group.add_argument('--seconds', type=float, help='budget: time, evaluations included')
-    group.add_argument('--epochs', type=float, help='budget: passes over the images; of two budgets the first that is spent counts')
+    group.add_argument('--epochs', type=float,
+                       help='budget: passes over the images; of two budgets the one that is spent first counts')
     group.add_argument('--warmup', type=float, default=0.05, metavar='SHARE', help='share of the budget, rising from 0')
     group.add_argument('--decay-from', type=float, default=0.2, metavar='SHARE',
                        help='share of the budget after which the learning rate decays to 0, until then it is constant')
@@ -117,8 +118,9 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--save-dtype', default='float32', choices=['float32', 'float16', 'bfloat16'])
     group.add_argument('--resume', action='store_true', help="go on from the output's last.pth.tar")
     group.add_argument('--warm', action='store_true', help='compile, and stop before training')
-    group.add_argument('--lock', metavar='FILE', help='train only while no other run holds this lock')
-    group.add_argument('--wait', type=float, default=0., metavar='SECONDS', help='for --init and --kd-model-file')
+    group.add_argument('--lock', metavar='FILE',
+                       help='once compiled, wait until no other run holds this lock; --init and --kd-model-file, which '
+                            'the others may write, are read only then')
     return parser
 
 
@@ -243,7 +245,13 @@ def grow_blocks(state_dict: Dict[str, torch.Tensor], depth: int) -> Dict[str, to
 
 
 def load_weights(model: nn.Module, file: str, name: str, **kwargs) -> None:
-    """Load a checkpoint as timm loads pretrained weights: positions are resampled, other classes get a new head."""
+    """Load a checkpoint as timm loads pretrained weights: positions are resampled, other classes get a new head.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f'{file}, the weights for {name}, is not there.')
     state_dict = {key: value.float() for key, value in load_state_dict(file).items()}
     if hasattr(model, 'blocks') and f'blocks.{len(model.blocks) - 1}.norm2.weight' not in state_dict:
         state_dict = grow_blocks(state_dict, len(model.blocks))
@@ -251,18 +259,6 @@ def load_weights(model: nn.Module, file: str, name: str, **kwargs) -> None:
     overlay = dict(state_dict=state_dict, num_classes=0 if classifier is None else len(classifier))
     loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     model.load_state_dict(loaded.state_dict())
-
-
-def wait_for(file: str, seconds: float) -> None:
-    """
-    Raises:
-        FileNotFoundError: The file is not there, and did not come.
-    """
-    end = time.monotonic() + seconds
-    while not Path(file).is_file():
-        if time.monotonic() > end:
-            raise FileNotFoundError(f'{file} is not there; --wait gives the seconds to wait for it, now {seconds}.')
-        time.sleep(0.05)
 
 
 def write_whole(save, content: Any, file: Path) -> None:
@@ -530,7 +526,7 @@ class Trainer:
             step=self.step_count, seconds=self.schedule.seconds), output / 'last.pth.tar')
         dtype = getattr(torch, args.save_dtype)
         weights = {
-            name: value.to(dtype=dtype if value.is_floating_point() else None).contiguous()
+            name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
             for name, value in self.ema.module.state_dict().items()}
         write_whole(save_file, weights, output / 'model.safetensors')
 
@@ -577,8 +573,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)
     if args.warm:
         return
-    for file in filter(None, (args.init, args.kd_model_file)):
-        wait_for(file, args.wait)
     with lock(args.lock):
         trainer.load()
         trainer.fit()

@@ -1,6 +1,8 @@
 """ examples/train_on_device.py on a data set of a few images. """
 import json
 import sys
+import threading
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -262,6 +264,23 @@ def test_images_of_several_sizes_are_refused(tmp_path):
         train_on_device.read_images(str(tmp_path), 'train', 2)
 
 
-def test_a_checkpoint_that_does_not_come_is_an_error(train, tmp_path):
-    with pytest.raises(FileNotFoundError, match='--wait'):
+def test_a_checkpoint_that_is_not_there_is_named(train, tmp_path):
+    with pytest.raises(FileNotFoundError, match='none.safetensors, the weights for test_ait, is not there'):
         train('--epochs', '1', '--init', str(tmp_path / 'none.safetensors'))
+
+
+def test_a_run_waits_for_the_lock_before_it_trains(train, tmp_path):
+    import fcntl
+
+    file, run = tmp_path / 'lock', ['--epochs', '1', '--lock', str(tmp_path / 'lock')]
+    log = tmp_path / 'run' / 'log.jsonl'
+    with open(file, 'w') as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=train, args=run)
+        thread.start()
+        while not log.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert len(log.read_text().splitlines()) == 1  # ready, and no more
+    thread.join()
+    assert len(log.read_text().splitlines()) == 2
