@@ -334,7 +334,9 @@ class Trainer:
         cfg = self.model.pretrained_cfg
         self.mean, self.std = [
             torch.tensor(cfg[name], device=self.device).view(1, -1, 1, 1) for name in ('mean', 'std')]
-        self.input_size = timm.data.resolve_model_data_config(self.model)['input_size'][-2:]
+        # a ViT may have been created for another size than its cfg says
+        patch_embed = getattr(self.model, 'patch_embed', None)
+        self.input_size = tuple(getattr(patch_embed, 'img_size', None) or cfg['input_size'][-2:])
         self.augment = Augmentation(args, self.input_size, self.generator)
         if hasattr(self.model, 'init_from_images'):
             self.model.init_from_images(self.normalise(self.resize(self.train_data.images[:5000])))
@@ -352,7 +354,7 @@ class Trainer:
         elif args.kd_model_name:
             self.teacher = timm.create_model(args.kd_model_name, num_classes=self.num_classes)
             self.teacher.to(self.device).eval().requires_grad_(False)
-            for name in ('mean', 'std', 'input_size'):
+            for name in ('mean', 'std'):
                 if self.teacher.pretrained_cfg[name] != cfg[name]:
                     raise ValueError(f'The teacher {args.kd_model_name} must see what the model sees: its {name} is '
                                      f'{self.teacher.pretrained_cfg[name]}, that of {args.model} {cfg[name]}.')
@@ -383,7 +385,7 @@ class Trainer:
     def resize(self, images: torch.Tensor) -> torch.Tensor:
         """Whole images, bytes, at the model's size, in [0, 1]."""
         images = images.float() / 255
-        if images.shape[-2:] != tuple(self.input_size):
+        if images.shape[-2:] != self.input_size:
             images = F.interpolate(images, size=self.input_size, mode='bicubic', antialias=True).clamp(0., 1.)
         return images
 

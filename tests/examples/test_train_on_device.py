@@ -183,6 +183,10 @@ def test_its_own_average_can_be_the_teacher(train):
     assert np.isfinite(train('--epochs', '1', '--kd-model-name', 'ema')[-1]['loss'])
 
 
+def test_images_are_scaled_to_the_size_that_the_model_was_created_for(train):
+    assert train('--epochs', '1', '--model-kwargs', 'img_size=48')[-1]['progress'] == 1
+
+
 def test_a_convolutional_teacher_trains(train):
     final = train(
         '--model', 'cifar_convnet', '--model-kwargs', 'widths=(8,8,8)', '--channels-last', '--epochs', '10', '--opt',
