@@ -55,6 +55,8 @@ RULES = {
     r'python -m timm_ait (predict|explain|export) ': Rule(),
     r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0'),
     r'python -m benchmarks\.validate': Rule(),
+    r'python examples/train_on_device\.py ': Rule(
+        shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1', slow=True),
     r'python -m pytest': Rule(skip='is how this runs'),
     r'(python|torchrun( -\S+)*) train.py ': Rule(
         shorten='--epochs 1 --batch-size 8 --validation-batch-size 8 --workers 0', slow=True, scripts=True),

@@ -1,0 +1,290 @@
+""" examples/train_on_device.py on a data set of a few images. """
+import json
+import sys
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import timm_ait  # noqa: F401, registers the models
+
+EXAMPLES = Path(__file__).parents[2] / 'examples'
+sys.path.insert(0, str(EXAMPLES))
+
+import augment_on_device  # noqa: E402
+import cifar_convnet  # noqa: E402, F401, registers the model
+import train_on_device  # noqa: E402
+
+NO_AUGMENTATION = dict(
+    crop_padding=0, scale=None, ratio=(3 / 4, 4 / 3), train_interpolation='bilinear', aa_prob=0., aa_strength=0.5,
+    cutout=0)
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, num_images in (('train', 12), ('validation', 4)):
+        for i, name in enumerate(('dark', 'light')):
+            (folder / split / name).mkdir(parents=True)
+            for j in range(num_images):
+                pixels = (rng.random((32, 32, 3)) * 90 + 150 * i).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f'{j}.png')
+    return folder
+
+
+@pytest.fixture
+def train(data_dir, tmp_path):
+    """Run the program; gives what it logged."""
+
+    def run(*options, output=tmp_path / 'run'):
+        train_on_device.main([
+            '--device', 'cpu', '--no-compile', '--amp-dtype', 'float32', '--data-dir', str(data_dir), '--model',
+            'test_ait', '--batch-size', '8', '--output', str(output), '--evals', '1', *options])
+        return [json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()]
+
+    return run
+
+
+def augmentation(size=(32, 32), seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return augment_on_device.Augmentation(Namespace(**{**NO_AUGMENTATION, **options}), size, generator)
+
+
+def some_images(num=16, size=32):
+    return torch.randint(256, (num, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+# augmentation
+
+def test_without_augmentation_images_stay_as_they_are():
+    images = some_images()
+    torch.testing.assert_close(augmentation()(images, torch.zeros(16, dtype=torch.bool)), images / 255)
+
+
+def test_flip_mirrors_the_images_that_it_names():
+    images, flip = some_images(2), torch.tensor([True, False])
+    expected = torch.stack([images[0].flip(-1), images[1]]) / 255
+    torch.testing.assert_close(augmentation()(images, flip), expected)
+
+
+def test_crops_with_padding_are_shifts_by_whole_pixels():
+    images = some_images(64)
+    crops = augmentation(crop_padding=2)(images, torch.zeros(64, dtype=torch.bool))
+    inside, pixels = crops[..., 4:-4, 4:-4], images / 255
+    shifted = [pixels[..., 4 + y:28 + y, 4 + x:28 + x] for y in range(-2, 3) for x in range(-2, 3)]
+    distances = torch.stack([(inside - candidate).abs().amax((1, 2, 3)) for candidate in shifted])
+    assert distances.amin(0).max() < 1e-3
+    assert len(distances.argmin(0).unique()) > 10
+
+
+def test_random_resized_crops_show_a_part_of_the_image():
+    # a ramp from left to right: its extent in the crop is the crop's in the image
+    ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(64, 3, 32, 32)
+    crops = augmentation(size=(48, 40), scale=(0.25, 0.25), ratio=(1., 1.))(ramp, torch.zeros(64, dtype=torch.bool))
+    assert crops.shape == (64, 3, 48, 40)
+    extent = (crops.amax((1, 2, 3)) - crops.amin((1, 2, 3))) * 255 / 8
+    assert extent.min() > 14 and extent.max() < 16.5
+
+
+@pytest.mark.parametrize('options', [
+    dict(aa_prob=1., aa_strength=1.), dict(cutout=8), dict(scale=(0.3, 1.), train_interpolation='bicubic')])
+def test_augmented_images_are_in_range_and_repeat_with_the_generator(options):
+    images, flip = some_images(), torch.zeros(16, dtype=torch.bool)
+    first, again, other = [augmentation(seed=seed, **options)(images, flip) for seed in (0, 0, 1)]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.min() >= 0 and first.max() <= 1
+
+
+def test_colour_and_distortion_leave_out_the_share_of_images_that_they_should():
+    images = some_images(400, size=8)
+    changed = augmentation(size=(8, 8), aa_prob=0.5)(images, torch.zeros(400, dtype=torch.bool)) - images / 255
+    untouched = (changed.abs().amax((1, 2, 3)) < 1e-4).float().mean()
+    assert 0.17 < untouched < 0.35  # a quarter, and the strengths that happen to change nothing
+
+
+def test_cutout_makes_at_most_its_square_gray():
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    gray = (augmentation(cutout=8)(images, torch.zeros(64, dtype=torch.bool)) == 0.5).sum((1, 2, 3)) / 3
+    assert gray.max() == 64 and gray.min() >= 16
+
+
+# schedule
+
+@pytest.mark.parametrize('progress, scale', [(0., 0.), (0.05, 0.5), (0.1, 1.), (0.5, 1.), (0.75, 0.5), (1., 0.)])
+def test_the_learning_rate_rises_stays_and_decays(progress, scale):
+    args = Namespace(epochs=1, seconds=None, warmup=0.1, decay_from=0.5, decay='linear')
+    assert train_on_device.Schedule(args, 10).lr_scale(progress) == pytest.approx(scale)
+
+
+# training
+
+def test_training_learns_and_writes_weights_that_timm_loads(train, data_dir, tmp_path):
+    final = train('--epochs', '20', '--lr', '1e-2', '--model-ema-decay', '0.9')[-1]
+    assert final['top1'] == final['top1_ema'] == 100
+    overlay = dict(file=str(tmp_path / 'run' / 'model.safetensors'), num_classes=2)
+    model = timm.create_model('test_ait', pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
+    average = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['state_dict_ema']
+    assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+
+
+def test_the_loss_includes_the_balance_loss(train):
+    with_balance = train('--epochs', '1')[-1]
+    without = train('--epochs', '1', '--model-kwargs', 'balance_weight=0.')[-1]
+    assert with_balance['balance_loss'] > 0 and without['balance_loss'] == 0
+
+
+def test_a_budget_in_seconds_ends_the_run_in_time(train):
+    final = train('--seconds', '1', '--mixup', '0.5', '--aa-prob', '0.5')[-1]
+    assert final['progress'] == 1 and final['step'] > 0 and 1 <= final['seconds'] < 10
+
+
+def test_warm_up_leaves_no_trace(train, tmp_path, monkeypatch):
+    train('--epochs', '1')
+    weights = load_file(tmp_path / 'run' / 'model.safetensors')
+    monkeypatch.setattr(train_on_device, 'WARM_UP_STEPS', 1)
+    train('--epochs', '1', output=tmp_path / 'other')
+    other = load_file(tmp_path / 'other' / 'model.safetensors')
+    assert all(torch.equal(value, other[name]) for name, value in weights.items())
+
+
+def test_warm_stops_before_training(train, tmp_path):
+    assert list(train('--epochs', '1', '--warm')[-1]) == ['ready']
+    assert not (tmp_path / 'run' / 'model.safetensors').exists()
+
+
+def test_a_resumed_run_goes_on_where_it_stopped(train):
+    train('--epochs', '1')
+    assert train('--epochs', '3', '--resume')[-1]['step'] == 9
+
+
+def test_the_student_approaches_its_teacher(train, tmp_path):
+    teacher = timm.create_model('test_ait', num_classes=2)
+    with torch.no_grad():
+        teacher.head.bias += torch.tensor([3., -3.])  # for whom all is dark
+    save_file(teacher.state_dict(), tmp_path / 'teacher.safetensors')
+    train(
+        '--epochs', '20', '--lr', '1e-2', '--model-ema-decay', '0.9', '--task-loss-weight', '0', '--kd-model-name',
+        'test_ait', '--kd-model-file', str(tmp_path / 'teacher.safetensors'))
+    student = timm.create_model('test_ait', num_classes=2)
+    student.load_state_dict(load_file(tmp_path / 'run' / 'model.safetensors'))
+    logits = student.eval()(torch.randn(8, 3, 32, 32))
+    assert (logits[:, 0] - logits[:, 1] > 3).all()
+
+
+def test_its_own_average_can_be_the_teacher(train):
+    assert np.isfinite(train('--epochs', '1', '--kd-model-name', 'ema')[-1]['loss'])
+
+
+def test_images_are_scaled_to_the_size_that_the_model_was_created_for(train):
+    assert train('--epochs', '1', '--model-kwargs', 'img_size=48')[-1]['progress'] == 1
+
+
+def test_a_convolutional_teacher_trains(train):
+    final = train(
+        '--model', 'cifar_convnet', '--model-kwargs', 'widths=(8,8,8)', '--channels-last', '--epochs', '10', '--opt',
+        'sgd', '--lr', '0.3', '--bn-bias-lr-scale', '8', '--model-ema-decay', '0.9')[-1]
+    assert final['top1_ema'] == 100
+
+
+def test_its_first_convolution_whitens_patches():
+    model = timm.create_model('cifar_convnet', widths=(8, 8, 8))
+    images = torch.rand(64, 3, 32, 32).mul(2).sub(1)
+    images[:, 1:] = 0.8 * images[:, :1] + 0.2 * images[:, 1:]
+    model.init_from_images(images)
+    features = model.whiten(images)[:, :12].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.cov(features), torch.eye(12), atol=0.05, rtol=0)
+
+
+def test_images_held_out_are_not_trained_on():
+    data = train_on_device.Images(some_images(20), torch.arange(20), [])
+    rest, held_out = train_on_device.hold_out(data, 0.2, seed=0)
+    assert len(held_out.labels) == 4 and sorted([*rest.labels, *held_out.labels]) == list(range(20))
+
+
+# grown models
+
+@pytest.mark.parametrize('kwargs', [{}, dict(workspace=False)])
+def test_grown_blocks_begin_as_the_identity_and_learn(kwargs, tmp_path):
+    small = timm.create_model('test_ait', depth=2, num_classes=2, **kwargs).eval()
+    save_file(small.state_dict(), tmp_path / 'small.safetensors')
+    large = timm.create_model('test_ait', depth=6, num_classes=2, **kwargs).eval()
+    train_on_device.load_weights(
+        large, str(tmp_path / 'small.safetensors'), 'test_ait', depth=6, num_classes=2, **kwargs)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(large(images), small(images))
+
+    large.train()(images).square().sum().backward()
+    for i in (1, 2, 4, 5):
+        for name in ('attn.proj.weight', 'mlp.workspace.norm.weight' if not kwargs else 'mlp.fc2.weight'):
+            assert large.get_parameter(f'blocks.{i}.{name}').grad.abs().max() > 0
+
+
+def test_no_two_grown_blocks_in_a_row_are_alike():
+    state_dict = {f'blocks.{i}.norm2.weight': torch.tensor(float(i)) for i in range(2)}
+    grown = train_on_device.grow_blocks(state_dict, 6)
+    assert [int(grown[f'blocks.{i}.norm2.weight']) for i in range(6)] == [0, 0, 1, 1, 1, 0]
+
+
+def test_blocks_grow_into_a_multiple_of_them():
+    with pytest.raises(ValueError, match='not into 5'):
+        train_on_device.grow_blocks({'blocks.1.norm2.weight': torch.ones(1)}, 5)
+
+
+# errors
+
+@pytest.mark.parametrize('options, message', [
+    ([], 'a budget is missing'),
+    (['--epochs', '0'], '--epochs must be above 0'),
+    (['--epochs', '1', '--batch-size', '7'], '--batch-size must be even'),
+    (['--epochs', '1', '--warmup', '0.5'], '--warmup <= --decay-from'),
+    (['--epochs', '1', '--evals', '0'], '--evals must be at least 1'),
+])
+def test_options_out_of_range_are_refused(train, options, message, capsys):
+    with pytest.raises(SystemExit):
+        train(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_a_recipe_with_an_unknown_option_is_refused(tmp_path, capsys):
+    (tmp_path / 'recipe.yaml').write_text('learning_rate: 1')
+    with pytest.raises(SystemExit):
+        train_on_device.parse_args(['--config', str(tmp_path / 'recipe.yaml')])
+    assert 'learning_rate' in capsys.readouterr().err
+
+
+def test_images_of_several_sizes_are_refused(tmp_path):
+    for name, size in (('a', 8), ('b', 9)):
+        (tmp_path / 'train' / name).mkdir(parents=True)
+        Image.new('RGB', (size, size)).save(tmp_path / 'train' / name / '0.png')
+    with pytest.raises(ValueError, match='must be of one size, they are 8x8, 9x9'):
+        train_on_device.read_images(str(tmp_path), 'train', 2)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(train, tmp_path):
+    with pytest.raises(FileNotFoundError, match='none.safetensors, the weights for test_ait, is not there'):
+        train('--epochs', '1', '--init', str(tmp_path / 'none.safetensors'))
+
+
+def test_a_run_waits_for_the_lock_before_it_trains(train, tmp_path):
+    import fcntl
+
+    file, run = tmp_path / 'lock', ['--epochs', '1', '--lock', str(tmp_path / 'lock')]
+    log = tmp_path / 'run' / 'log.jsonl'
+    with open(file, 'w') as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=train, args=run)
+        thread.start()
+        while not log.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert len(log.read_text().splitlines()) == 1  # ready, and no more
+    thread.join()
+    assert len(log.read_text().splitlines()) == 2
