@@ -203,7 +203,7 @@ def layer_html(look: Look, layer: int, slot: Optional[int] = None) -> str:
         legend = ''.join(
             f'<span><i style="background:{colour}"></i>{slot}: {share:.0%}</span>'
             for slot, share, colour in read_legend(maps.read)[:_NUM_READ] if share > 0.)
-        figures = [_figure(draw_read(look.picture, maps.read), 'slot that the patch reads', f'<div>{legend}</div>')]
+        figures = [_figure(draw_read(look.picture, maps.read), 'slot read most', f'<div>{legend}</div>')]
     else:
         most = float(maps.read.max())
         figures = [_figure(draw_heat(look.picture, maps.read[slot] / most), f'slot {slot} is read',
@@ -236,7 +236,8 @@ def shapes_html(picture: Image.Image) -> str:
 # page
 
 _CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto; }
+.gradio-container { width: 100%; min-width: 0; max-width: 1080px !important; margin: 0 auto; }
+.app { padding: 16px min(32px, 3vw) !important; }
 :root { --grey: #565b66; --green: #137333; --red: #c5221f; }
 .dark { --grey: #a8adb8; --green: #7bd88f; --red: #ff8a80; }
 h1 { font-weight: 600; }
@@ -357,22 +358,22 @@ def page():
         with gr.Tab('Cats and dogs'):
             look = gr.State(first)
             with gr.Row():
-                with gr.Column():
+                with gr.Column(min_width=240):
                     photograph = gr.HTML(samples_html(), html_template=_DROP, js_on_load=_DROP_SCRIPT)
-                with gr.Column():
+                with gr.Column(min_width=240):
                     breeds = gr.HTML(look_html(first))
             with gr.Row():
-                layer = gr.Slider(0, len(first.layers) - 1, value=middle, step=1, label='layer', buttons=[], min_width=300, elem_id='layer')
-                slot = gr.Radio(label='slot to light up', min_width=300, elem_id='slot', **choices(first, middle))
+                layer = gr.Slider(0, len(first.layers) - 1, value=middle, step=1, label='layer', buttons=[], min_width=240, elem_id='layer')
+                slot = gr.Radio(label='slot to light up', min_width=240, elem_id='slot', **choices(first, middle))
             maps = gr.HTML(layer_html(first, middle), elem_classes='figures')
             gr.HTML(pets.credit, elem_classes='credit')
         with gr.Tab('Questions about shapes'):
             scene = gr.State(0)
             with gr.Row():
-                with gr.Column():
+                with gr.Column(min_width=240):
                     picture = gr.HTML(shapes_html(shapes.picture(0)))
                     another = gr.Button('new picture')
-                with gr.Column():
+                with gr.Column(min_width=240):
                     colour = gr.Radio(list(COLOURS), value='red', label='object', elem_id='object')
                     question = gr.Radio(list(QUESTIONS), value=question_asked, label='question', elem_id='question')
                     answer = gr.HTML(ask(0, 'red', question_asked))
@@ -418,7 +419,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     with tempfile.TemporaryDirectory(prefix='timm_ait_space_') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder
         blocks = page()
-        _, url, _ = blocks.launch(**launch_options(), server_name=args.host, server_port=args.port)
+        try:
+            _, url, _ = blocks.launch(**launch_options(), server_name=args.host, server_port=args.port)
+        except OSError as e:
+            parser.error(f'cannot listen on {args.host or "this host"}, port {args.port or "7860 or later"}: {e}')
         print(f'{url} (Ctrl-C ends it)', flush=True)
         blocks.block_thread()
 
