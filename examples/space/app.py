@@ -5,6 +5,7 @@ memory and never written to disk.
 """
 import argparse
 import base64
+import contextlib
 import html
 import io
 import os
@@ -25,18 +26,17 @@ from PIL import Image, UnidentifiedImageError
 import timm
 from timm.data import create_transform, resolve_model_data_config
 
-import timm_ait
 from timm_ait.cli.explain import (
     LayerMaps, describe, draw_heat, draw_read, input_picture, layer_maps, layer_name, read_legend, select_slots, smooth)
 from timm_ait.cli.images import load_image, load_model
 from timm_ait.cli.labels import class_names
 from timm_ait.cli.sheet import fit
-from timm_ait.data.sort_of_clevr import ANSWERS, COLOURS, KINDS, answer_tables, draw, encode_questions, scenes
+from timm_ait.data.sort_of_clevr import ANSWERS, COLOURS, answer_tables, draw, encode_questions, scenes
 from timm_ait.weights import weights_dir
 
 PETS, SORT_OF_CLEVR = 'ait_vit_small_patch14_dinov2.pets', 'ait_tiny_hybrid_75.sort_of_clevr'
 SAMPLES = sorted(Path(__file__).resolve().with_name('samples').glob('*.jpg'), key=lambda file: file.name.lower())
-MAX_MEGABYTES = 30
+MAX_MEGABYTES = 30  # of a file
 
 _PAPER = 'https://arxiv.org/abs/2309.12862'
 _BOTTLENECK = 0.1  # share of the picture's tokens that each slot and head select, as explain has it
@@ -96,17 +96,19 @@ def read_photograph(data: bytes) -> Tuple[Image.Image, str]:
     """
     try:
         picture = load_image(io.BytesIO(data), 'RGBA')
-        turned = Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) != 1
     except UnidentifiedImageError:
         raise ValueError('This file is not a picture that can be read here. JPEG, PNG and WebP can; a HEIC photograph '
                          'has to be saved as JPEG first.') from None
     except Exception as e:  # Pillow raises nearly anything on damaged files
         raise ValueError(f'This picture cannot be read: {str(e)[:200] or type(e).__name__}.') from e
-    notes = ['Turned upright, as the file says.'] if turned else []
+    notes = []
+    with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the orientation
+        if Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION) in range(2, 9):
+            notes.append('Turned upright, as the file says.')
     if picture.getextrema()[3][0] < 255:
         notes.append('Its transparent parts are seen as white.')
-    white = Image.new('RGBA', picture.size, 'white')
-    return Image.alpha_composite(white, picture).convert('RGB'), ' '.join(notes)
+        picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
+    return picture.convert('RGB'), ' '.join(notes)
 
 
 class Pets:
@@ -118,7 +120,7 @@ class Pets:
         self.transform = create_transform(**self.config, is_training=False)
         self.descriptions = [name.replace('_', ' ') for name in class_names(self.model)[1]]
         self.credit = credit(self.model, PETS)
-        self._lock = threading.Lock()  # the analysis hooks into the model
+        self._lock = threading.Lock()  # the analysis hooks into the model, and load_image silences stderr
 
     def look(self, data: bytes) -> Look:
         """What the model makes of an image file; errors as in `read_photograph`."""
@@ -179,9 +181,12 @@ def _figure(picture: Image.Image, caption: str, below: str = '') -> str:
 def look_html(look: Look) -> str:
     """The picture that the model sees, and its likeliest classes with bars."""
     bars = ''.join(
-        f'<li><span>{html.escape(breed)}</span><span>{probability:.0%}</span><i style="width:{probability:.1%}"></i></li>'
+        f'<li><span>{html.escape(breed)}</span><span>{probability:.0%}</span>'
+        f'<i style="width:{probability:.1%}"></i></li>'
         for breed, probability in look.breeds.items())
-    return f'<div class="look"><img src="{_data_url(look.picture)}" alt="what the model sees"><ol>{bars}</ol></div>{look.note and f"<p>{look.note}</p>"}'
+    note = f'<p>{look.note}</p>' if look.note else ''
+    picture = f'<img src="{_data_url(look.picture)}" alt="what the model sees">'
+    return f'<div class="look">{picture}<ol>{bars}</ol></div>{note}'
 
 
 def slots_to_choose(layer: LayerMaps) -> List[int]:
@@ -363,7 +368,9 @@ def page():
                 with gr.Column(min_width=240):
                     breeds = gr.HTML(look_html(first))
             with gr.Row():
-                layer = gr.Slider(0, len(first.layers) - 1, value=middle, step=1, label='layer', buttons=[], min_width=240, elem_id='layer')
+                layer = gr.Slider(
+                    0, len(first.layers) - 1, value=middle, step=1, label='layer', buttons=[], min_width=240,
+                    elem_id='layer')
                 slot = gr.Radio(label='slot to light up', min_width=240, elem_id='slot', **choices(first, middle))
             maps = gr.HTML(layer_html(first, middle), elem_classes='figures')
             gr.HTML(pets.credit, elem_classes='credit')
@@ -380,7 +387,8 @@ def page():
             gr.HTML(shapes.credit, elem_classes='credit')
 
         photograph.upload(
-            upload, layer, [look, breeds, slot, maps], show_progress_on=breeds, api_visibility='private')
+            upload, layer, [look, breeds, slot, maps], trigger_mode='always_last', show_progress_on=breeds,
+            api_visibility='private')
         quick = dict(trigger_mode='always_last', show_progress='hidden', api_visibility='private')
         layer.input(turn_to_layer, [look, layer], [slot, maps], **quick)
         slot.input(light_up, [look, layer, slot], maps, **quick)
@@ -415,7 +423,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--port', type=int, help='port (default: the first free one from 7860)')
     args = parser.parse_args(argv)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # leaves through the with
+    torch.set_num_threads(1)  # as fast for one picture, and lets the other cores serve
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix='timm_ait_space_') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder
         blocks = page()

@@ -96,6 +96,9 @@ class TestReadPhotograph:
         assert picture.tobytes() == image.tobytes()
         assert note == 'Turned upright, as the file says.'
 
+    def test_damaged_exif_data_say_nothing(self, app):
+        assert app.read_photograph(encode(Image.new('RGB', (8, 8)), 'JPEG', exif=b'Exif\0\0MM\0*\xff'))[1] == ''
+
     @pytest.mark.parametrize('mode', ['1', 'L', 'P', 'CMYK', 'RGB'])
     def test_ordinary_pictures_need_no_note(self, app, mode):
         picture, note = app.read_photograph(encode(Image.new(mode, (8, 8)), 'TIFF'))

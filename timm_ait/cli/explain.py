@@ -143,7 +143,7 @@ def draw_heat(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
 
 
 def read_legend(read: torch.Tensor) -> List[Tuple[int, float, str]]:
-    """Slots, the share of the patches that read each most, and their colours, the most read first; grey from the eighth.
+    """Slots, the share of patches that read each most, and their colours, the most read first; grey from the eighth.
 
     Args:
         read: Weights with which each patch reads the slots, (M, H, W).

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Dict, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from .sampling import uniforms
