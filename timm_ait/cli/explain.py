@@ -24,7 +24,10 @@ from .images import add_arguments, find_images, image_reader, load_model
 from .labels import class_names
 from .sheet import fit, save_sheet, shorten
 
-__all__ = ['LayerMaps', 'add_parser', 'draw_sheet', 'layer_maps', 'select_slots', 'token_grid']
+__all__ = [
+    'LayerMaps', 'add_parser', 'describe', 'draw_heat', 'draw_read', 'draw_sheet', 'input_picture', 'layer_maps',
+    'layer_name', 'read_legend', 'select_slots', 'smooth', 'token_grid',
+]
 
 _PANEL, _TABLE, _GAP, _MARGIN, _LINE = 208, 250, 16, 28, 24  # pixels
 _INK, _GREY = '#16181d', '#565b66'
@@ -88,7 +91,7 @@ def layer_maps(model: nn.Module, image: torch.Tensor, bottleneck: float) -> List
     return result
 
 
-def _smooth(selected: torch.Tensor) -> torch.Tensor:
+def smooth(selected: torch.Tensor) -> torch.Tensor:
     """Maps (M, H, W), each patch averaged with its neighbours by weights 1 : 4 : 1 in either direction."""
     weights = torch.tensor([1., 4., 1.]) / 6.
     padded = F.pad(selected.float()[:, None], (1, 1, 1, 1), mode='replicate')
@@ -105,7 +108,7 @@ def select_slots(selected: torch.Tensor, number: int) -> List[int]:
         selected: In how many heads each slot selects each patch, (M, H, W).
         number: How many slots, at most M.
     """
-    maps = _smooth(selected).flatten(1)
+    maps = smooth(selected).flatten(1)
     agreement = maps.square().sum(dim=-1) / maps.sum(dim=-1).clamp_min(1e-6)
     directions = F.normalize(maps, dim=-1)
     chosen: List[int] = []
@@ -133,15 +136,27 @@ def _heat(values: torch.Tensor) -> Image.Image:
     return ImageOps.colorize(_to_image(values), '#1a0a50', '#fff5a0', '#d8354f', midpoint=115)
 
 
-def _draw_selected(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """How much a slot selects each patch, (H, W), 0 to 1, over the picture."""
+def draw_heat(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
+    """A value of each patch, (H, W), 0 to 1, over the picture: in how many heads a slot selects it, for instance."""
     heat = _enlarge(heat[None], picture.size)[0].clamp(0., 1.)
     grey = picture.convert('L').point(lambda value: 0.7 * value).convert('RGB')
     return Image.composite(_heat(heat), grey, _to_image(0.15 + 0.8 * heat ** 0.6))
 
 
-def _draw_read(picture: Image.Image, read: torch.Tensor, colours: Sequence[str]) -> Image.Image:
-    """Which slot each patch reads most, (M, H, W) in colours (M,), the fainter the less, over the picture."""
+def read_legend(read: torch.Tensor) -> List[Tuple[int, float, str]]:
+    """Slots, the share of patches that read each most, and their colours, the most read first; grey from the eighth.
+
+    Args:
+        read: Weights with which each patch reads the slots, (M, H, W).
+    """
+    shares = _shares_of_patches(read)
+    order = shares.argsort(descending=True, stable=True).tolist()
+    return [(slot, float(shares[slot]), _SLOT_COLOURS[min(i, len(_SLOT_COLOURS) - 1)]) for i, slot in enumerate(order)]
+
+
+def draw_read(picture: Image.Image, read: torch.Tensor) -> Image.Image:
+    """Which slot each patch reads most in the colours of `read_legend`, the fainter the less, over the picture."""
+    colours = [colour for _, _, colour in sorted(read_legend(read))]
     weights = _enlarge(read, picture.size).clamp_min(0.)
     largest = weights.amax(dim=0)
     shares = (weights / largest) ** 8  # the largest weight decides, with smooth borders
@@ -157,7 +172,12 @@ def _shares_of_patches(read: torch.Tensor) -> torch.Tensor:
     return read.argmax(dim=0).flatten().bincount(minlength=len(read)).float() / read[0].numel()
 
 
-def _describe(layer: LayerMaps) -> List[Tuple[str, str]]:
+def layer_name(layer: LayerMaps) -> str:
+    """A layer's name in pictures, such as block 3."""
+    return layer.name.removesuffix('.mlp.workspace').replace('blocks.', 'block ')
+
+
+def describe(layer: LayerMaps) -> List[Tuple[str, str]]:
     """Names and values of a layer's figures."""
     figures, rows = layer.figures, []
     if layer.read is not None:
@@ -196,7 +216,7 @@ def draw_sheet(
     """
     picture = fit(picture, _PANEL)
     slots = {layer.name: select_slots(layer.selected, num_slots) for layer in layers if layer.selected is not None}
-    heat = {layer.name: _smooth(layer.selected[slots[layer.name]]) for layer in layers if layer.name in slots}
+    heat = {layer.name: smooth(layer.selected[slots[layer.name]]) for layer in layers if layer.name in slots}
     most = max((float(maps.max()) for maps in heat.values()), default=1.)
     num_maps = max(map(len, slots.values()), default=2)  # two for the texts at least
     columns = [_MARGIN, *(_MARGIN + _TABLE + _GAP + i * (_PANEL + _GAP) for i in range(max(num_maps, 2) + 1))]
@@ -235,30 +255,26 @@ def draw_sheet(
     for row, layer in enumerate(layers):
         y = _MARGIN + header_height + row * row_height
         top = y + _LINE
-        text(columns[0], y - 5, layer.name.removesuffix('.mlp.workspace').replace('blocks.', 'block '), 22, _INK)
-        for i, (name, value) in enumerate(_describe(layer), start=1):
+        text(columns[0], y - 5, layer_name(layer), 22, _INK)
+        for i, (name, value) in enumerate(describe(layer), start=1):
             text(columns[0], y + 4 + i * _LINE, name)
             text(columns[0] + _TABLE - _GAP, y + 4 + i * _LINE, value, 16, _INK, 'ra')
         if layer.read is not None:
             text(columns[1], y, 'slot that the patch reads', 16, _INK)
-            shares = _shares_of_patches(layer.read)
-            order = shares.argsort(descending=True, stable=True).tolist()
-            colours = [_SLOT_COLOURS[min(order.index(slot), len(_SLOT_COLOURS) - 1)] for slot in range(len(order))]
-            sheet.paste(_draw_read(picture, layer.read, colours), (columns[1], top))
-            x = columns[1]
-            for slot in order[:3]:
-                if shares[slot] > 0:
-                    y = top + picture.height + 7
-                    draw.rounded_rectangle((x, y + 2, x + 12, y + 14), 3, colours[slot])
-                    x = math.ceil(text(x + 17, y, f'{slot}: {shares[slot]:.0%}', 15)) + 10
+            sheet.paste(draw_read(picture, layer.read), (columns[1], top))
+            x, y = columns[1], top + picture.height + 7
+            for slot, share, colour in read_legend(layer.read)[:3]:
+                if share > 0:
+                    draw.rounded_rectangle((x, y + 2, x + 12, y + 14), 3, colour)
+                    x = math.ceil(text(x + 17, y, f'{slot}: {share:.0%}', 15)) + 10
         for x, slot, map_ in zip(columns[2:], slots.get(layer.name, ()), heat.get(layer.name, ())):
             text(x, top - _LINE, f'slot {slot} would write', 16, _INK)
-            sheet.paste(_draw_selected(picture, map_ / most), (x, top))
+            sheet.paste(draw_heat(picture, map_ / most), (x, top))
     return sheet
 
 
-def _picture(image: torch.Tensor, config: Dict[str, Any]) -> Image.Image:
-    """What a model sees: its input (C, H, W) without the normalisation."""
+def input_picture(image: torch.Tensor, config: Dict[str, Any]) -> Image.Image:
+    """What a model sees: its input (C, H, W) without the normalisation of its data config."""
     mean, std = (torch.tensor(config[key]) for key in ('mean', 'std'))
     return _to_image(image.expand(3, -1, -1).permute(1, 2, 0) * std + mean)
 
@@ -361,7 +377,7 @@ def _explain(
     maps = layer_maps(model, batch, args.bottleneck)
     drawn = torch.linspace(len(maps) - 1, 0, min(args.layers, len(maps))).round().int().sort().values
     sheet = draw_sheet(
-        _picture(image, resolve_model_data_config(model)),
+        input_picture(image, resolve_model_data_config(model)),
         file.name,
         f'{args.model.rpartition("/")[2]}: {probability:.0%} {description}',
         [maps[i] for i in drawn],

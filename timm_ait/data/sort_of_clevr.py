@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Dict, NamedTuple, Sequence, Tuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from .sampling import uniforms
 
 __all__ = [
     'ANSWERS', 'COLOURS', 'IMAGE_SIZE', 'KINDS', 'NUM_TRAIN', 'NUM_VALIDATION', 'QUESTION_DIM', 'Scenes',
-    'SortOfClevr', 'ask', 'draw', 'scenes', 'write_sort_of_clevr',
+    'SortOfClevr', 'answer_tables', 'ask', 'draw', 'encode_questions', 'scenes', 'write_sort_of_clevr',
 ]
 
 IMAGE_SIZE = 75
@@ -118,34 +117,30 @@ def draw(objects: Scenes) -> np.ndarray:
     return images
 
 
-def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np.ndarray]:
-    """Ask ten questions of each kind about every image, and answer them.
+def encode_questions(first: np.ndarray, second: np.ndarray, kind: np.ndarray, subtype: np.ndarray) -> np.ndarray:
+    """Questions (..., 18) uint8 of the indices of an object, a second object, a kind and one of the kind's questions.
 
     Args:
-        seed: Seed of the data set.
-        indices: Image indices (n,).
-        objects: The scenes of these images.
+        first: Index of `COLOURS` (...).
+        second: Index of `COLOURS` (...); of ternary questions alone.
+        kind: Index of `KINDS` (...).
+        subtype: Which of the kind's three questions (...).
+    """
+    objects, of_three = np.eye(len(COLOURS), dtype=np.uint8), np.eye(3, dtype=np.uint8)
+    is_ternary = (kind == KINDS.index('ternary'))[..., None].astype(np.uint8)
+    return np.concatenate([objects[first], objects[second] * is_ternary, of_three[kind], of_three[subtype]], axis=-1)
+
+
+def answer_tables(objects: Scenes) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Answers to every question about scenes, as indices of `ANSWERS`, kinds in the order of `KINDS`.
 
     Returns:
-        Questions (n, 30, 18) uint8 and answers (n, 30) uint8 as indices of `ANSWERS`, kinds in the order of `KINDS`.
+        Non-relational and relational answers (n, 6, 3) for each object and question, and ternary answers
+        (n, 6, 6, 3) for each two objects and question.
     """
     centres, circles = objects
-    num_images, num_objects = circles.shape
-    numbers = _scene_numbers(seed, np.asarray(indices))[:, num_objects:].reshape(num_images, -1, 3)
-    first = (numbers[..., 0] * num_objects).astype(np.int64)
-    second = (first + 1 + (numbers[..., 1] * (num_objects - 1)).astype(np.int64)) % num_objects
-    subtype = (numbers[..., 2] * 3).astype(np.int64)
-    kind = np.repeat(np.arange(len(KINDS)), QUESTIONS_A_KIND)
-
-    one_hot = np.eye(num_objects, dtype=np.uint8)
-    questions = np.concatenate([
-        one_hot[first],
-        one_hot[second] * (kind == 2)[:, None].astype(np.uint8),
-        np.broadcast_to(np.eye(3, dtype=np.uint8)[kind], (num_images, len(kind), 3)),
-        np.eye(3, dtype=np.uint8)[subtype],
-    ], axis=-1)
-
-    image = np.arange(num_images)[:, None]
+    num_objects = circles.shape[-1]
+    image = np.arange(len(circles))[:, None]
     shape = _RECTANGLE + circles.astype(np.int64)
 
     # every answer for every object (n, 6), then every pair of objects (n, 6, 6)
@@ -172,14 +167,35 @@ def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np
         distances[:, :, :, None], distances[:, :, None, :], distances[:, None, :, :]), -1)
     obtuse = (2 * sides.max(-1) > sides.sum(-1)) & other
     ternary = [_ZERO + between.sum(-1), yes_no(on_line.any(-1)), _ZERO + obtuse.sum(-1)]
+    return tuple(np.stack(answers, axis=-1) for answers in (non_relational, relational, ternary))
 
-    answers = np.empty(first.shape, np.int64)
-    for i, table in enumerate((non_relational, relational)):
-        of_kind = kind == i
-        answers[:, of_kind] = np.stack(table, -1)[image, first[:, of_kind], subtype[:, of_kind]]
-    of_kind = kind == 2
-    answers[:, of_kind] = np.stack(ternary, -1)[image, first[:, of_kind], second[:, of_kind], subtype[:, of_kind]]
-    return questions, answers.astype(np.uint8)
+
+def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np.ndarray]:
+    """Ask ten questions of each kind about every image, and answer them.
+
+    Args:
+        seed: Seed of the data set.
+        indices: Image indices (n,).
+        objects: The scenes of these images.
+
+    Returns:
+        Questions (n, 30, 18) uint8 and answers (n, 30) uint8 as indices of `ANSWERS`, kinds in the order of `KINDS`.
+    """
+    num_images, num_objects = objects.circles.shape
+    numbers = _scene_numbers(seed, np.asarray(indices))[:, num_objects:].reshape(num_images, -1, 3)
+    first = (numbers[..., 0] * num_objects).astype(np.int64)
+    second = (first + 1 + (numbers[..., 1] * (num_objects - 1)).astype(np.int64)) % num_objects
+    subtype = (numbers[..., 2] * 3).astype(np.int64)
+    kind = np.broadcast_to(np.repeat(np.arange(len(KINDS)), QUESTIONS_A_KIND), first.shape)
+
+    image = np.arange(num_images)[:, None]
+    non_relational, relational, ternary = answer_tables(objects)
+    answers = np.choose(kind, (
+        non_relational[image, first, subtype],
+        relational[image, first, subtype],
+        ternary[image, first, second, subtype],
+    ))
+    return encode_questions(first, second, kind, subtype), answers.astype(np.uint8)
 
 
 def write_sort_of_clevr(folder: Path, seed: int, num_train: int, num_validation: int) -> None:

@@ -1,0 +1,490 @@
+import base64
+import concurrent.futures
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_ait.cli.explain import draw_heat, draw_read, smooth
+from timm_ait.data.sort_of_clevr import ANSWERS, COLOURS, ask, scenes
+
+SPACE = Path(__file__).parents[2] / 'examples' / 'space'
+BEAGLE, CAT = SPACE / 'samples' / 'beagle_19.jpg', SPACE / 'samples' / 'Maine_Coon_64.jpg'
+HEIC = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(64)
+
+
+def encode(image, kind='PNG', **kwargs):
+    file = io.BytesIO()
+    image.save(file, kind, **kwargs)
+    return file.getvalue()
+
+
+@pytest.fixture(scope='module')
+def app():
+    spec = importlib.util.spec_from_file_location('space_app', SPACE / 'app.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['space_app'] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def pets(app):
+    return app.Pets()
+
+
+@pytest.fixture(scope='module')
+def shapes(app):
+    return app.Shapes()
+
+
+@pytest.fixture(scope='module')
+def beagle(pets):
+    return pets.look(BEAGLE.read_bytes())
+
+
+class TestFolder:
+
+    def test_is_a_space_of_the_models_that_the_page_shows(self, app):
+        card = huggingface_hub.SpaceCard.load(SPACE / 'README.md').data
+        assert card.sdk == 'gradio' and (SPACE / card.app_file).is_file()
+        assert [name.split('/')[1] for name in card.models] == [app.PETS, app.SORT_OF_CLEVR]
+
+    def test_has_a_small_screenshot(self):
+        assert Image.open(SPACE / 'screenshot.png').width >= 600
+        assert (SPACE / 'screenshot.png').stat().st_size < 250_000
+
+
+class TestReadPhotograph:
+
+    @pytest.mark.parametrize('data', [HEIC, b'', b'no picture'])
+    def test_formats_that_are_not_read(self, app, data):
+        with pytest.raises(ValueError, match='JPEG, PNG and WebP can; a HEIC photograph has to be saved as JPEG first'):
+            app.read_photograph(data)
+
+    def test_broken(self, app):
+        with pytest.raises(ValueError, match='^This picture cannot be read: .*truncated'):
+            app.read_photograph(BEAGLE.read_bytes()[:2000])
+
+    def test_huge(self, app):
+        with pytest.raises(ValueError, match='cannot be read: 9000 x 9000 pixels are more than 64 million'):
+            app.read_photograph(encode(Image.new('1', (9000, 9000))))
+
+    def test_transparent_is_seen_on_white(self, app):
+        picture, note = app.read_photograph(encode(Image.new('RGBA', (8, 8), (0, 0, 0, 0))))
+        assert picture.getpixel((0, 0)) == (255, 255, 255)
+        assert note == 'Its transparent parts are seen as white.'
+
+    def test_sideways_is_turned_upright(self, app):
+        image, exif = Image.new('RGB', (40, 20), 'red'), Image.Exif()
+        image.paste('blue', (0, 0, 20, 20))
+        exif[0x0112] = 6
+        picture, note = app.read_photograph(encode(image.rotate(90, expand=True), 'PNG', exif=exif))
+        assert picture.tobytes() == image.tobytes()
+        assert note == 'Turned upright, as the file says.'
+
+    def test_damaged_exif_data_say_nothing(self, app):
+        assert app.read_photograph(encode(Image.new('RGB', (8, 8)), 'JPEG', exif=b'Exif\0\0MM\0*\xff'))[1] == ''
+
+    @pytest.mark.parametrize('mode', ['1', 'L', 'P', 'CMYK', 'RGB'])
+    def test_ordinary_pictures_need_no_note(self, app, mode):
+        picture, note = app.read_photograph(encode(Image.new(mode, (8, 8)), 'TIFF'))
+        assert picture.mode == 'RGB' and note == ''
+
+
+class TestPets:
+
+    def test_name_the_five_likeliest_breeds(self, beagle):
+        assert len(beagle.breeds) == 5
+        assert max(beagle.breeds, key=beagle.breeds.get) == next(iter(beagle.breeds)) == 'beagle'
+
+    def test_explain_every_layer(self, pets, beagle):
+        assert [layer.name for layer in beagle.layers] == [f'blocks.{i}.mlp.workspace' for i in range(12)]
+
+    def test_answer_within_two_seconds(self, app, pets):
+        times = []
+        for _ in range(3):
+            start = time.process_time()  # of one core, which others do not use meanwhile
+            app.layer_html(pets.look(CAT.read_bytes()), 6)
+            times.append(time.process_time() - start)
+        assert min(times) < 2.
+
+
+class TestLayerHtml:
+
+    def pictures(self, text):
+        return [
+            Image.open(io.BytesIO(base64.b64decode(data)))
+            for data in re.findall(r'src="data:image/jpeg;base64,([^"]*)"', text)]
+
+    def assert_alike(self, picture, expected):
+        difference = np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int))
+        assert difference.mean() < 4.  # JPEG
+
+    def test_shows_the_pictures_of_explain(self, app, beagle):
+        layer = beagle.layers[6]
+        text = app.layer_html(beagle, 6)
+        slots = [int(slot) for slot in re.findall(r'alt="slot (\d+) would write"', text)]
+        heat = smooth(layer.selected[slots])
+        read, *written = self.pictures(text)
+        self.assert_alike(read, draw_read(beagle.picture, layer.read))
+        assert len(written) == 5
+        for picture, values in zip(written, heat):
+            self.assert_alike(picture, draw_heat(beagle.picture, values / heat.max()))
+
+    def test_lights_up_a_slot(self, app, beagle):
+        layer = beagle.layers[6]
+        slot = app.slots_to_choose(layer)[0]
+        text = app.layer_html(beagle, 6, slot)
+        assert re.findall(r'alt="([^"]*)"', text)[:2] == [f'slot {slot} is read', f'slot {slot} would write']
+        self.assert_alike(self.pictures(text)[0], draw_heat(beagle.picture, layer.read[slot] / layer.read.max()))
+
+    def test_offers_the_slots_that_are_read_most_first(self, app, beagle):
+        layer = beagle.layers[6]
+        slots = app.slots_to_choose(layer)
+        assert slots[0] == layer.read.argmax(dim=0).flatten().bincount().argmax()
+        assert len(slots) == len(set(slots))
+
+
+class TestCredit:
+
+    def test_names_licence_card_and_paper(self, app, pets):
+        card = huggingface_hub.ModelCard.load(app.weights_dir() / app.PETS / 'README.md').data
+        assert f'licence {card.license}' in pets.credit
+        assert f'https://huggingface.co/timm-ait/{app.PETS}' in pets.credit
+        assert 'https://arxiv.org/abs/2309.12862' in pets.credit
+
+    @pytest.mark.parametrize('value', [81.25, 0.8125])
+    def test_gives_the_accuracy_of_the_card(self, app, pets, monkeypatch, tmp_path, value):
+        result = huggingface_hub.EvalResult('image-classification', 'imagefolder', 'Some Pets', 'accuracy', value)
+        data = huggingface_hub.ModelCardData(license='mit', model_name='m', eval_results=[result])
+        (tmp_path / 'm').mkdir()
+        (tmp_path / 'm' / 'README.md').write_text(f'---\n{data}\n---\n')
+        monkeypatch.setattr(app, 'weights_dir', lambda: tmp_path)
+        assert app.credit(pets.model, 'm').startswith('m · accuracy 81.2 % on Some Pets · licence mit ·')
+
+
+class TestShapes:
+
+    def test_truth_is_that_of_the_data_set(self, app, shapes):
+        indices = np.arange(3)
+        questions, answers = ask(0, indices, scenes(0, indices))
+        texts = {numbers: text for text, numbers in app.QUESTIONS.items()}
+        for scene in indices:
+            for question, answer in zip(questions[scene, :20:3], answers[scene, :20:3]):
+                text = texts[int(question[12:15].argmax()), int(question[15:].argmax())]
+                colour = list(COLOURS)[question[:6].argmax()]
+                assert shapes.ask(scene, colour, text)[2] == ANSWERS[answer]
+
+    def test_most_answers_are_right(self, app, shapes):
+        answers = [shapes.ask(scene, 'red', text) for scene in range(9800, 9810) for text in app.QUESTIONS]
+        assert sum(answer == truth for answer, _, truth in answers) >= 54
+
+    def test_each_index_has_a_picture_of_its_own(self, shapes):
+        assert shapes.picture(1).tobytes() != shapes.picture(2).tobytes()
+
+
+# the page
+
+
+class Server:
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ('tmp', 'home'):
+            (folder / name).mkdir()
+        environment = {key: value for key, value in os.environ.items() if not key.startswith('GRADIO_')}
+        environment.update(TMPDIR=str(folder / 'tmp'), HOME=str(folder / 'home'))
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        self.process = subprocess.Popen(
+            [sys.executable, SPACE / 'app.py', '--port', str(port)], env=environment, cwd=folder,
+            stdout=subprocess.PIPE, text=True)
+        self.line = self.process.stdout.readline()
+        self.url = f'http://127.0.0.1:{port}'
+
+    def files(self):
+        return sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob('*'))
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    pytest.importorskip('gradio')
+    server = Server(tmp_path_factory.mktemp('space'))
+    yield server
+    server.stop()
+
+
+class Visitor:
+    """ Talks to the page as its script in the browser does. """
+
+    def __init__(self, server):
+        import httpx  # comes with gradio
+        self.client = httpx.Client(base_url=server.url, timeout=120., trust_env=False)
+        self.config = self.client.get('/config').json()
+        self.session = uuid.uuid4().hex
+
+    def trigger(self, event, inputs, elem_id=None, **event_data):
+        """What the outputs of an event become."""
+        components = {
+            component['id'] for component in self.config['components']
+            if elem_id in (None, component['props'].get('elem_id'))}
+        function = next(
+            dependency['id'] for dependency in self.config['dependencies']
+            if any(target in components and name == event for target, name in dependency['targets']))
+        self.client.post('/gradio_api/queue/join', json=dict(
+            data=inputs, fn_index=function, event_data=event_data, session_hash=self.session)).raise_for_status()
+        with self.client.stream('GET', '/gradio_api/queue/data', params=dict(session_hash=self.session)) as lines:
+            for line in lines.iter_lines():
+                message = json.loads(line.removeprefix('data:')) if line else {}
+                if message.get('msg') == 'process_completed':
+                    assert message['success'], message
+                    return message['output']['data']
+
+    def upload(self, data, layer=6):
+        _, breeds, _, maps = self.trigger('upload', [layer], data=base64.b64encode(data).decode())
+        return breeds, maps
+
+
+class TestServer:
+
+    def test_prints_its_address_on_localhost(self, server):
+        assert server.line == f'{server.url}/ (Ctrl-C ends it)\n'
+
+    @pytest.mark.slow
+    def test_a_port_in_use_is_named(self, server):
+        port = server.url.rpartition(':')[2]
+        run = subprocess.run(
+            [sys.executable, SPACE / 'app.py', '--port', port], capture_output=True, text=True, timeout=120)
+        assert run.returncode == 2
+        assert f'cannot listen on this host, port {port}' in run.stderr and 'Traceback' not in run.stderr
+
+    def test_shows_the_breed_of_an_upload(self, server):
+        assert re.findall('<li><span>(.*?)</span>', Visitor(server).upload(CAT.read_bytes())[0])[0] == 'Maine Coon'
+
+    @pytest.mark.parametrize('data, sentence', [
+        (HEIC, 'HEIC'), (BEAGLE.read_bytes()[:2000], 'cannot be read'), (b'<b>', 'not a picture')])
+    def test_a_file_that_is_not_read_gets_a_sentence_and_clears_the_page(self, server, data, sentence):
+        visitor = Visitor(server)
+        breeds, maps = visitor.upload(data)
+        assert breeds.startswith('<p role="alert">') and sentence in breeds and maps == ''
+
+    def test_a_file_that_the_browser_found_too_large_gets_a_sentence(self, server):
+        assert 'larger than 30 MB' in Visitor(server).trigger('upload', [6], data=None)[1]
+
+    def test_ten_visitors_at_once_each_get_their_own(self, app, pets, server):
+        colours = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+        files = [encode(Image.fromarray(colour).resize((200, 200))) for colour in colours]
+
+        def visit(data):
+            visitor = Visitor(server)
+            breeds, _ = visitor.upload(data)
+            return breeds, visitor.trigger('input', [None, 3], elem_id='layer')[1]
+
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            answers = list(pool.map(visit, files))
+        for data, (breeds, maps) in zip(files, answers):
+            look = pets.look(data)
+            assert breeds == app.look_html(look)
+            assert maps == app.layer_html(look, 3)
+
+    def test_nothing_of_an_upload_is_on_disk(self, server):
+        visitor = Visitor(server)
+        before = server.files()
+        visitor.upload(CAT.read_bytes())
+        visitor.upload(HEIC)
+        assert server.files() == before
+
+    def test_files_sent_past_the_page_are_refused(self, server):
+        before = server.files()
+        response = Visitor(server).client.post('/gradio_api/upload', files={'files': CAT.read_bytes()})
+        assert response.status_code == 413
+        assert server.files() == before
+
+    @pytest.mark.slow
+    def test_leaves_nothing_behind(self, tmp_path):
+        pytest.importorskip('gradio')
+        server = Server(tmp_path)
+        assert any(server.folder.glob('tmp/*'))
+        server.stop()
+        assert not any(server.folder.glob('tmp/*'))
+
+
+# the browser
+
+
+class Browser:
+
+    def __init__(self, webdriver, folder):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for argument in ['headless', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking',
+                         'disable-component-update', 'disable-sync', 'disable-dev-shm-usage',
+                         f'user-data-dir={folder}']:
+            options.add_argument(f'--{argument}')
+        if os.geteuid() == 0:
+            options.add_argument('--no-sandbox')
+        options.set_capability('goog:loggingPrefs', {'performance': 'ALL', 'browser': 'ALL'})
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
+
+    def open(self, url, width=1200):
+        self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(
+            width=width, height=1000, deviceScaleFactor=1, mobile=width < 600))
+        self.driver.get(url)
+        self.wait_for(lambda: self.all('.maps img'))
+
+    def all(self, selector):
+        return self.driver.find_elements('css selector', selector)
+
+    def wait_for(self, condition):
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+        return WebDriverWait(self.driver, 60, ignored_exceptions=[StaleElementReferenceException]).until(
+            lambda _: condition())
+
+    def upload(self, file):
+        self.all('.drop input')[0].send_keys(str(file))
+
+    def label(self):
+        return self.all('.look li span')[0].text if self.all('.look li') else None
+
+    def pictures(self):
+        return [image.get_attribute('src') for image in self.all('.maps img')]
+
+
+CHROMIUM, CHROMEDRIVER = '/usr/bin/chromium', '/usr/bin/chromedriver'
+
+
+@pytest.fixture
+def browsers(tmp_path):
+    """Function that starts a browser of its own."""
+    if not (os.path.exists(CHROMIUM) and os.path.exists(CHROMEDRIVER)):
+        pytest.skip('chromium and chromium-driver are not installed')
+    webdriver = pytest.importorskip('selenium.webdriver')
+    started = []
+
+    def start():
+        started.append(Browser(webdriver, tmp_path / str(len(started))))
+        return started[-1]
+
+    yield start
+    for browser in started:
+        browser.driver.quit()
+
+
+@pytest.fixture
+def browser(browsers, server):
+    browser = browsers()
+    browser.open(server.url)
+    return browser
+
+
+@pytest.mark.slow
+class TestBrowser:
+
+    def test_upload(self, browser):
+        browser.upload(CAT)
+        browser.wait_for(lambda: browser.label() == 'Maine Coon')
+
+    def test_drop(self, browser):
+        browser.driver.execute_script('''
+            const bytes = Uint8Array.from(atob(arguments[0]), (character) => character.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], 'cat.jpg', {type: 'image/jpeg'}));
+            document.querySelector('.drop').dispatchEvent(
+                new DragEvent('drop', {dataTransfer: transfer, bubbles: true, cancelable: true}));
+        ''', base64.b64encode(CAT.read_bytes()).decode())
+        browser.wait_for(lambda: browser.label() == 'Maine Coon')
+
+    def test_sample(self, browser):
+        browser.all('.samples img[alt="sample: pug"]')[0].click()
+        browser.wait_for(lambda: browser.label() == 'pug')
+
+    def test_slider(self, browser):
+        before = browser.pictures()
+        browser.all('#layer input[type=range]')[0].send_keys('\ue012')  # arrow to the left
+        browser.wait_for(lambda: browser.all('.figures h3')[0].text == 'block 5')
+        assert not set(before) & set(browser.pictures())
+
+    def test_slot(self, browser):
+        choice = browser.all('#slot label')[1]
+        slot = choice.text
+        choice.click()
+        browser.wait_for(lambda: browser.all(f'.maps img[alt="slot {slot} is read"]'))
+
+    def test_question(self, browser):
+        browser.all('button[role=tab]')[1].click()
+        browser.wait_for(lambda: browser.all('#question label')[0].is_displayed())
+        browser.all('#object label')[2].click()
+        browser.all('#question label')[0].click()
+        browser.wait_for(lambda: browser.all('.answer dd')[0].text.split()[0] in ('rectangle', 'circle'))
+        picture = browser.all('.shapes')[0].get_attribute('src')
+        next(button for button in browser.all('button') if button.text == 'new picture').click()
+        browser.wait_for(lambda: browser.all('.shapes')[0].get_attribute('src') != picture)
+
+    def test_broken_file(self, browser, tmp_path):
+        file = tmp_path / 'broken.jpg'
+        file.write_bytes(BEAGLE.read_bytes()[:2000])
+        browser.upload(file)
+        browser.wait_for(lambda: browser.all('[role=alert]'))
+        assert browser.all('[role=alert]')[0].text.startswith('This picture cannot be read')
+        assert not browser.pictures()
+        browser.upload(CAT)
+        browser.wait_for(lambda: browser.label() == 'Maine Coon' and browser.pictures())
+
+    def test_a_file_larger_than_30_mb(self, browser, tmp_path):
+        file = tmp_path / 'large.jpg'
+        with file.open('wb') as large:
+            large.truncate(31_000_000)
+        browser.upload(file)
+        browser.wait_for(lambda: browser.all('[role=alert]'))
+        assert browser.all('[role=alert]')[0].text == 'This file is larger than 30 MB.'
+
+    def test_two_visitors_at_once(self, browsers, server):
+        files = {SPACE / 'samples' / 'pug_82.jpg': 'pug', CAT: 'Maine Coon'}
+        visitors = [browsers() for _ in files]
+        for visitor in visitors:
+            visitor.open(server.url)
+        for visitor, file in zip(visitors, files):
+            visitor.upload(file)
+        for visitor, breed in zip(visitors, files.values()):
+            visitor.wait_for(lambda: visitor.label() == breed)
+        for visitor in visitors:
+            visitor.all('#layer input[type=range]')[0].send_keys('\ue012')
+        for visitor in visitors:
+            visitor.wait_for(lambda: visitor.all('.figures h3')[0].text == 'block 5')
+        assert not set(visitors[0].pictures()) & set(visitors[1].pictures())
+
+    @pytest.mark.parametrize('width', [360, 1200])
+    def test_is_no_wider_than_the_screen(self, browsers, server, width):
+        browser = browsers()
+        browser.open(server.url, width)
+        assert browser.driver.execute_script('return document.documentElement.scrollWidth') <= width
+
+    def test_asks_no_other_host_and_has_no_errors(self, browser, server):
+        browser.upload(CAT)
+        browser.wait_for(lambda: browser.label() == 'Maine Coon')
+        events = [json.loads(entry['message'])['message'] for entry in browser.driver.get_log('performance')]
+        urls = [event['params']['request']['url'] for event in events if event['method'] == 'Network.requestWillBeSent']
+        own = (f'{server.url}/', 'data:', 'blob:', 'chrome')  # the last is the browser's own empty tab
+        assert [url for url in urls if not url.startswith(own)] == []
+        assert any(url.startswith(server.url) for url in urls)
+        assert [entry for entry in browser.driver.get_log('browser') if entry['level'] == 'SEVERE'] == []
