@@ -101,7 +101,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         torch.compiler.reset()  # or the number of graphs of all models together reaches a limit
         trainer = Trainer(args.recipe, body, mlp, *args.splits, compiled=args.compile, graph=args.graph)
         if args.compile or args.graph or args.warm:
-            trainer.warm_up()
+            rate = trainer.warm_up()
+            print(f'{body} {mlp}: ready, {rate:.0f} images/s in a few steps', flush=True)
         if args.warm:
             continue
         for seed, file in files.items():

@@ -20,6 +20,7 @@ __all__ = ['Recipe', 'Trainer', 'evaluate', 'evaluate_writing', 'learning_rates'
 
 # steps that run as they are before one is captured in a CUDA graph
 _STEPS_BEFORE_CAPTURE = 3
+_STEPS_OF_WARM_UP = 10
 _EVALUATION_BATCH = 500
 
 
@@ -201,18 +202,28 @@ class Trainer:
         self.model.train()
         return accuracy
 
-    def warm_up(self) -> None:
-        """Compile and load all that training and evaluation need, with a few steps that count for nothing."""
+    def warm_up(self) -> float:
+        """Compile and load all that training and evaluation need, with a few steps that count for nothing.
+
+        Returns:
+            Training images per second, of a few steps.
+        """
+        num_items = min(_STEPS_OF_WARM_UP, self.num_steps) * self.recipe.batch_size
         with self._on_stream():
             step, _ = self._start(seed=0)
             self.model.train()
             generator = torch.Generator(self.device).manual_seed(0)
-            num_steps = min(_STEPS_BEFORE_CAPTURE + 2, self.num_steps)
-            self._run_steps(step, None, self.train.random_views(num_steps * self.recipe.batch_size, generator))
+            run = self._run_steps(step, None, self.train.random_views(num_items, generator))
+            views = self.train.random_views(num_items, generator)
+            float(step.loss_sum)  # waits for the device
+            start = time.perf_counter()
+            self._run_steps(step, run, views)
+            float(step.loss_sum)
+            rate = num_items / (time.perf_counter() - start)
             self._evaluate()
         if self.device.type == 'cuda':
-            torch.cuda.synchronize()
             torch.cuda.empty_cache()  # other processes wait for the same device
+        return rate
 
     def run(self, seed: int, eval_every: int) -> Dict[str, Any]:
         """Train with a seed, evaluating every so many epochs and after the last.
