@@ -187,6 +187,7 @@ class TestCommand:
         assert file.stat().st_mtime_ns == before
 
     def test_it_reads_sort_of_clevr(self, tmp_path):
+        (tmp_path / 'data').mkdir()
         write_sort_of_clevr(tmp_path / 'data', seed=0, num_train=4, num_validation=2)
         run('--data-dir', tmp_path / 'data', '--output', tmp_path, *TINY, '--dataset', 'sort_of_clevr', '--body', 'vit')
         assert (tmp_path / 'sort_of_clevr_64_2epochs_vit_published_seed0.json').is_file()
