@@ -96,7 +96,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         report(args.output)
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    torch.set_float32_matmul_precision('high')
+    if args.device.type == 'cuda':
+        torch.set_float32_matmul_precision('high')
     for (body, mlp), files in args.todo.items():
         torch.compiler.reset()  # or the number of graphs of all models together reaches a limit
         trainer = Trainer(args.recipe, body, mlp, *args.splits, compiled=args.compile, graph=args.graph)
