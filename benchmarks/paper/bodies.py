@@ -1,0 +1,152 @@
+""" The published AiT's body, the published ViT's, and two in between; each with any MLP. """
+from typing import Callable, Dict, NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Block
+
+from timm_ait.layers import WorkspaceMlp, published_workspace_mlp
+
+__all__ = ['BODIES', 'MLPS', 'Transformer', 'create_model']
+
+HEAD_DIM = 64
+DEPTH = 2
+MLP_RATIO = 4
+
+
+class PublishedPatchEmbed(nn.Module):
+    """Patches, normed before and after the linear map; the pixels of a patch row by row, channels last."""
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        num_values = 3 * patch_size ** 2
+        self.norm1 = nn.LayerNorm(num_values)
+        self.proj = nn.Linear(num_values, dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) to (B, N, E)."""
+        patches = images.unfold(2, self.patch_size, self.patch_size).unfold(3, self.patch_size, self.patch_size)
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        return self.norm2(self.proj(self.norm1(patches)))
+
+
+class Body(NamedTuple):
+    """What stands around the blocks.
+
+    Attributes:
+        pool: What the classifier reads: all tokens flattened ('flat'), a class token ('cls') or their mean ('avg').
+        pos_std: Deviation that the position embedding is drawn with, None for no position embedding.
+        convolution: Embed patches with timm's convolution, in place of the published norm, linear map and norm.
+    """
+    pool: str
+    pos_std: Optional[float] = None
+    convolution: bool = False
+
+
+BODIES: Dict[str, Body] = {
+    'ait': Body('flat'),
+    'vit': Body('cls', pos_std=1.),
+    'timm': Body('avg', pos_std=0.02),
+    'ait_conv': Body('flat', convolution=True),
+}
+
+
+def _plain(dim: int) -> nn.Module:
+    return Mlp(dim, MLP_RATIO * dim)
+
+
+def _plain_norm(dim: int) -> nn.Module:
+    """What a workspace adds to an MLP besides its memory."""
+    return nn.Sequential(_plain(dim), nn.LayerNorm(dim))
+
+
+def _published(dim: int) -> nn.Module:
+    return published_workspace_mlp(dim, MLP_RATIO * dim)
+
+
+def _ours(dim: int) -> nn.Module:
+    return WorkspaceMlp(dim, MLP_RATIO * dim)
+
+
+MLPS: Dict[str, Callable[[int], nn.Module]] = {
+    'plain': _plain,
+    'plain_norm': _plain_norm,
+    'published': _published,
+    'ours': _ours,
+}
+
+
+class Transformer(nn.Module):
+    """Two pre-norm blocks with heads of 64, without dropout. A question, if there is one, is one more token."""
+
+    def __init__(
+            self,
+            body: Body,
+            mlp: Callable[[int], nn.Module],
+            dim: int,
+            image_size: int,
+            patch_size: int,
+            num_classes: int,
+            question_dim: int = 0,
+    ) -> None:
+        """
+        Args:
+            body: What stands around the blocks.
+            mlp: Makes the MLP of a block from the token width.
+            dim: Token width E, a multiple of 64.
+            image_size: Height and width in pixels.
+            patch_size: Height and width of a patch in pixels.
+            num_classes: Number of classes.
+            question_dim: Length of a question, 0 for none.
+        """
+        super().__init__()
+        self.pool = body.pool
+        if body.convolution:
+            self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=dim)
+        else:
+            self.patch_embed = PublishedPatchEmbed(patch_size, dim)
+        num_tokens = (image_size // patch_size) ** 2
+        self.question_embed = None
+        if question_dim:
+            self.question_embed = nn.Sequential(
+                nn.LayerNorm(question_dim), nn.Linear(question_dim, dim), nn.LayerNorm(dim))
+            num_tokens += 1
+        self.cls_token = None
+        if body.pool == 'cls':
+            self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+            num_tokens += 1
+        self.pos_embed = None
+        if body.pos_std is not None:
+            self.pos_embed = nn.Parameter(body.pos_std * torch.randn(1, num_tokens, dim))
+        self.blocks = nn.Sequential(*[
+            Block(dim, dim // HEAD_DIM, mlp_ratio=MLP_RATIO, norm_layer=nn.LayerNorm) for _ in range(DEPTH)])
+        for block in self.blocks:
+            block.mlp = mlp(dim)
+        num_features = num_tokens * dim if body.pool == 'flat' else dim
+        self.head = nn.Sequential(nn.LayerNorm(num_features), nn.Linear(num_features, num_classes))
+
+    def forward(self, images: torch.Tensor, questions: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Images (B, 3, H, W) and questions (B, Q) to logits (B, classes)."""
+        x = self.patch_embed(images)
+        if self.question_embed is not None:
+            x = torch.cat([self.question_embed(questions).unsqueeze(1), x], dim=1)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        x = self.blocks(x)
+        if self.pool == 'flat':
+            x = x.flatten(1)
+        elif self.pool == 'cls':
+            x = x[:, 0]
+        else:
+            x = x.mean(dim=1)
+        return self.head(x)
+
+
+def create_model(body: str, mlp: str, dim: int, **kwargs) -> Transformer:
+    """A body and an MLP by their names; **kwargs as `Transformer`."""
+    return Transformer(BODIES[body], MLPS[mlp], dim, **kwargs)
