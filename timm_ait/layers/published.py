@@ -32,6 +32,7 @@ class PublishedWorkspace(GlobalWorkspace):
         # it averages in place, into the memory that backward has saved for W_Q
         memory.data.lerp_(candidate, 1. - self.memory_momentum)
         self.memory.copy_(torch.where(written.isfinite().all(), written.to(self.memory.dtype), self.memory))
+        self.num_writes = 0
 
 
 def published_workspace_mlp(in_features: int, hidden_features: Optional[int] = None, **kwargs) -> WorkspaceMlp:
