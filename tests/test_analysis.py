@@ -1,7 +1,8 @@
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+
+import timm
 
 import timm_ait
 from timm_ait import analysis

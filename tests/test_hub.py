@@ -5,8 +5,9 @@ import re
 
 import huggingface_hub
 import pytest
-import timm
 import torch
+
+import timm
 from timm.models import save_for_hf
 
 import timm_ait  # noqa: F401, registers the models

@@ -1,8 +1,9 @@
 """ Private names of torch and timm that the package uses without a fallback: what breaks when they go says so here. """
 import pickle
 
-import timm
 import torch
+
+import timm
 from timm.models._features import feature_take_indices
 from timm.models._input import get_pretrained_grid_size
 

@@ -22,10 +22,11 @@ from typing import Dict, List, NamedTuple, Optional
 
 import huggingface_hub
 import pytest
-import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+
+import timm
 
 import timm_ait  # noqa: F401, registers the models
 from timm_ait.data.sort_of_clevr import write_sort_of_clevr

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+import timm
 from timm.models import save_for_hf
 
 import timm_ait  # noqa: F401, registers the models

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from timm import create_model
 from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_model_data_config
 from timm.loss import SoftTargetCrossEntropy

@@ -3,10 +3,11 @@ import json
 
 import huggingface_hub
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg, save_for_hf
 
 from timm_ait import memory_statistics

@@ -3,10 +3,11 @@ import itertools
 import re
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import yaml
+
+import timm
 
 import timm_ait
 from benchmarks import analysis, measures

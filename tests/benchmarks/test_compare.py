@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+
 from timm.layers import PatchDropout
 
 import timm_ait  # noqa: F401, registers the models

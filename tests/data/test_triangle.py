@@ -1,6 +1,7 @@
 """ Triangle against independent computations from its pixels. """
 import numpy as np
 from PIL import Image
+
 from timm.data import create_dataset
 
 from timm_ait.data.triangle import CLASSES, triangles, write_triangle

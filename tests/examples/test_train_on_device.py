@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+import timm
 
 import timm_ait  # noqa: F401, registers the models
 

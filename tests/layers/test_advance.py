@@ -5,8 +5,8 @@ import gc
 import pickle
 import subprocess
 import sys
-import warnings
 import threading
+import warnings
 import weakref
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3, freeze
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
-from timm_ait.ops import naive
+from timm.utils import ModelEmaV3, freeze
 
 from tests.layers import SMALL, make_workspace, written_by
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
+from timm_ait.ops import naive
 
 
 def tokens():

@@ -4,14 +4,15 @@ import json
 import pickle
 
 import pytest
-import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save, save_file
+from torch.utils.hooks import RemovableHandle
+
+import timm
 from timm.models import save_for_hf
 from timm.models._features_fx import GraphExtractNet
 from timm.optim import create_optimizer_v2
-from torch.utils.hooks import RemovableHandle
 
 import timm_ait
 from timm_ait.layers import GlobalWorkspace

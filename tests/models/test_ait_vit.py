@@ -1,8 +1,9 @@
 import pytest
-import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save, save_file
+
+import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, save_for_hf
 
 from timm_ait import AssociativeTransformer, memory_statistics

@@ -1,8 +1,9 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
+
+import timm
 
 from tests.models import images, make_model
 from timm_ait import AssociativeTransformer, balance_loss, memory_statistics

@@ -1,9 +1,10 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+
+import timm
 
 from tests.models import images, make_model
 from tests.models.equations import assert_same, vit_tokens

@@ -4,9 +4,10 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
+
+import timm
 from timm.models import VisionTransformer
 from timm.optim import param_groups_layer_decay
 

@@ -3,10 +3,11 @@ import io
 from functools import partial
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+
+import timm
 from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay
 

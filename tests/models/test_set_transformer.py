@@ -1,8 +1,9 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
+
+import timm
 from timm.layers import set_fused_attn
 
 from tests.models import images, make_model

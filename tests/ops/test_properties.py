@@ -1,11 +1,11 @@
 """ What holds for every shape, bottleneck, mask and precision. """
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-
-from timm_ait.ops import memory, naive, workspace
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.ops import run
+from timm_ait.ops import memory, naive, workspace
 
 DTYPES = (torch.float32, torch.float64)
 TOLERANCE = {torch.float32: dict(atol=1e-4, rtol=1e-3), torch.float64: dict(atol=1e-9, rtol=1e-7)}

@@ -18,7 +18,14 @@ import torch
 import torch.nn as nn
 
 from timm.layers import (
-    HybridEmbed, LayerNorm, Mlp, PatchDropout, get_device_dtype, get_norm_layer, resample_abs_pos_embed)
+    HybridEmbed,
+    LayerNorm,
+    Mlp,
+    PatchDropout,
+    get_device_dtype,
+    get_norm_layer,
+    resample_abs_pos_embed,
+)
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from timm.models._input import get_pretrained_grid_size
 from timm.models.vision_transformer import Block, VisionTransformer

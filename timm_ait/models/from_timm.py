@@ -14,8 +14,15 @@ import torch.nn as nn
 
 from timm.layers import Mlp
 from timm.models import (
-    PretrainedCfg, build_model_with_cfg, create_model, generate_default_cfgs, get_model_input_config,
-    get_pretrained_cfg, is_model, register_model)
+    PretrainedCfg,
+    build_model_with_cfg,
+    create_model,
+    generate_default_cfgs,
+    get_model_input_config,
+    get_pretrained_cfg,
+    is_model,
+    register_model,
+)
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 

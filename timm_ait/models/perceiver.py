@@ -26,8 +26,8 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, regis
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
-from timm_ait.layers.cross_attention import CrossAttention
 from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers.cross_attention import CrossAttention
 
 from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
 from ._question import QuestionViT

@@ -25,8 +25,8 @@ from timm.layers import DropPath, LayerNorm, LayerType
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from timm_ait.layers.cross_attention import CrossAttention
 from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers.cross_attention import CrossAttention
 
 from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
 from ._question import QuestionViT
