@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
@@ -345,7 +345,7 @@ def workplace(tmp_path_factory):
     sort_of_clevr.mkdir()
     write_sort_of_clevr(sort_of_clevr, seed=0, num_train=20, num_validation=4)
 
-    @lru_cache(maxsize=None)
+    @cache
     def of(document: str) -> Workplace:
         return Workplace(tmp_path_factory.mktemp('document') / 'checkout', document, sort_of_clevr)
 

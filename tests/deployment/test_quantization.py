@@ -40,8 +40,6 @@ def pt2e(model):
     return convert_pt2e(prepared)
 
 
-
-
 def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 

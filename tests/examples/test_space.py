@@ -405,13 +405,13 @@ class TestBrowser:
         browser.wait_for(lambda: browser.label() == 'Maine Coon')
 
     def test_drop(self, browser):
-        browser.driver.execute_script('''
+        browser.driver.execute_script("""
             const bytes = Uint8Array.from(atob(arguments[0]), (character) => character.charCodeAt(0));
             const transfer = new DataTransfer();
             transfer.items.add(new File([bytes], 'cat.jpg', {type: 'image/jpeg'}));
             document.querySelector('.drop').dispatchEvent(
                 new DragEvent('drop', {dataTransfer: transfer, bubbles: true, cancelable: true}));
-        ''', base64.b64encode(CAT.read_bytes()).decode())
+        """, base64.b64encode(CAT.read_bytes()).decode())
         browser.wait_for(lambda: browser.label() == 'Maine Coon')
 
     def test_sample(self, browser):
