@@ -248,6 +248,9 @@ class GlobalWorkspace(nn.Module):
             RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
                 of re-entrant checkpointing or `torch.export`, or with offloaded parameters.
         """
+        if not torch.jit.is_scripting():
+            if isinstance(x, torch.fx.Proxy):  # symbolic tracing keeps the layer whole
+                return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
         if x.shape[-1] != self.dim:
             raise ValueError(f'The tokens are {x.shape[-1]} wide, this workspace takes tokens of width {self.dim}.')
         if self.training and self.writes:
