@@ -1,4 +1,4 @@
-""" A small Hugging Face Hub on localhost, in memory: what its client needs to load a model from a public repository. """
+""" A small Hugging Face Hub on localhost, in memory: what its client needs to load a public model. """
 import hashlib
 import re
 import threading

@@ -146,6 +146,11 @@ def test_warm_stops_before_training(train, tmp_path):
     assert not (tmp_path / 'run' / 'model.safetensors').exists()
 
 
+def test_a_resumed_run_goes_on_where_it_stopped(train):
+    train('--epochs', '1')
+    assert train('--epochs', '3', '--resume')[-1]['step'] == 9
+
+
 def test_the_student_approaches_its_teacher(train, tmp_path):
     teacher = timm.create_model('test_ait', num_classes=2)
     with torch.no_grad():

@@ -3,7 +3,7 @@ import functools
 import sys
 import warnings
 import weakref
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
