@@ -77,7 +77,8 @@ class TestStep:
         order = list(range(len(step['tokens'])))
         random.shuffle(order)
         shuffled = {
-            **step, **{name: step[name][order] for name in ('tokens', 'residual', 'token_mask') if step[name] is not None}}
+            **step,
+            **{name: step[name][order] for name in ('tokens', 'residual', 'token_mask') if step[name] is not None}}
         output, *others = workspace.write_and_read(**step)
         shuffled_output, *shuffled_others = workspace.write_and_read(**shuffled)
         torch.testing.assert_close([shuffled_output, *shuffled_others], [output[order], *others])

@@ -124,8 +124,8 @@ class GlobalWorkspace(nn.Module):
             slot_dim: Slot width D, also the width of a write head.
             workspace_heads: Number of write heads A.
             bottleneck: Tokens k that each slot and head keep of all B * N: a fraction in (0, 1], as a float, or their
-                number. By default the paper's share, 512 of 32,768. With a number, the balance loss grows with the batch
-                and competition ends in small ones.
+                number. By default the paper's share, 512 of 32,768. With a number, the balance loss grows with the
+                batch, and in small batches there is no competition.
             beta: Inverse temperature of the retrieval.
             retrieval_steps: Number of retrieval steps.
             memory_momentum: Weight of the memory before a write in the memory after it.

@@ -10,8 +10,8 @@ from .graph import is_recomputed
 
 __all__ = ['add_written_', 'polar', 'project_memory', 'slot_statistics', 'update_memory']
 
-# Polynomials a x + b x^3 + c x^5 that in turn take singular values to one. These take all in [1e-12, 1] there in as few as
-# can be: each is as close to one as possible on what those before it make of them. (The Polar Express, arXiv 2505.16932.)
+# Polynomials a x + b x^3 + c x^5 that in turn take singular values to one. These take all in [1e-12, 1] there in the
+# fewest steps: each is as close to one as possible on the results of those before. (The Polar Express, arXiv 2505.16932.)
 _FAST = (
     (8.43, -24.53822, 17.85658),
     *[(4.215, -3.06728, 0.55802)] * 12,
@@ -82,8 +82,8 @@ def _has_kernels(matrix: torch.Tensor) -> bool:
 def _singular_values(matrix: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Singular values s (M,), left vectors U (M, M) and the polar factor (M, D) of a wide matrix, on the CPU.
 
-    From the eigenvectors of its Gram matrix, in float64: of a small matrix they cost less than its singular vectors, above
-    all where other threads are busy. A badly conditioned matrix has its singular vectors.
+    They come from the eigenvectors of its Gram matrix in float64, which for a small matrix cost less than its singular
+    vectors, most of all where other threads are busy; for a badly conditioned matrix from its singular vectors.
     """
     wide = matrix.double()
     squares, u = torch.linalg.eigh(wide @ wide.T)
@@ -110,7 +110,7 @@ def _polar(matrix: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op('timm_ait::polar_backward', mutates_args=())
 def _polar_backward(matrix: torch.Tensor, factor: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Gradient for a wide matrix with the polar factor X, which is the derivative in the direction of the gradient G given.
+    """Gradient for a wide matrix with polar factor X: the derivative in the direction of the given gradient G.
 
     It is U Y U^T X + U diag(1/s) U^T (G - G X^T X), with Y_ij = (U^T (G X^T - X G^T) U)_ij / (s_i + s_j).
     """
