@@ -164,7 +164,7 @@ class AssociativeTransformer(VisionTransformer):
         """
         if not isinstance(workspace, bool):
             raise ValueError(
-                f'workspace must be True or False, got {workspace!r}. Pass num_slots and others as arguments of the model.')
+                f'workspace must be True or False, got {workspace!r}. Its options are arguments of the model.')
         if not attention and not workspace:
             raise ValueError('attention=False needs workspace=True: tokens could not communicate without either.')
         unused = {} if attention else dict(
