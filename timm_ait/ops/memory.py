@@ -11,7 +11,7 @@ from .graph import is_recomputed
 __all__ = ['add_written_', 'polar', 'project_memory', 'slot_statistics', 'update_memory']
 
 # Polynomials a x + b x^3 + c x^5 that in turn take singular values to one. These take all in [1e-12, 1] there in the
-# fewest steps: each is as close to one as possible on the results of those before (The Polar Express, arXiv 2505.16932).
+# fewest steps, each as close to one as possible on the results of those before (The Polar Express, arXiv 2505.16932).
 _FAST = (
     (8.43, -24.53822, 17.85658),
     *[(4.215, -3.06728, 0.55802)] * 12,
