@@ -12,7 +12,6 @@ import timm
 import timm_ait
 from benchmarks import analysis, measures
 from benchmarks.compare.__main__ import main as compare_main
-from benchmarks.page import write_parts
 from tests.benchmarks.test_compare import images, recipe_of  # noqa: F401, a fixture
 
 PAGE = 'By hand.\n' + ''.join(
@@ -66,18 +65,11 @@ class TestPage:
         analysis.main(arguments)
         assert page.read_text() == text
 
-    def test_has_a_place_for_every_part(self):
-        page = analysis.Path(analysis.__file__).with_name('ANALYSIS.md').read_text()
-        for name in re.findall('generated: (.*) -->', PAGE):
-            assert page.count(f'generated: {name} -->') == 2
 
-    def test_without_a_place_it_stays(self, tmp_path):
-        page = tmp_path / 'page.md'
-        page.write_text('<!-- begin generated: a -->\n<!-- end generated: a -->')
-        before = page.read_text()
-        with pytest.raises(ValueError, match='no place for b'):
-            write_parts(page, {'a': 'x', 'b': 'y'})
-        assert page.read_text() == before
+def test_the_page_has_a_place_for_every_part():
+    page = analysis.Path(analysis.__file__).with_name('ANALYSIS.md').read_text()
+    for name in re.findall('generated: (.*) -->', PAGE):
+        assert page.count(f'generated: {name} -->') == 2
 
 
 def test_writes_of_coordination_are_one_per_image():
@@ -105,9 +97,6 @@ class TestInteractions:
 
 class TestBasins:
 
-    def test_stored_patterns_return_at_high_beta(self):
-        assert measures.basins(torch.eye(4, 8), beta=50., noise=0.5).tolist() == [1.] * 4
-
     def test_patterns_close_together_share_an_attractor(self):
         patterns = torch.eye(4, 8)
         patterns[1] = F.normalize(patterns[0] + 0.05 * patterns[1], dim=0)
@@ -115,11 +104,6 @@ class TestBasins:
 
 
 class TestAgreement:
-
-    def test_permuted_slots_are_found(self):
-        slots = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
-        agreement, chance = measures.agreement(slots[torch.randperm(16)], slots)
-        assert agreement == pytest.approx(1.) and chance < 0.6
 
     def test_no_assignment_is_better(self):
         a, b = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0)).double()
@@ -160,12 +144,3 @@ class TestReplacedMemory:
         without.load_state_dict(model.state_dict(), strict=False)
         with torch.no_grad(), measures.replaced_memory(model, 'removed'):
             torch.testing.assert_close(model(pictures), without(pictures))
-
-    @pytest.mark.parametrize('how', ['shuffled', 'random'])
-    def test_replaced_slots_stay_orthonormal(self, model, how):
-        workspace = model.blocks[0].mlp.workspace
-        before = workspace.stored_memory()
-        with measures.replaced_memory(model, how):
-            after = workspace.stored_memory()
-        torch.testing.assert_close(after @ after.T, torch.eye(8), atol=1e-5, rtol=0.)
-        assert not torch.allclose(after, before)

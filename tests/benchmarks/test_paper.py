@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.bodies import create_model
 from benchmarks.paper.data import DATASETS, Split
-from benchmarks.paper.training import Recipe, evaluate_writing, learning_rates
+from benchmarks.paper.training import Recipe, learning_rates
 
 CIFAR = DATASETS['cifar10'].model_kwargs
 CLEVR = DATASETS['sort_of_clevr'].model_kwargs
@@ -73,12 +73,6 @@ class TestBodies:
         images = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(embed(images)[:, 9], images[:, :, 4:8, 4:8].permute(0, 2, 3, 1).flatten(1))
 
-    def test_a_question_changes_the_answer(self):
-        model = create_model('ait', 'plain', 64, **CLEVR)
-        images = torch.rand(1, 3, 75, 75).expand(2, -1, -1, -1)
-        first, second = model(images, torch.eye(18)[:2])
-        assert not torch.allclose(first, second)
-
 
 def test_learning_rates_warm_up_and_then_follow_a_delayed_cosine():
     rates = learning_rates(Recipe())
@@ -89,12 +83,6 @@ def test_learning_rates_warm_up_and_then_follow_a_delayed_cosine():
 
 class TestViews:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (DATASETS['cifar10'].mean, DATASETS['cifar10'].std))
-
-    def test_plain_ones_are_the_normalised_images(self, split):
-        (images,), targets = split.batch(split.plain_views(torch.tensor([3, 7])))
-        pixels = split.images[[3, 7], :, 4:36, 4:36]
-        torch.testing.assert_close(images, (pixels / 255. - self.mean) / self.std)
-        assert targets.tolist() == split.targets[[3, 7]].tolist()
 
     def test_a_crop_takes_black_pixels_from_the_border_before_it_is_flipped(self, split):
         (images,), _ = split.batch(torch.tensor([[3], [0], [6], [1]]))
@@ -107,25 +95,6 @@ class TestViews:
         assert items.sort().values.tolist() == list(range(20))
         assert 0 <= min(top.min(), left.min()) and max(top.max(), left.max()) <= 8
         assert set(flip.tolist()) == {0, 1}
-
-
-class TestEvaluation:
-    @pytest.fixture
-    def model(self):
-        torch.manual_seed(0)
-        return create_model('ait', 'published', 64, **CIFAR)
-
-    def test_the_writing_one_moves_the_memory_in_every_whole_batch(self, model, split):
-        workspace = model.blocks[1].mlp.workspace
-        memories = []
-        workspace.register_forward_hook(lambda *_: memories.append(workspace.memory.clone()))
-        evaluate_writing(model, split, batch_size=8)
-        assert len(memories) == 2 and not torch.equal(memories[0], memories[1])
-
-    def test_the_writing_one_puts_the_memory_back(self, model, split):
-        before = model.blocks[1].mlp.workspace.memory.clone()
-        evaluate_writing(model, split, batch_size=8)
-        assert torch.equal(model.blocks[1].mlp.workspace.memory, before)
 
 
 class TestCommand:

@@ -47,12 +47,6 @@ class TestWeights:
         for name, tensor in load_file(tmp_path / 'out/model.safetensors').items():
             torch.testing.assert_close(tensor, expected[name])  # the memory to rounding
 
-    @pytest.mark.parametrize('options, dtype', [
-        ([], torch.float32), (['--dtype', 'float16'], torch.float16), (['--dtype', 'bfloat16'], torch.bfloat16)])
-    def test_precision_on_disk(self, checkpoint, tmp_path, options, dtype):
-        run(checkpoint, tmp_path / 'out', *TRAINED, *options)
-        assert {tensor.dtype for tensor in load_file(tmp_path / 'out/model.safetensors').values()} == {dtype}
-
     def test_the_memory_is_as_evaluation_reads_it(self, tmp_path):
         model = timm.create_model('test_ait')
         with torch.no_grad():
@@ -181,11 +175,6 @@ class TestReport:
 
 
 class TestClassNames:
-
-    def test_are_not_those_of_imagenet_for_their_number_alone(self, tmp_path):
-        model = timm.create_model('test_ait', num_classes=1000)
-        export(model, tmp_path)
-        assert names_of(tmp_path) == [str(i) for i in range(1000)]
 
     def test_from_a_text_file(self, checkpoint, tmp_path):
         (tmp_path / 'names.txt').write_text('rose\ndaisy\nä tulip\n\n', encoding='utf-8')

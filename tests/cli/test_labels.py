@@ -16,9 +16,6 @@ class TestClassNames:
         model = model_with(2, label_names=label_names, label_descriptions={'cat': 'tom', 'dog': 'rex'})
         assert class_names(model) == (['cat', 'dog'], ['tom', 'rex'])
 
-    def test_a_class_without_a_name_goes_by_its_index(self):
-        assert class_names(model_with(3, label_names={'1': 'dog'}))[0] == ['0', 'dog', '2']
-
     @pytest.mark.parametrize('num_classes', [1, 3])
     def test_names_of_another_number_of_classes_are_not_used(self, num_classes):
         names = class_names(model_with(num_classes, label_names=['cat', 'dog']))[0]

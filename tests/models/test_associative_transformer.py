@@ -8,7 +8,6 @@ import timm
 from tests.layers import written_by
 from tests.models import images, make_model
 from timm_ait import AssociativeTransformer, balance_loss, memory_statistics
-from timm_ait.models.associative_transformer import attended_tokens
 
 make_model = partial(make_model, 'test_ait')
 
@@ -81,11 +80,6 @@ class TestLikeAnyTimmViT:
         for name, value in dict(kwargs, workspace_heads=2, memory_momentum=0.5).items():
             assert getattr(workspace, name) == value, name
 
-    def test_initialisation_does_not_depend_on_the_vit_weight_init(self):
-        # timm's ViT initialisation visits every linear layer; the workspace keeps its own
-        workspace = make_model().blocks[0].mlp.workspace
-        assert workspace.k.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.05)
-
 
 class TestState:
 
@@ -110,39 +104,25 @@ class TestState:
 
 
 class TestMasks:
-    """Tokens that no other may attend to are padding."""
+    """Tokens that no other may attend to are padding, in every form of mask that timm's attention takes."""
     kept = torch.tensor([[True] * 64, [True] * 40 + [False] * 24])
+    keys = kept[:, None, None, :]
+    pairs = keys & kept[:, None, :, None]
+    additive = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)  # NaFlexVit's
 
-    def masks(self):
-        """The same mask in the forms that timm's attention takes."""
-        keys = self.kept[:, None, None, :]
-        pairs = keys & self.kept[:, None, :, None]
-        lowest = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)
-        return {
-            'keys': keys,
-            'keys of every query': keys.expand(-1, 1, 64, -1),
-            'keys of every head': keys.expand(-1, 2, 64, -1),
-            'additive': torch.zeros(keys.shape).masked_fill(~keys, float('-inf')),
-            'additive pairs': lowest,  # as NaFlexVit makes them
-            'additive in half precision': lowest.half(),
-            'a large number': torch.zeros(keys.shape).masked_fill(~keys, -1e4),
-        }
-
-    @pytest.mark.parametrize('form', [
-        'keys', 'keys of every query', 'keys of every head', 'additive', 'additive pairs',
-        'additive in half precision', 'a large number'])
-    def test_tokens_are_attended_to_in_every_form_of_mask(self, form):
-        assert torch.equal(attended_tokens(self.masks()[form], 2), self.kept)
-
-    def test_a_causal_mask_leaves_out_no_token(self):
-        assert attended_tokens(torch.ones(64, 64, dtype=torch.bool).tril(), 2).all()
-
-    @pytest.mark.parametrize('kwargs', [dict(), dict(attention=False)])
-    def test_masked_tokens_neither_write_nor_count(self, kwargs):
+    @pytest.mark.parametrize('mask, kwargs', [
+        (keys, dict()),
+        (keys, dict(attention=False)),
+        (keys.expand(-1, 2, 64, -1), dict()),
+        (torch.zeros(keys.shape).masked_fill(~keys, float('-inf')), dict()),
+        (torch.zeros(keys.shape).masked_fill(~keys, -1e4), dict()),
+        (additive, dict()),
+    ], ids=['keys', 'without attention', 'keys of each head', 'infinite', 'large', 'additive pairs'])
+    def test_masked_tokens_neither_write_nor_count(self, mask, kwargs):
         model, x = make_model(**kwargs).train(), images(2)
         changed = x.clone()
         changed[1, :, 20:] += 1.  # the last 24 patches of the second image
-        mask, written = self.masks()['keys'], []
+        written = []
         for y in (x, changed):
             features = model.forward_features(y, attn_mask=mask)[self.kept]
             written.append([features, balance_loss(model), *(written_by(b.mlp.workspace) for b in model.blocks)])
@@ -151,20 +131,10 @@ class TestMasks:
         assert not torch.equal(model.forward_features(changed)[self.kept], written[0][0])
         assert not torch.equal(written_by(model.blocks[0].mlp.workspace), written[0][2])
 
-    def test_gradient_checkpointing_of_a_block_with_a_mask(self):
-        block, mask = make_model().blocks[0].double().train(), self.masks()['keys']
-        x = torch.randn(2, 64, 64, dtype=torch.float64)
-        gradients = []
-        for run in (block, lambda x, attn_mask: timm.models.checkpoint(block, x, attn_mask=attn_mask)):
-            block.zero_grad()
-            (run(x, attn_mask=mask).square().sum() + balance_loss(block)).backward()
-            gradients.append([p.grad.clone() for p in block.parameters()])
-        assert all(torch.equal(a, b) for a, b in zip(*gradients))
-
     @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
     def test_scripted(self):
-        model, x, mask = make_model().eval(), images(2), self.masks()['keys']
-        torch.testing.assert_close(torch.jit.script(model)(x, attn_mask=mask), model(x, attn_mask=mask))
+        model, x = make_model().eval(), images(2)
+        torch.testing.assert_close(torch.jit.script(model)(x, attn_mask=self.keys), model(x, attn_mask=self.keys))
 
 
 @pytest.mark.parametrize('name', ['ait_small_patch15_75', 'ait_tiny_hybrid_75'])

@@ -1,6 +1,4 @@
 """ What holds for every family of models: a timm model of images, and of questions about them. """
-import inspect
-import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -158,10 +156,6 @@ class TestOptions:
         with pytest.raises(ValueError, match=argument):
             make_model(name, **{argument: value})
 
-    def test_they_are_refused_by_position_too(self):
-        with pytest.raises(ValueError, match='qk_norm'):
-            Coordination(32, 8, 3, 5, 'avg', 64, 1, 2, 4., True, True)
-
     @pytest.mark.parametrize('name, misspelt, nearest', [
         ('test_ait', 'num_slot', 'num_slots'),
         ('test_ait', 'atention', 'attention'),
@@ -204,13 +198,6 @@ class TestOptions:
         assert torch.equal(model.eval()(x), model(x))
 
     @pytest.mark.parametrize('name', FAMILIES)
-    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
-    def test_created_in_a_dtype(self, name, dtype):
-        model = make_model(name, dtype=dtype, question_dim=5).eval()
-        assert {p.dtype for p in model.parameters()} == {dtype}
-        assert model(images(dtype=dtype), question=torch.randn(4, 5)).dtype == dtype
-
-    @pytest.mark.parametrize('name', FAMILIES)
     def test_weights_are_initialised_after_the_meta_device(self, name):
         model = make_model(name, device='meta', question_dim=5).to_empty(device='cpu')
         with torch.no_grad():
@@ -222,20 +209,6 @@ class TestOptions:
 
 @pytest.mark.parametrize('name', FAMILIES)
 class TestQuestions:
-
-    def test_answers_depend_on_the_question(self, name):
-        model = randomize(make_model(name, question_dim=5))
-        x, question = images(dtype=torch.float64), torch.randn(4, 5)
-        answer = model(x, question=question)
-        assert (model(x, question=-question) - answer).abs().min() > 1e-6
-
-    @pytest.mark.parametrize('method', ['forward', 'forward_features'])
-    def test_the_question_is_a_keyword_behind_timms_arguments(self, name, method):
-        for question_dim in (0, 5):
-            model = make_model(name, question_dim=question_dim)
-            parameters = inspect.signature(getattr(model, method)).parameters
-            assert list(parameters)[:3] == ['x', 'attn_mask', 'is_causal']
-            assert not question_dim or parameters['question'].kind is inspect.Parameter.KEYWORD_ONLY
 
     def test_the_question_is_added_to_the_class_token(self, name):
         model = randomize(make_model(name, question_dim=5))
@@ -259,10 +232,6 @@ class TestQuestions:
     def test_without_questions_it_has_timms_own_forwards(self, name):
         for method in ('forward', 'forward_features', 'forward_head', 'get_intermediate_layers', '_pos_embed'):
             assert getattr(type(make_model(name)), method) is getattr(VisionTransformer, method)
-
-    def test_pickled(self, name):
-        model, x, question = make_model(name, question_dim=5).eval(), images(), torch.randn(4, 5)
-        assert torch.equal(pickle.loads(pickle.dumps(model))(x, question=question), model(x, question=question))
 
     def test_intermediates_take_the_question_and_do_not_return_it(self, name):
         model = make_model(name, question_dim=5).eval()
@@ -294,15 +263,6 @@ class TestTokens:
         expected = features[:, order] if name == 'test_set_transformer' else features  # tokens, or latents
         torch.testing.assert_close(model.forward_features(shuffle_patches(x, order)), expected, rtol=0, atol=1e-10)
         assert (features[1:] - features[:-1]).abs().max() > 1e-3
-
-    @pytest.mark.parametrize('name', BASELINES)
-    @pytest.mark.parametrize('training', [True, False])
-    def test_output_of_an_image_depends_on_it_alone(self, name, training):
-        model = make_model(name).double().train(training)
-        x = images(6, dtype=torch.float64)
-        together = model(x)
-        assert torch.equal(model(torch.cat([images(3, dtype=torch.float64), x[3:]]))[3:], together[3:])
-        assert (model(x[3:4]) - together[3:4]).abs().max() <= 1e-10
 
 
 class TestIntermediates:

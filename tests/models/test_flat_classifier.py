@@ -48,9 +48,6 @@ class TestForward:
         assert isinstance(model.fc_norm, torch.nn.Identity) and model.norm.normalized_shape == (E,)
         assert model(images()).shape == (4, 10)
 
-    def test_without_classes_the_features_are_returned(self):
-        assert make_flat(num_classes=0)(images()).shape == (4, N * E)
-
     @pytest.mark.parametrize('include, num_tokens', [(False, N), (True, N + 3)])
     def test_prefix_tokens_are_flattened_if_they_are_to_be_pooled(self, include, num_tokens):
         model = make_flat(class_token=True, reg_tokens=2, pool_include_prefix=include)
@@ -80,13 +77,6 @@ class TestRefusals:
 
 class TestResetClassifier:
 
-    def test_other_classes(self):
-        model = make_flat().eval()
-        norm = model.fc_norm
-        model.reset_classifier(3)
-        assert model.head.weight.shape == (3, N * E) and model.fc_norm is norm
-        assert model(images()).shape == (4, 3)
-
     def test_to_average_pooling_and_back(self):
         model, x = make_flat().eval(), images()
         model.reset_classifier(3, 'avg')
@@ -114,11 +104,6 @@ class TestFeatures:
         model = make_flat(features_only=True)
         assert [tuple(f.shape) for f in model(images())] == [(4, E, 8, 8)] * 3
         assert [name for name, _ in model.named_parameters() if 'head' in name or 'fc_norm' in name] == []
-
-    def test_pruned_blocks_leave_the_classifier_if_it_is_to_stay(self):
-        model = make_flat().eval()
-        model.prune_intermediate_layers([0], prune_head=False)
-        assert model(images()).shape == (4, 10)
 
 
 class TestImageSize:

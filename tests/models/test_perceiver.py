@@ -74,15 +74,6 @@ class TestEquations:
         expected = PerceiverEquations(model, num_heads=4).classify(x, 2, cross_attns, latent_transformers, question)
         assert_same(actual, expected, [x, *model.parameters()])
 
-    def test_features_permute_with_the_latents(self):
-        model = randomize(make_model())
-        x, order = images(2, dtype=torch.float64), torch.randperm(8)
-        latents, logits = model.forward_features(x), model(x)
-        with torch.no_grad():
-            model.blocks[0].latents.copy_(model.blocks[0].latents[:, order])
-        torch.testing.assert_close(model.forward_features(x), latents[:, order], rtol=0, atol=1e-10)
-        torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-10)
-
     @pytest.mark.parametrize('share_weights, num_cross_attns, num_latent_transformers', [
         ('after_first', 2, 1), ('all', 1, 1), ('none', 4, 4)])
     def test_shared_weights_count_once(self, share_weights, num_cross_attns, num_latent_transformers):

@@ -94,11 +94,3 @@ class TestModel:
     def test_a_bad_argument_is_named(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             make_model(**kwargs)
-
-    def test_reset_classifier_removes_the_pooling_by_attention(self):
-        model = make_model(question_dim=5).eval()
-        model.reset_classifier(0, 'avg')
-        assert model.attn_pool is None
-        x, question = images(2), torch.randn(2, 5)
-        patches = model.forward_features(x, question=question)[:, 1:]
-        torch.testing.assert_close(model(x, question=question), patches.mean(1))
