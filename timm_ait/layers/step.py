@@ -3,6 +3,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
+from torch.autograd.forward_ad import unpack_dual
 
 from timm_ait.ops.graph import depends_on, in_backward, is_recomputed
 
@@ -67,6 +68,13 @@ class StepwiseMemory(nn.Module):
             raise RuntimeError(
                 're-entrant gradient checkpointing cuts the balance loss from its parameters: use use_reentrant=False '
                 '(timm.layers.set_reentrant_ckpt(False)), or balance_weight=0.')
+
+    def check_derivative(self, candidate: torch.Tensor) -> None:
+        """Raise a RuntimeError where what was written (M, D) has a derivative that would not reach the memory."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(candidate) or unpack_dual(candidate).tangent is not None:
+            raise RuntimeError(
+                'torch.func and forward-mode derivatives do not support workspaces in training mode: their memory would '
+                'not advance. Call model.eval().')
 
     def keep_balance(self, loss: torch.Tensor, coverage: torch.Tensor, output: torch.Tensor) -> None:
         """Keep the balance loss and coverage (scalars) of a forward that gave an output."""

@@ -256,6 +256,8 @@ class GlobalWorkspace(StepwiseMemory):
             ranks = ranks_of(self) if self.global_batch else None
             candidate, balance, coverage = write(
                 normed, memory, weights, self.workspace_heads, self.bottleneck, mask, ranks)
+            if not torch.compiler.is_compiling():
+                self.check_derivative(candidate)
             written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
             output = tokens if self.gated else normed
             if self.retrieves:
