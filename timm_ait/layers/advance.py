@@ -60,7 +60,9 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
         if ranks is not None:
             together.setdefault(ranks.groups, (ranks, []))[1].append(workspace)
         elif workspace.written is not None:
-            _move(workspace, *workspace.written, found_inf)
+            total, count = workspace.written
+            if count.device.type != 'cpu' or count > 0:  # to ask another device is to wait for it
+                _move(workspace, total, count, found_inf)
     for ranks, members in together.values():
         for workspace, (total, count) in zip(members, _sum_over_ranks(members, ranks)):
             _move(workspace, total, count, found_inf)
