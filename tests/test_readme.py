@@ -1,4 +1,4 @@
-""" Every command and Python block of the README, docs, the model cards and the recipes' headers, run from the text itself.
+""" Every command and Python block of README, docs, model cards and recipes' headers, run from the text itself.
 
 The commands of a document run in its order, in a folder of their own that shows the files of the checkout, since later
 ones use what earlier ones wrote. What the texts take for granted is made small: `RULES` say for every program how it is
@@ -17,16 +17,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 import pytest
-import timm
 import torch
 import yaml
 from safetensors.torch import save_file
+
+import timm
 
 import timm_ait  # noqa: F401, registers the models
 from timm_ait.data.sort_of_clevr import write_sort_of_clevr
@@ -50,6 +51,7 @@ RULES = {
     r'git clone |cd ': Rule(skip='prepares a machine'),
     r'hf auth ': Rule(skip='needs an account'),
     r'hf |python benchmarks/|python -m benchmarks\.(?!compare|validate)': Rule(run=False),  # an account, or minutes
+    r'python ait\.py': Rule(skip='is in the published code'),
     r'python examples/space/app\.py': Rule(skip='serves until it is stopped; tests/examples/test_space.py starts it'),
     r'python -m tests\.test_weights': Rule(skip='writes into the checkout'),
     r'python -m timm_ait data ': Rule(shorten='--train 520 --validation 20'),
@@ -186,7 +188,7 @@ def option(arguments: List[str], name: str) -> Optional[str]:
     return next(iter(after(arguments, name)), None)
 
 
-def write_image_folder(folder: Path, num_classes: int, batch_size: int) -> Path:
+def write_image_folder(folder: Path, num_classes: int, batch_size: int = 8) -> Path:
     """The CIFAR-10 pictures of the examples, as many for training as fill a batch, and 2 a class for validation."""
     images = ROOT / 'examples' / 'images' / 'cifar10'
     with open(images / 'labels.csv') as file:
@@ -249,7 +251,7 @@ class Workplace:
                     model = option(arguments, '--model') or config.get('model') or ''
                     of_tag = timm.get_pretrained_cfg_value(model, 'num_classes') if '.' in model else None
                     num_classes = option(arguments, '--num-classes') or config.get('num_classes') or of_tag or 10
-                    write_image_folder(self.folder / argument, int(num_classes), config.get('batch_size', 256))
+                    write_image_folder(self.folder / argument, int(num_classes))
         self.prepare_weights(arguments)
         written = (option(arguments, name) for name in ('--experiment', '--output', '--out'))
         self.written |= {name for name in written if name}
@@ -311,7 +313,7 @@ class Workplace:
         arguments = [*arguments, *rule.shorten.split()]
         if 'benchmarks.compare' in arguments and '--runs' not in arguments:
             recipe = yaml.safe_load((self.folder / arguments[3]).read_text())
-            arguments += ['--runs', *list(recipe['runs'])[:2]]
+            arguments += ['--runs', next(iter(recipe['runs']))]
         if 'data' in arguments[:4] and self.exists(option(arguments, '--out') or ''):
             arguments.append('--force')
         if '--pretrained' in arguments:
@@ -335,13 +337,13 @@ def run(arguments: List[str], folder: Path, monkeypatch, capfd) -> str:
         result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
         code, printed = result.returncode, result.stdout + result.stderr
     else:
-        run_program = runpy.run_path
+        run_program, beside_script = runpy.run_path, [str(Path(folder, command[0]).resolve().parent)]
         if command[0] == '-m':
-            run_program, command = partial(runpy.run_module, alter_sys=True), command[1:]
+            run_program, command, beside_script = partial(runpy.run_module, alter_sys=True), command[1:], []
         monkeypatch.chdir(folder)
         monkeypatch.setenv('COLUMNS', '200')
         monkeypatch.setattr(sys, 'argv', command)
-        monkeypatch.setattr(sys, 'path', sys.path[:])
+        monkeypatch.setattr(sys, 'path', [*beside_script, *sys.path])
         # a script's own would outlive what they write to
         monkeypatch.setattr(logging.root, 'handlers', logging.root.handlers[:])
         try:
@@ -388,7 +390,7 @@ def workplace(tmp_path_factory):
     sort_of_clevr.mkdir()
     write_sort_of_clevr(sort_of_clevr, seed=0, num_train=20, num_validation=4)
 
-    @lru_cache(maxsize=None)
+    @cache
     def of(document: str) -> Workplace:
         return Workplace(tmp_path_factory.mktemp('document') / 'checkout', document, sort_of_clevr)
 
@@ -442,7 +444,7 @@ def test_every_document_has_something_to_run():
     assert documents == {file.relative_to(ROOT).as_posix() for file in files}
 
 
-@pytest.mark.parametrize('file', [*markdown_files(), ROOT / 'CHANGELOG.md'], ids=lambda f: f.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize('file', [*markdown_files(), ROOT / 'CHANGELOG.md'], ids=lambda file: file.parent.name)
 def test_links_lead_somewhere(file):
     text = file.read_text(encoding='utf-8')
     links = [*re.findall(r'\]\(([^)\s]+)\)', text), *re.findall(r' src="([^"]+)"', text)]
