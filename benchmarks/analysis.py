@@ -20,10 +20,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import matplotlib
 import matplotlib.pyplot as plt
-import timm
 import torch
-from timm.models import load_checkpoint
 from tqdm import tqdm
+
+import timm
+from timm.models import load_checkpoint
 
 import timm_ait
 from timm_ait import analysis
@@ -33,8 +34,17 @@ from timm_ait.weights import weights_dir
 from .compare.data import load_image_folder, load_images
 from .compare.training import create_run_model, write_text
 from .measures import (
-    REPLACEMENTS, Batches, accuracy, agreement, basins, contribution, coordination_writes, kmeans,
-    self_attention_interactions, slot_purity)
+    REPLACEMENTS,
+    Batches,
+    accuracy,
+    agreement,
+    basins,
+    contribution,
+    coordination_writes,
+    kmeans,
+    self_attention_interactions,
+    slot_purity,
+)
 from .page import table, write_parts
 
 BATCH_SIZE = 64

@@ -15,10 +15,11 @@ import statistics
 import time
 from typing import Dict, List, Optional
 
-import timm
 import torch
 import torch.nn as nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+import timm
 
 import timm_ait  # noqa: F401, registers the models
 

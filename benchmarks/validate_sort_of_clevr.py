@@ -6,15 +6,15 @@
 import argparse
 from typing import List, Optional
 
-import timm
 import torch
+
+import timm
 from timm.data import resolve_model_data_config
 
 import timm_ait  # noqa: F401, registers the models
-from timm_ait.data.sort_of_clevr import IMAGE_SIZE, KINDS
-
 from benchmarks.compare.data import load_sort_of_clevr
 from benchmarks.compare.training import evaluate
+from timm_ait.data.sort_of_clevr import IMAGE_SIZE, KINDS
 
 
 def main(argv: Optional[List[str]] = None) -> None:

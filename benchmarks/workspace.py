@@ -39,10 +39,11 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 from unittest import mock
 
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import timm
 from timm.layers import use_fused_attn
 
 import timm_ait

@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
+from augment_on_device import Augmentation
 from safetensors.torch import save_file
+
+import timm
 from timm.data import Mixup, create_dataset
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
@@ -38,7 +40,6 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3, ParseKwargs, random_seed
 
 import timm_ait
-from augment_on_device import Augmentation
 
 # steps by which the device may be behind the program, at least
 CLOCK_STEPS = 10

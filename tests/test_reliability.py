@@ -1,4 +1,5 @@
 """ Damaged checkpoints and images are refused or read as they are; a killed training run resumes to the same end. """
+import contextlib
 import io
 import json
 import os
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+
+import timm
 from timm.models import save_for_hf
 
 import timm_ait  # noqa: F401, registers the models
@@ -26,48 +29,18 @@ seeds = st.integers(0, 2 ** 32)
 
 BYTES = {
     'truncated': lambda rng, data: data[:rng.randrange(len(data))],
-    'bits flipped': lambda rng, data: flipped(rng, data, len(data)),
-    'bits of the header flipped': lambda rng, data: flipped(rng, data, 2048),
-    'a block zeroed': lambda rng, data: replaced(rng, data, 2048, bytes(2048)),
-    'bytes inserted': lambda rng, data: replaced(rng, data, 0, rng.randbytes(100)),
-    'bytes appended': lambda rng, data: data + rng.randbytes(10),
+    'bits flipped': lambda rng, data: bytes(byte ^ (rng.random() < 1e-3) << rng.randrange(8) for byte in data),
+    'bytes inserted': lambda rng, data: data[:len(data) // 2] + rng.randbytes(100) + data[len(data) // 2:],
     'noise': lambda rng, data: rng.randbytes(1000),
 }
 TENSORS = {
     'missing': lambda rng, x: None,
     'another shape': lambda rng, x: rng.choice([x[None], x[:0], torch.cat([x, x])]),
-    'another dtype': lambda rng, x: x.to(rng.choice([torch.float16, torch.float64, torch.int8, torch.complex64])),
+    'another kind of number': lambda rng, x: x.to(rng.choice([torch.int8, torch.complex64])),
+    'another precision': lambda rng, x: x.to(rng.choice([torch.float16, torch.float64])),
     'nan': lambda rng, x: x * float('nan'),
 }
 ADAPTED = ('head.', 'pos_embed', 'patch_embed.')  # by timm, to other classes, image sizes and channels
-
-
-def flipped(rng, data, end):
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 8])):
-        data[rng.randrange(min(end, len(data)))] ^= 1 << rng.randrange(8)
-    return bytes(data)
-
-
-def replaced(rng, data, size, new):
-    start = rng.randrange(len(data))
-    return data[:start] + new + data[start + size:]
-
-
-def load_or_refuse(file):
-    """The model that a checkpoint gives, or None where it is refused with an error that says why."""
-    overlay = dict(file=str(file), num_classes=3)
-    try:
-        return timm.create_model('test_ait', num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay)
-    except Exception as e:
-        assert str(e)
-        return None
-
-
-def assert_loaded_as_stored(model, stored):
-    for key, value in model.state_dict().items():
-        if not key.startswith(ADAPTED):
-            torch.testing.assert_close(value, stored[key].to(value.dtype), rtol=0., atol=0., equal_nan=True)
 
 
 @pytest.fixture(scope='module')
@@ -79,60 +52,24 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-class TestDamagedCheckpoints:
+@few
+@given(kind=st.sampled_from(sorted(TENSORS)), seed=seeds)
+def test_a_checkpoint_with_a_damaged_tensor_is_refused_or_loaded_as_it_is(checkpoint, kind, seed):
+    rng, stored = random.Random(seed), load_file(checkpoint / 'model.safetensors')
+    key = rng.choice([key for key in sorted(stored) if not key.startswith(ADAPTED)])
+    stored[key] = TENSORS[kind](rng, stored[key])
+    overlay = dict(state_dict={key: value for key, value in stored.items() if value is not None}, num_classes=3)
 
-    @few
-    @given(kind=st.sampled_from(sorted(BYTES)), seed=seeds)
-    def test_bytes(self, checkpoint, kind, seed):
-        file = checkpoint / 'damaged.safetensors'
-        file.write_bytes(BYTES[kind](random.Random(seed), (checkpoint / 'model.safetensors').read_bytes()))
-        model = load_or_refuse(file)
-        if model is not None:
-            assert_loaded_as_stored(model, load_file(file))
+    def load():
+        return timm.create_model('test_ait', num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay)
 
-    @few
-    @given(kind=st.sampled_from(sorted(TENSORS)), seed=seeds)
-    def test_tensors(self, checkpoint, kind, seed):
-        rng, file = random.Random(seed), checkpoint / 'damaged.safetensors'
-        stored = load_file(checkpoint / 'model.safetensors')
-        key = rng.choice([key for key in sorted(stored) if not key.startswith(ADAPTED)])
-        stored[key] = TENSORS[kind](rng, stored[key])
-        save_file({key: value for key, value in stored.items() if value is not None}, file)
-        model = load_or_refuse(file)
-        if kind in ('missing', 'another shape'):
-            assert model is None
-        elif stored[key].dtype in (torch.int8, torch.complex64):
-            assert model is None
-        else:
-            assert_loaded_as_stored(model, stored)
-
-    @few
-    @given(kind=st.sampled_from(sorted(BYTES)), seed=seeds)
-    def test_predict_says_so_in_one_line(self, checkpoint, kind, seed):
-        folder = checkpoint / 'damaged'
-        folder.mkdir(exist_ok=True)
-        rng, config, weights = random.Random(seed), *(
-            (checkpoint / name).read_bytes() for name in ('config.json', 'model.safetensors'))
-        (folder / 'config.json').write_bytes(config)
-        (folder / 'model.safetensors').write_bytes(BYTES[kind](rng, weights))
-        Image.new('RGB', (32, 32), 'red').save(checkpoint / 'image.png')
-        code, error = predict(checkpoint / 'image.png', '--model', f'local-dir:{folder}')
-        assert code == 0 or (code == 2 and error.splitlines()[-1].startswith('python -m timm_ait predict: error: '))
-        assert 'Traceback' not in error
-
-
-def predict(*arguments):
-    """Exit code and standard error of a command in this process."""
-    stream, kept = io.StringIO(), (sys.stderr, sys.stdout)
-    sys.stderr, sys.stdout = stream, io.StringIO()
-    try:
-        code = command_line(['predict', *map(str, arguments), '--device', 'cpu', '--json'])
-    except SystemExit as e:
-        code = e.code
-    finally:
-        output, (sys.stderr, sys.stdout) = sys.stdout.getvalue(), kept
-    predict.document = json.loads(output) if output.startswith('{') else None
-    return code, stream.getvalue()
+    if kind in ('another precision', 'nan'):
+        for key, value in load().state_dict().items():
+            if not key.startswith(ADAPTED):
+                torch.testing.assert_close(value, stored[key].to(value.dtype), rtol=0., atol=0., equal_nan=True)
+    else:
+        with pytest.raises(RuntimeError, match='nothing was loaded'):
+            load()
 
 
 def encoded(form, mode, **options):
@@ -143,8 +80,8 @@ def encoded(form, mode, **options):
 
 
 IMAGES = [
-    encoded('JPEG', 'RGB', progressive=True), encoded('JPEG', 'CMYK'), encoded('PNG', 'RGBA'), encoded('PNG', 'I;16'),
-    encoded('GIF', 'P'), encoded('BMP', 'RGB'), encoded('TIFF', 'RGB', compression='tiff_lzw'), encoded('WEBP', 'RGB')]
+    encoded('JPEG', 'CMYK'), encoded('PNG', 'I;16'), encoded('GIF', 'P'), encoded('BMP', 'RGB'),
+    encoded('TIFF', 'RGB', compression='tiff_lzw'), encoded('WEBP', 'RGB')]
 
 
 @few
@@ -154,11 +91,13 @@ def test_a_damaged_image_is_classified_or_named_beside_a_good_one(checkpoint, im
     good, damaged = checkpoint / 'image.png', checkpoint / f'damaged.{form}'
     Image.new('RGB', (32, 32), 'red').save(good)
     damaged.write_bytes(BYTES[kind](random.Random(seed), data))
-    code, error = predict(good, damaged, '--model', f'local-dir:{checkpoint}')
-    classified = [entry['file'] for entry in predict.document['images']]
-    named = [entry['file'] for entry in predict.document['errors']]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = command_line([
+            'predict', str(good), str(damaged), '--model', f'local-dir:{checkpoint}', '--device', 'cpu', '--json'])
+    document = json.loads(out.getvalue())
+    classified, named = ([entry['file'] for entry in document[key]] for key in ('images', 'errors'))
     assert sorted(classified + named) == sorted(map(str, (good, damaged))) and str(good) in classified
-    assert code == len(named) and 'Traceback' not in error
+    assert code == len(named) and 'Traceback' not in err.getvalue()
 
 
 # train.py seeds once, and no checkpoint holds the state of random numbers: with this an epoch is the same when resumed

@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
 import timm
 
 import timm_ait

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn as nn
+
+import timm
 from timm.layers import set_reentrant_ckpt
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask

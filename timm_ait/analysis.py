@@ -39,7 +39,7 @@ def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
     found = {name: module for name, module in model.named_modules() if isinstance(module, GlobalWorkspace)}
     if not found:
         raise ValueError(
-            f'model: {type(model).__name__} has no workspaces; give an Associative Transformer, or add them with '
+            f'model: {type(model).__name__} has no workspaces; use an Associative Transformer, or add them with '
             'timm_ait.add_workspace(model)')
     return found
 
@@ -48,7 +48,7 @@ def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
 def observed(model: nn.Module, modules: Dict[str, nn.Module], hook: Optional[Callable] = None) -> Iterator[None]:
     """A model in evaluation mode without gradients, with hook(name, module, inputs, output) after modules.
 
-    Modes and hooks are restored afterwards.
+    The modes of all modules are restored afterwards, and the hooks removed.
     """
     training = [module for module in model.modules() if module.training]
     handles = [module.register_forward_hook(functools.partial(hook, name)) for name, module in modules.items()]
@@ -79,10 +79,10 @@ def read_shares(
 
     Returns:
         By layer, where it reads:
-        'branch_share': Norm of the reading relative to that of what the layer gives, mean over tokens.
-        'residual_share': Norm of the reading, after the block's layer scale, relative to that of the residual stream
-            behind the block, mean over tokens; nan where the layer is not at the end of a block's MLP.
-        'constant_share': Share of the readings' energy in their mean over all tokens: 1 if all tokens read the same.
+        'branch_share': Norm of the reading relative to that of the layer's output, mean over tokens.
+        'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
+            mean over tokens; nan if the layer is not at the end of a block's MLP.
+        'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal.
 
     Raises:
         ValueError: The model has no workspaces, or asks for a question.
@@ -123,7 +123,7 @@ def _mean_ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
 
 
 def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, torch.Tensor]:
-    """What enters each workspace, normed as it writes and reads it, (B, N, E) in float32.
+    """Input tokens of each workspace after its norm, (B, N, E) in float32.
 
     Arguments and errors are those of `read_shares`.
     """
@@ -144,7 +144,7 @@ def write_scores(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tens
         ValueError: The layer does not write.
     """
     if not workspace.writes:
-        raise ValueError('workspace: it was made with write=False, no tokens compete for it')
+        raise ValueError('workspace: it has write=False, so no tokens compete for it')
     slots, tokens = workspace.stored_memory(), tokens.flatten(0, -2).float()
     queries, keys = (
         F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
@@ -215,7 +215,7 @@ def attractors(workspace: GlobalWorkspace) -> torch.Tensor:
         ValueError: The layer does not read.
     """
     if not workspace.retrieves:
-        raise ValueError('workspace: it was made with retrieval=False, no token reads from it')
+        raise ValueError('workspace: it has retrieval=False, so no token reads from it')
     lift = workspace.attractors
     return lift(workspace.stored_memory().to(lift.weight.dtype)).float()
 
@@ -238,20 +238,20 @@ def fixed_points(
         max_steps: int = 100,
         tolerance: float = 1e-3,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Repeat Hopfield retrieval until it moves no more.
+    """Repeat Hopfield retrieval until it converges.
 
     Source: theorem 2 of `Hopfield Networks is All You Need`. After one step the state is p X, so the others need the
     products of attractors alone: p <- softmax(beta p X X^T).
 
     Args:
-        state: Where to start, (T, E).
+        state: Initial states (T, E).
         attractors: X (M, E).
         beta: Inverse temperature.
-        max_steps: Steps at most, at least 1.
-        tolerance: Length of a step that counts as none, relative to the largest norm of an attractor.
+        max_steps: Largest number of steps, at least 1.
+        tolerance: Step length at convergence, relative to the largest norm of an attractor.
 
     Returns:
-        Where it ends (T, E), and the number of steps until one moves less than the tolerance (T,), nan where none did.
+        Final states (T, E), and the number of steps to convergence (T,), nan for states that did not converge.
     """
     gram = attractors @ attractors.T
     limit = tolerance * float(attractors.norm(dim=-1).max())
@@ -269,11 +269,11 @@ def fixed_points(
 
 
 def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, float]:
-    """What tokens read, and where reading again and again would lead.
+    """What tokens read, and the fixed points that repeated reading reaches.
 
     Args:
         workspace: Layer that reads.
-        tokens: Normed tokens, (..., E). Fixed points are those of up to 2,048 of them, evenly spaced.
+        tokens: Normed tokens, (..., E). Up to 2,048 of them, evenly spaced, are followed to their fixed points.
 
     Returns:
         'effective_slots': Mean over tokens of exp(entropy of the read weights), 1 to M.
@@ -283,7 +283,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
         'converged': Share of tokens that reach a fixed point within 100 steps.
         'steps': Mean steps to it, of those.
         'distance': Mean distance to it, relative to the norm of the token.
-        'num_fixed_points': Number of distinct ones, further apart than 1 % of the largest norm of an attractor.
+        'num_fixed_points': Number of fixed points, those within 1 % of the largest attractor norm counted once.
     """
     stored, beta = attractors(workspace), workspace.beta
     tokens = tokens.flatten(0, -2).float()
@@ -293,7 +293,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
     starts = tokens[::math.ceil(len(tokens) / _MAX_STARTS)]
     ends, steps = fixed_points(starts, stored, beta)
     num_distinct, left = 0, ends
-    while len(left):  # each takes those that are close to it away
+    while len(left):
         left = left[(left - left[0]).norm(dim=-1) > 0.01 * stored.norm(dim=-1).max()]
         num_distinct += 1
     return {
@@ -314,11 +314,11 @@ def analyse(
         batches: Iterable[torch.Tensor],
         bottleneck: Optional[Union[int, float]] = None,
 ) -> Dict[str, Dict[str, float]]:
-    """Figures of every workspace over images in batches, the tokens of each of which compete with each other.
+    """Figures of every workspace, for batches of images. The tokens of a batch compete with each other.
 
     Args:
-        model: Model with workspaces that takes images alone.
-        batches: Images (B, C, H, W), normalised as the model wants them; at least one batch.
+        model: Model with workspaces, without questions.
+        batches: At least one batch of images (B, C, H, W), normalised for the model.
         bottleneck: As `write_attention`.
 
     Returns:
@@ -327,7 +327,8 @@ def analyse(
         ('attractor_…').
 
     Raises:
-        ValueError: The model has no workspaces, or asks for a question; or there are no batches.
+        ValueError: The model has no workspaces, or there are no batches.
+        TypeError: The model needs a question.
     """
     found = workspaces(model)
     figures: Dict[str, List[Dict[str, float]]] = {name: [] for name in found}
@@ -345,7 +346,7 @@ def analyse(
     result = {}
     for name, workspace in found.items():
         if not figures[name]:
-            raise ValueError('batches: there are none')
+            raise ValueError('batches: at least one is needed, got none')
         result[name] = {key: sum(f[key] for f in figures[name]) / len(figures[name]) for key in figures[name][0]}
         result[name].update(slot_statistics(workspace.stored_memory()))
         if workspace.retrieves:

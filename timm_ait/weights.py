@@ -1,4 +1,4 @@
-""" Where the shipped checkpoints are, and whether a checkpoint is that of a model. timm's loader does the rest. """
+""" Location of the shipped checkpoints, and checks of weights before timm loads them. """
 import contextlib
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def weights_dir() -> Path:
 def shipped_cfg(name: str) -> Dict[str, Any]:
     """Pretrained cfg entries of a checkpoint `<arch>.<tag>`: what its config.json says, and where its weights are.
 
-    The weights are the shipped file where there is one, else on the Hub.
+    Weights that are not part of the installation are on the Hub.
     """
     folder = weights_dir() / name
     cfg: Dict[str, Any] = {}
@@ -47,7 +47,7 @@ def say_where_weights_are(
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
 ) -> Iterator[None]:
-    """Say where the weights of a registered model are, if they are not installed and the Hub does not give them.
+    """If the weights of a registered model cannot be downloaded, say where else they are.
 
     Raises:
         RuntimeError: The download failed.
@@ -77,12 +77,12 @@ def _list(items: List[str]) -> str:
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Compare keys, shapes and dtypes before anything is loaded.
 
-    Left to timm is what it adapts: the first convolution to other channels, the classifier to other classes. For other
-    classes it ignores what else is missing, which is right for the pooling and norms ahead of the classifier; those of
-    another shape are left out here.
+    timm adapts the first convolution to other channels and the classifier to other classes, so these may differ. With
+    another number of classes, pooling and norms before the classifier may be missing; those of another shape are
+    removed here.
 
     Raises:
-        RuntimeError: They are not those of the model.
+        RuntimeError: The weights do not match the model.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if getattr(model, 'num_classes', None) != cfg.get('num_classes') or cfg.get('label_offset'):
@@ -101,7 +101,7 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
         'another shape': [
             f'{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}' for key in other_shape
             if not key.startswith(adapted)],
-        # PyTorch would convert them, complex numbers too
+        # PyTorch would convert even complex numbers
         'not floating point': [
             f'{key} {value.dtype}' for key, value in state_dict.items()
             if key in expected and expected[key].is_floating_point() and not value.is_floating_point()],
@@ -113,9 +113,9 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
 
 
 def check_weights(filter_fn: FilterFn) -> FilterFn:
-    """Let a model's checkpoint filter refuse weights of another model (another width or depth).
+    """Make a checkpoint filter reject weights of another width or depth.
 
-    timm itself does not once the number of classes differs, and loads what happens to fit.
+    With another number of classes, timm would load only the weights that fit, without an error.
     """
 
     def checked(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Dict, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
 from timm_ait.data import SortOfClevr

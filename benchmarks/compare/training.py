@@ -9,16 +9,17 @@ import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-import timm
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm
 from timm.layers import HybridEmbed
 from timm.models import resume_checkpoint
 from timm.models.vision_transformer_hybrid import ConvStem
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import CheckpointSaver
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ait
 from timm_ait.data.sort_of_clevr import QUESTION_DIM

@@ -3,6 +3,7 @@ from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
+
 from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Block
 

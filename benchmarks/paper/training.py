@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
 from timm.scheduler import CosineLRScheduler
 
 from timm_ait.layers import GlobalWorkspace, balance_loss, memory_statistics

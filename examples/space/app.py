@@ -27,7 +27,17 @@ import timm
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_ait.cli.explain import (
-    LayerMaps, describe, draw_heat, draw_read, input_picture, layer_maps, layer_name, read_legend, select_slots, smooth)
+    LayerMaps,
+    describe,
+    draw_heat,
+    draw_read,
+    input_picture,
+    layer_maps,
+    layer_name,
+    read_legend,
+    select_slots,
+    smooth,
+)
 from timm_ait.cli.images import load_image, load_model
 from timm_ait.cli.labels import class_names
 from timm_ait.cli.sheet import fit

@@ -3,15 +3,15 @@ import itertools
 import re
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import yaml
 
+import timm
+
 import timm_ait
 from benchmarks import analysis, measures
 from benchmarks.compare.__main__ import main as compare_main
-from benchmarks.page import table, write_parts
 from tests.benchmarks.test_compare import images, recipe_of  # noqa: F401, a fixture
 
 PAGE = 'By hand.\n' + ''.join(
@@ -65,26 +65,11 @@ class TestPage:
         analysis.main(arguments)
         assert page.read_text() == text
 
-    def test_has_a_place_for_every_part(self):
-        page = analysis.Path(analysis.__file__).with_name('ANALYSIS.md').read_text()
-        for name in re.findall('generated: (.*) -->', PAGE):
-            assert page.count(f'generated: {name} -->') == 2
 
-    def test_without_a_place_it_stays(self, tmp_path):
-        page = tmp_path / 'page.md'
-        page.write_text('<!-- begin generated: a -->\n<!-- end generated: a -->')
-        before = page.read_text()
-        with pytest.raises(ValueError, match='no place for b'):
-            write_parts(page, {'a': 'x', 'b': 'y'})
-        assert page.read_text() == before
-
-    def test_tables_are_markdown(self):
-        assert table(['x', 'y'], [['a', 1]]) == '| x | y |\n| --- | --: |\n| a | 1 |'
-
-    def test_needs_images_of_each_data_set(self, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            analysis.main([str(tmp_path), '--images', 'mine=x'])
-        assert 'outputs of benchmarks.compare' in capsys.readouterr().err
+def test_the_page_has_a_place_for_every_part():
+    page = analysis.Path(analysis.__file__).with_name('ANALYSIS.md').read_text()
+    for name in re.findall('generated: (.*) -->', PAGE):
+        assert page.count(f'generated: {name} -->') == 2
 
 
 def test_writes_of_coordination_are_one_per_image():
@@ -99,11 +84,6 @@ def test_writes_of_coordination_are_one_per_image():
 
 class TestInteractions:
 
-    def test_count_the_largest_weights(self):
-        attention = torch.tensor([[0.5, 0.4, 0.06, 0.04], [0.04, 0.5, 0.3, 0.16], [0.25, 0.25, 0.25, 0.25]])
-        assert measures.interactions(attention).tolist() == [2, 3, 4]
-        assert measures.interactions(torch.eye(4)).tolist() == [1] * 4
-
     def test_of_heads_with_even_attention(self, model, pictures):
         with torch.no_grad():
             for block in model.blocks:
@@ -117,28 +97,13 @@ class TestInteractions:
 
 class TestBasins:
 
-    def test_stored_patterns_return_at_high_beta(self):
-        assert measures.basins(torch.eye(4, 8), beta=50., noise=0.5).tolist() == [1.] * 4
-
-    def test_no_pattern_returns_at_low_beta(self):
-        assert measures.basins(torch.eye(4, 8), beta=0.1, noise=0.).tolist() == [0.] * 4
-
     def test_patterns_close_together_share_an_attractor(self):
         patterns = torch.eye(4, 8)
         patterns[1] = F.normalize(patterns[0] + 0.05 * patterns[1], dim=0)
         assert measures.basins(patterns, beta=20., noise=0.).tolist() == [0., 0., 1., 1.]
 
-    def test_more_noise_brings_fewer_back(self):
-        shares = [float(measures.basins(torch.eye(8), 20., noise).mean()) for noise in (0., 1., 3.)]
-        assert shares[0] == 1. and shares[0] > shares[1] > shares[2]
-
 
 class TestAgreement:
-
-    def test_permuted_slots_are_found(self):
-        slots = torch.randn(16, 40, generator=torch.Generator().manual_seed(0))
-        agreement, chance = measures.agreement(slots[torch.randperm(16)], slots)
-        assert agreement == pytest.approx(1.) and chance < 0.6
 
     def test_no_assignment_is_better(self):
         a, b = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0)).double()
@@ -146,10 +111,6 @@ class TestAgreement:
         best = max(
             sum(correlation[i, j] for i, j in enumerate(order)) / 5 for order in itertools.permutations(range(5)))
         assert measures.agreement(a, b)[0] == pytest.approx(float(best))
-
-    def test_slots_that_have_nothing_in_common_are_at_chance(self):
-        agreement, chance = measures.agreement(*torch.randn(2, 16, 1000, generator=torch.Generator().manual_seed(0)))
-        assert agreement == pytest.approx(chance, abs=0.02)
 
 
 class TestPurity:
@@ -183,30 +144,3 @@ class TestReplacedMemory:
         without.load_state_dict(model.state_dict(), strict=False)
         with torch.no_grad(), measures.replaced_memory(model, 'removed'):
             torch.testing.assert_close(model(pictures), without(pictures))
-
-    def test_constant_keeps_the_mean(self, model):
-        workspace, x = model.blocks[0].mlp.workspace, torch.randn(2, 5, 64)
-        with torch.no_grad():
-            mean = (workspace(x) - workspace.norm(x)).mean(dim=(0, 1))
-            with measures.replaced_memory(model, 'constant'):
-                torch.testing.assert_close(workspace(x) - workspace.norm(x), mean.expand(2, 5, 64), atol=1e-5, rtol=0.)
-
-    @pytest.mark.parametrize('how', ['shuffled', 'random'])
-    def test_replaced_slots_stay_orthonormal(self, model, how):
-        workspace = model.blocks[0].mlp.workspace
-        before = workspace.stored_memory()
-        with measures.replaced_memory(model, how):
-            after = workspace.stored_memory()
-        torch.testing.assert_close(after @ after.T, torch.eye(8), atol=1e-5, rtol=0.)
-        assert not torch.allclose(after, before)
-
-    def test_contribution_names_each_replacement(self, model, pictures):
-        with torch.no_grad():
-            result = measures.contribution(model, [(pictures, model(pictures).argmax(dim=-1))])
-        assert list(result) == ['unchanged', *measures.REPLACEMENTS] and result['unchanged'] == 1.
-
-
-def test_accuracy_is_the_share_of_correct_predictions(model, pictures):
-    predicted = model(pictures).argmax(dim=-1)
-    wrong = (predicted + torch.tensor([0, 0, 0, 1])) % 3
-    assert measures.accuracy(model, [(pictures[:2], wrong[:2]), (pictures[2:], wrong[2:])]) == 0.75

@@ -9,9 +9,7 @@ from PIL import Image
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.bodies import create_model
 from benchmarks.paper.data import DATASETS, Split
-from benchmarks.paper.training import Recipe, evaluate, evaluate_writing, learning_rates
-from timm_ait.data.sort_of_clevr import write_sort_of_clevr
-from timm_ait.layers import GlobalWorkspace
+from benchmarks.paper.training import Recipe, learning_rates
 
 CIFAR = DATASETS['cifar10'].model_kwargs
 CLEVR = DATASETS['sort_of_clevr'].model_kwargs
@@ -57,14 +55,6 @@ class TestPublishedSizes:
     def test_vit(self):
         assert num_parameters(create_model('vit', 'plain', 768, **CIFAR)) == 14_270_314
 
-    def test_ait_for_sort_of_clevr(self):
-        unused = 26 * 128 + 128 + 58_368
-        assert num_parameters(create_model('ait', 'published', 128, **CLEVR)) == 763_380 - unused - self.memory
-
-    def test_a_norm_is_all_that_plain_norm_adds(self):
-        plain, norm = (num_parameters(create_model('ait', mlp, 128, **CIFAR)) for mlp in ('plain', 'plain_norm'))
-        assert norm - plain == 2 * 2 * 128
-
 
 class TestBodies:
     def test_the_ait_has_no_position_embedding_and_reads_all_tokens(self):
@@ -77,27 +67,11 @@ class TestBodies:
         assert model.pos_embed.shape == (1, 65, 128) and 0.9 < model.pos_embed.std() < 1.1
         assert model.head[1].weight.shape == (10, 128)
 
-    def test_timms_reads_the_mean_beside_small_positions(self):
-        model = create_model('timm', 'plain', 128, **CIFAR)
-        assert model.pos_embed.shape == (1, 64, 128) and 0.018 < model.pos_embed.std() < 0.022
-        assert model.cls_token is None and model.head[1].weight.shape == (10, 128)
-
     def test_patches_hold_their_pixels_row_by_row_channels_last(self):
         embed = create_model('ait', 'plain', 64, **CIFAR).patch_embed
         embed.norm1 = embed.proj = embed.norm2 = torch.nn.Identity()
         images = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(embed(images)[:, 9], images[:, :, 4:8, 4:8].permute(0, 2, 3, 1).flatten(1))
-
-    def test_a_question_changes_the_answer(self):
-        model = create_model('ait', 'plain', 64, **CLEVR)
-        images = torch.rand(1, 3, 75, 75).expand(2, -1, -1, -1)
-        first, second = model(images, torch.eye(18)[:2])
-        assert not torch.allclose(first, second)
-
-    @pytest.mark.parametrize('mlp', ['published', 'ours'])
-    def test_both_blocks_end_in_a_workspace(self, mlp):
-        model = create_model('ait', mlp, 64, **CIFAR)
-        assert sum(isinstance(module, GlobalWorkspace) for module in model.modules()) == 2
 
 
 def test_learning_rates_warm_up_and_then_follow_a_delayed_cosine():
@@ -110,12 +84,6 @@ def test_learning_rates_warm_up_and_then_follow_a_delayed_cosine():
 class TestViews:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (DATASETS['cifar10'].mean, DATASETS['cifar10'].std))
 
-    def test_plain_ones_are_the_normalised_images(self, split):
-        (images,), targets = split.batch(split.plain_views(torch.tensor([3, 7])))
-        pixels = split.images[[3, 7], :, 4:36, 4:36]
-        torch.testing.assert_close(images, (pixels / 255. - self.mean) / self.std)
-        assert targets.tolist() == split.targets[[3, 7]].tolist()
-
     def test_a_crop_takes_black_pixels_from_the_border_before_it_is_flipped(self, split):
         (images,), _ = split.batch(torch.tensor([[3], [0], [6], [1]]))
         pixels = split.images[3:4, :, 0:32, 6:38].flip(-1)
@@ -127,30 +95,6 @@ class TestViews:
         assert items.sort().values.tolist() == list(range(20))
         assert 0 <= min(top.min(), left.min()) and max(top.max(), left.max()) <= 8
         assert set(flip.tolist()) == {0, 1}
-
-
-class TestEvaluation:
-    @pytest.fixture
-    def model(self):
-        torch.manual_seed(0)
-        return create_model('ait', 'published', 64, **CIFAR)
-
-    def test_it_leaves_the_memory_alone(self, model, split):
-        before = model.blocks[1].mlp.workspace.memory.clone()
-        evaluate(model, split)
-        assert torch.equal(model.blocks[1].mlp.workspace.memory, before)
-
-    def test_the_writing_one_moves_the_memory_in_every_whole_batch(self, model, split):
-        workspace = model.blocks[1].mlp.workspace
-        memories = []
-        workspace.register_forward_hook(lambda *_: memories.append(workspace.memory.clone()))
-        evaluate_writing(model, split, batch_size=8)
-        assert len(memories) == 2 and not torch.equal(memories[0], memories[1])
-
-    def test_the_writing_one_puts_the_memory_back(self, model, split):
-        before = model.blocks[1].mlp.workspace.memory.clone()
-        evaluate_writing(model, split, batch_size=8)
-        assert torch.equal(model.blocks[1].mlp.workspace.memory, before)
 
 
 class TestCommand:
@@ -186,20 +130,10 @@ class TestCommand:
         run(*arguments, '--seed', 0)
         assert file.stat().st_mtime_ns == before
 
-    def test_it_reads_sort_of_clevr(self, tmp_path):
-        (tmp_path / 'data').mkdir()
-        write_sort_of_clevr(tmp_path / 'data', seed=0, num_train=4, num_validation=2)
-        run('--data-dir', tmp_path / 'data', '--output', tmp_path, *TINY, '--dataset', 'sort_of_clevr', '--body', 'vit')
-        assert (tmp_path / 'sort_of_clevr_64_2epochs_vit_published_seed0.json').is_file()
-
     def test_a_cache_takes_the_place_of_the_images(self, images, tmp_path):
         arguments = ('--output', tmp_path, *TINY, '--mlp', 'plain', '--cache', tmp_path / 'images.pt', '--warm')
         run('--data-dir', images, *arguments)
         run('--data-dir', tmp_path / 'gone', *arguments)
-
-    def test_warm_leaves_no_result(self, images, tmp_path):
-        run('--data-dir', images, '--output', tmp_path, *TINY, '--warm', '--lock', tmp_path / 'lock')
-        assert not list(tmp_path.glob('*.json'))
 
     @pytest.mark.parametrize('arguments, error', [
         (['--dim', '100'], '--dim: 100 is not a multiple of 64'),

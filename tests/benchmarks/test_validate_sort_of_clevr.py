@@ -1,8 +1,9 @@
 import re
 
 import pytest
-import timm
 import torch
+
+import timm
 
 import timm_ait  # noqa: F401, registers the models
 from benchmarks.validate_sort_of_clevr import main

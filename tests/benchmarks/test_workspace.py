@@ -26,13 +26,6 @@ def test_layers_are_timed_beside_each_other(rows):
     assert [row[5] for row in found if row[3] == 'timm_ait'] == ['1.000', '1.000']
 
 
-def test_models_are_timed_beside_those_without_workspaces(rows):
-    name = 'ait_vit_tiny_patch16_224'
-    found = rows('--part', 'latency', '--dtype', 'bfloat16')
-    assert [row[1:4] for row in found] == [
-        ['batch 1', 'bfloat16', f'{name}, workspace=False'], ['batch 1', 'bfloat16', name]]
-
-
 def test_scaling_varies_one_size(rows):
     found = rows('--part', 'scaling', '--sweep', 'k', '--case', 'training forward', '--contenders', 'timm_ait')
     assert [row[1] for row in found] == ['k 32', 'k 64', 'k 128']

@@ -22,11 +22,12 @@ def test_the_same_seed_gives_the_same_files(dataset, tmp_path):
     assert contents['a'] == contents['b'] != contents['c']
 
 
-def test_an_existing_folder_is_kept(dataset, tmp_path, capsys):
+@pytest.mark.parametrize('options', [(), ('--force',)], ids=str)
+def test_an_existing_folder_of_another_origin_is_kept(dataset, tmp_path, capsys, options):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'file').write_text('mine')
     with pytest.raises(SystemExit, match='2'):
-        write(dataset, tmp_path / 'out')
+        write(dataset, tmp_path / 'out', *options)
     assert '--force' in capsys.readouterr().err
     assert (tmp_path / 'out' / 'file').read_text() == 'mine'
 
@@ -36,15 +37,6 @@ def test_force_replaces_a_data_set(dataset, tmp_path):
     assert write(dataset, tmp_path / 'out', '--force', '--seed', '3') == 0
     assert json.loads((tmp_path / 'out' / 'dataset.json').read_text())['seed'] == 3
     assert [file.name for file in tmp_path.iterdir()] == ['out']
-
-
-def test_force_does_not_replace_anything_else(dataset, tmp_path, capsys):
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'file').write_text('mine')
-    with pytest.raises(SystemExit, match='2'):
-        write(dataset, tmp_path / 'out', '--force')
-    assert '--force' in capsys.readouterr().err
-    assert (tmp_path / 'out' / 'file').is_file()
 
 
 def test_an_interrupted_run_leaves_nothing(dataset, tmp_path, monkeypatch):

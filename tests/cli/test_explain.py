@@ -67,17 +67,6 @@ class TestFiles:
         assert f'{broken}: cannot be explained' in capsys.readouterr().err
         assert sorted(file.name for file in out.iterdir()) == ['image.json', 'image.png']
 
-    def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, image, out, monkeypatch):
-        def fail(image, file, format):
-            file.write_bytes(b'half a file')
-            raise OSError('disk full')
-
-        out.mkdir()
-        (out / 'image.png').write_bytes(b'old')
-        monkeypatch.setattr(Image.Image, 'save', fail)
-        assert 'disk full' in error_of(capsys, image, '--model', model, '--out', out)
-        assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [('image.png', b'old')]
-
 
 class TestNumbers:
 
@@ -101,12 +90,6 @@ class TestNumbers:
         document = json.loads((out / 'image.json').read_text(), parse_constant=pytest.fail)
         assert document['layers'][0]['figures']['overlap'] is None
 
-    def test_say_what_the_model_predicts(self, model, image, out):
-        explain(image, '--model', model, '--out', out)
-        prediction = json.loads((out / 'image.json').read_text())['prediction']
-        assert prediction['description'] == str(prediction['index'])
-        assert 0.1 <= prediction['probability'] <= 1.
-
 
 class TestModels:
 
@@ -128,15 +111,8 @@ class TestModels:
         assert f'--model {name}' in error and 'no workspaces' in error
         assert not out.exists()
 
-    def test_that_answer_questions(self, capsys, image, out, tmp_path):
-        name = save(timm.create_model('test_ait', question_dim=3), tmp_path / 'asked')
-        assert 'answers questions' in error_of(capsys, image, '--model', name, '--out', out)
-
 
 class TestErrors:
-
-    def test_folder_that_is_a_file(self, capsys, model, image):
-        assert f'--out: {image}' in error_of(capsys, image, '--model', model, '--out', image)
 
     @pytest.mark.parametrize('option, value', [
         ('--layers', '0'), ('--slots', '-1'), ('--bottleneck', '0'), ('--bottleneck', '1.5'), ('--device', 'toaster')])
@@ -175,36 +151,13 @@ class TestSlots:
         selected[2, 4:, 4:] = 1
         assert select_slots(selected, 2) == [0, 2]
 
-    def test_no_more_than_there_are(self):
-        assert len(select_slots(torch.ones(3, 4, 4), 5)) == 3
 
-
-class TestSheet:
-
-    def sheet(self, change=None, size=(64, 64), **kwargs):
-        model = timm.create_model('test_ait', **kwargs).eval()
-        image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        maps = layer_maps(model, image, 0.1)
-        if change:
-            maps = [change(layer) for layer in maps]
-        return draw_sheet(Image.new('RGB', size, 'grey'), 'title', 'subtitle', maps, len(maps), 2)
-
-    def test_shows_where_a_slot_selects(self):
-        def only_the_corner(layer):
-            selected = torch.zeros_like(layer.selected)
-            selected[:, :2, :2] = layer.num_heads
-            return layer._replace(selected=selected)
-
-        sheet = np.asarray(self.sheet(only_the_corner)).astype(int)
-        top = 28 + 208 + 24 + 24
-        left = 28 + 250 + 16 + 208 + 16
-        corner, far = sheet[top + 10, left + 10], sheet[top + 180, left + 180]
-        assert corner.sum() > 2 * far.sum()
-
-    def test_is_wide_or_high_as_the_image_is(self):
-        square, wide = self.sheet(), self.sheet(size=(64, 32))
-        assert wide.width == square.width and wide.height < square.height
-
-    def test_has_a_row_for_each_layer(self):
-        one, two = (self.sheet(depth=depth).height for depth in (1, 2))
-        assert two - one == 208 + 68
+def test_a_sheet_shows_where_a_slot_selects():
+    maps = []
+    for layer in layer_maps(timm.create_model('test_ait').eval(), torch.randn(1, 3, 32, 32), bottleneck=0.1):
+        selected = torch.zeros_like(layer.selected)
+        selected[:, :2, :2] = layer.num_heads  # in the corner alone
+        maps.append(layer._replace(selected=selected))
+    sheet = np.asarray(draw_sheet(Image.new('RGB', (64, 64), 'grey'), 'title', 'subtitle', maps, 3, 2)).astype(int)
+    top, left = 28 + 208 + 24 + 24, 28 + 250 + 16 + 208 + 16
+    assert sheet[top + 10, left + 10].sum() > 2 * sheet[top + 180, left + 180].sum()

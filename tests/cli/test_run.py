@@ -65,22 +65,11 @@ class TestRun:
         main(['run', 'scripts/script.py', '-v'])
         assert capsys.readouterr().out == plain.stdout != ''
 
-    def test_a_link_runs_from_the_folder_of_its_target(self, state, capsys, tmp_path):
-        (tmp_path / 'scripts').mkdir()
-        link = tmp_path / 'link.py'
-        link.symlink_to(write(tmp_path / 'scripts', REPORT))
-        main(['run', str(link)])
-        assert json.loads(capsys.readouterr().out)[-1] == str((tmp_path / 'scripts').resolve())
-
     @pytest.mark.parametrize('code', [0, 3])
     def test_exit_code_of_the_script(self, state, tmp_path, code):
         with pytest.raises(SystemExit) as exit_:
             main(['run', str(write(tmp_path, f'import sys; sys.exit({code})'))])
         assert exit_.value.code == code
-
-    def test_errors_of_the_script_are_its_own(self, state, tmp_path):
-        with pytest.raises(ValueError, match='of the script'):
-            main(['run', str(write(tmp_path, 'raise ValueError("of the script")'))])
 
     @pytest.mark.parametrize('name', ['missing.py', '.'])
     def test_missing_script(self, capsys, monkeypatch, name):
@@ -153,15 +142,6 @@ class TestTimmScripts:
             '--workers', '1', '--results-file', tmp_path / 'results.json', '--results-format', 'json')
         assert result.returncode == 0, result.stderr
         assert json.loads((tmp_path / 'results.json').read_text())['top1'] == pytest.approx(100 * accuracy)
-
-    @pytest.mark.slow
-    def test_benchmark(self, tmp_path):
-        result = run(
-            SCRIPTS / 'benchmark.py', '--model', 'test_ait', '--bench', 'inference', '--device', 'cpu',
-            '--batch-size', '2', '--num-warm-iter', '1', '--num-bench-iter', '10',
-            '--results-file', tmp_path / 'results.json', '--results-format', 'json')
-        assert result.returncode == 0, result.stderr
-        assert json.loads((tmp_path / 'results.json').read_text())['infer_samples_per_sec'] > 0
 
     @pytest.mark.slow
     def test_bulk_runner_as_the_help_says(self, tmp_path):

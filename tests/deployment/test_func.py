@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.deployment import images, make_ait, workspaces
@@ -40,18 +40,6 @@ class TestJvp:
         assert expected.norm() > 1e-3
         torch.testing.assert_close(tangent, expected, atol=1e-7, rtol=1e-5)
 
-    def test_of_parameters(self):
-        model, x = make_double(), doubles()
-        parameters = {name: value.detach() for name, value in model.named_parameters()}
-        directions = {name: torch.randn_like(value) for name, value in parameters.items()}
-        _, tangent = jvp(lambda p: functional_call(model, p, x), (parameters,), (directions,))
-
-        def at(step):
-            with torch.no_grad():
-                moved = {name: value + step * directions[name] for name, value in parameters.items()}
-                return functional_call(model, moved, x)
-        torch.testing.assert_close(tangent, (at(1e-6) - at(-1e-6)) / 2e-6, atol=1e-6, rtol=1e-5)
-
     @pytest.mark.parametrize('kwargs', [dict(gated=True), dict(beta=2., retrieval_steps=2)], ids=['gated', 'two_steps'])
     def test_of_a_workspace_of_another_kind(self, kwargs):
         layer = workspaces(make_double(**kwargs))[0]
@@ -60,22 +48,7 @@ class TestJvp:
         torch.testing.assert_close(tangent, finite_difference(layer, x, direction), atol=1e-7, rtol=1e-5)
 
 
-class TestJacobians:
-
-    def test_forward_and_reverse_mode_agree(self):
-        layer = workspaces(make_double())[0]
-        x = torch.randn(2, 64, dtype=torch.float64)
-        forward, reverse = jacfwd(layer)(x), jacrev(layer)(x)
-        torch.testing.assert_close(forward, reverse)
-        directional = torch.einsum('ijkl,kl->ij', forward, x)
-        torch.testing.assert_close(directional, finite_difference(layer, x, x), atol=1e-7, rtol=1e-5)
-
-
 class TestVmap:
-
-    def test_over_images(self):
-        model, x = make_double(), doubles(3)
-        torch.testing.assert_close(vmap(lambda image: model(image[None])[0])(x), model(x))
 
     def test_gradients_of_each_image(self):
         model, x, labels = make_double(), doubles(3), torch.arange(3)
@@ -124,34 +97,3 @@ class TestDoubleBackward:
         layer = workspaces(make_double(**kwargs))[0]
         x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradgradcheck(layer, (x,))
-
-    def test_a_gradient_penalty_reaches_the_parameters(self):
-        model, x = make_double(), doubles().requires_grad_()
-        (gradient,) = torch.autograd.grad(model(x).logsumexp(dim=1).sum(), x, create_graph=True)
-        gradient.square().sum().backward()
-        for workspace in workspaces(model):
-            assert workspace.attractors.weight.grad.abs().max() > 0
-
-
-class TestAttribution:
-
-    def test_integrated_gradients_are_complete(self):
-        model, x, target, num_steps = make_double(), doubles(1), 3, 128
-        baseline = torch.zeros_like(x)
-        # midpoint rule on the straight path
-        along = (torch.arange(num_steps, dtype=x.dtype) + 0.5).view(-1, 1, 1, 1) / num_steps
-        path = (baseline + along * (x - baseline)).requires_grad_()
-        (gradients,) = torch.autograd.grad(model(path)[:, target].sum(), path)
-        attribution = (x - baseline) * gradients.mean(dim=0)
-        with torch.no_grad():
-            difference = (model(x) - model(baseline))[0, target]
-        torch.testing.assert_close(attribution.sum(), difference, atol=1e-3, rtol=0)
-
-    def test_the_attractors_take_part(self):
-        model = make_double()
-        attractors = workspaces(model)[0].attractors
-        outputs = []
-        attractors.register_forward_hook(lambda module, args, output: outputs.append(output))
-        logits = model(doubles())
-        (gradient,) = torch.autograd.grad(logits[:, 0].sum(), outputs[0])
-        assert gradient.shape == (8, 64) and (gradient.abs().amax(dim=1) > 0).all()

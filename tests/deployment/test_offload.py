@@ -19,9 +19,9 @@ def on_meta(**kwargs):
         return make_workspace(**kwargs)
 
 
-def empty_ait(include_buffers=False):
+def empty_ait():
     """A model without numbers."""
-    with accelerate.init_empty_weights(include_buffers=include_buffers):
+    with accelerate.init_empty_weights():
         return timm.create_model('test_ait', img_size=16, depth=2, num_classes=5).eval()
 
 
@@ -69,27 +69,6 @@ class TestAccelerate:
         )
         torch.testing.assert_close(loaded(images()), model(images()))
 
-    def test_load_checkpoint_and_dispatch_without_numbers_in_buffers_is_an_error(self, checkpoint):
-        _, path = checkpoint
-        with pytest.raises(NotImplementedError, match='meta'):
-            accelerate.load_checkpoint_and_dispatch(empty_ait(include_buffers=True), path, device_map={'': 'cpu'})
-
-    def test_load_checkpoint_and_dispatch_with_whole_blocks(self, checkpoint):
-        model, path = checkpoint
-        loaded = accelerate.load_checkpoint_and_dispatch(
-            empty_ait(), path, device_map='auto', max_memory={'cpu': '10GB'}, no_split_module_classes=['Block'])
-        torch.testing.assert_close(loaded(images()), model(images()))
-
-    def test_an_offloaded_workspace_has_the_memory_that_its_state_dict_has(self):
-        model = make_ait()
-        expected = memories(model)
-        accelerate.cpu_offload(model, torch.device('cpu'), offload_buffers=True)
-        model(images())
-        hooked = [workspace._hf_hook for workspace in workspaces(model)]
-        for hook, memory in zip(hooked, expected):
-            kept = getattr(hook, 'hooks', [hook])[-1].weights_map['memory']
-            assert torch.equal(kept, memory)
-
 
 def test_training_an_offloaded_workspace_is_an_error():
     layer = workspaces(make_ait())[0].train()
@@ -99,14 +78,6 @@ def test_training_an_offloaded_workspace_is_an_error():
 
 
 class TestMeta:
-
-    def test_made_on_meta_and_loaded_with_assign(self):
-        source = make_ait()
-        with torch.device('meta'):
-            model = timm.create_model('test_ait', img_size=16, depth=2, num_classes=5).eval()
-        model.load_state_dict(source.state_dict(), assign=True)
-        assert not any(buffer.is_meta for buffer in model.buffers())
-        assert torch.equal(model(images()), source(images()))
 
     @pytest.mark.parametrize('assign', [False, True])
     def test_evaluates_and_trains_after_loading(self, assign):
@@ -129,19 +100,7 @@ class TestMeta:
         layer.reset_parameters()
         layer.eval()
         torch.testing.assert_close(layer.stored_memory().norm(dim=-1), torch.ones(8))
-        torch.testing.assert_close(layer.slots, layer.stored_memory())
         assert layer(torch.randn(2, 24)).isfinite().all()
-
-    def test_to_empty_without_a_memory_gives_no_numbers(self):
-        layer = on_meta().to_empty(device='cpu').eval()
-        state = make_workspace().state_dict()
-        del state['memory']
-        layer.load_state_dict(state, strict=False)
-        assert not layer(torch.randn(2, 24)).isfinite().any()
-
-    def test_to_empty_has_nothing_written(self):
-        layer = on_meta().to_empty(device='cpu')
-        assert layer.pending.isnan().all()
 
     @pytest.mark.parametrize('training', [False, True])
     def test_is_shapes_alone(self, training):

@@ -1,6 +1,5 @@
 """ int8: PyTorch's dynamic quantisation, torchao, and quantised export (pt2e). """
 import copy
-import io
 
 import pytest
 import torch
@@ -40,8 +39,6 @@ def pt2e(model):
     return convert_pt2e(prepared)
 
 
-
-
 def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
@@ -72,23 +69,6 @@ def test_the_workspace_reads_a_memory_that_is_loaded_later(quantize):
             w.memory.copy_(torch.eye(*w.memory.shape))
     assert not torch.equal(quantized(images(8)), before)
     assert relative_error(quantized(images(8)), model(images(8))) < 0.1
-
-
-@torch.no_grad()
-def test_dynamic_quantisation_saves_and_loads():
-    model = make_ait()
-    quantized, other = dynamic(model), dynamic(make_ait(num_classes=5, memory_init='uniform'))
-    buffer = io.BytesIO()
-    torch.save(quantized.state_dict(), buffer)
-    buffer.seek(0)
-    other.load_state_dict(torch.load(buffer))
-    assert torch.equal(other(images()), quantized(images()))
-
-
-@torch.no_grad()
-def test_dynamic_quantisation_scripts():
-    quantized = dynamic(make_ait())
-    torch.testing.assert_close(torch.jit.script(quantized)(images()), quantized(images()))
 
 
 def test_quantised_model_leaves_the_one_in_float_able_to_train():

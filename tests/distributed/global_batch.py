@@ -3,13 +3,14 @@ import contextlib
 from functools import partial
 from typing import Callable, Dict, Optional
 
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import ClassificationTask
 from torch.nn.parallel import DistributedDataParallel
+
+import timm
+from timm.task import ClassificationTask
 
 import timm_ait
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp

@@ -2,22 +2,22 @@
 from functools import partial
 from typing import Dict, List
 
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.task import ClassificationTask
-from timm.utils import ModelEmaV3
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-import timm_ait
-from timm_ait.layers import GlobalWorkspace
+import timm
+from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3
 
+import timm_ait
 from tests.layers import written_by
+from timm_ait.layers import GlobalWorkspace
 
 
 def make_model(**kwargs) -> nn.Module:

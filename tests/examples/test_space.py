@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -63,10 +62,6 @@ class TestFolder:
         assert card.sdk == 'gradio' and (SPACE / card.app_file).is_file()
         assert [name.split('/')[1] for name in card.models] == [app.PETS, app.SORT_OF_CLEVR]
 
-    def test_has_a_small_screenshot(self):
-        assert Image.open(SPACE / 'screenshot.png').width >= 600
-        assert (SPACE / 'screenshot.png').stat().st_size < 250_000
-
 
 class TestReadPhotograph:
 
@@ -96,31 +91,12 @@ class TestReadPhotograph:
         assert picture.tobytes() == image.tobytes()
         assert note == 'Turned upright, as the file says.'
 
-    def test_damaged_exif_data_say_nothing(self, app):
-        assert app.read_photograph(encode(Image.new('RGB', (8, 8)), 'JPEG', exif=b'Exif\0\0MM\0*\xff'))[1] == ''
-
-    @pytest.mark.parametrize('mode', ['1', 'L', 'P', 'CMYK', 'RGB'])
-    def test_ordinary_pictures_need_no_note(self, app, mode):
-        picture, note = app.read_photograph(encode(Image.new(mode, (8, 8)), 'TIFF'))
-        assert picture.mode == 'RGB' and note == ''
-
 
 class TestPets:
 
     def test_name_the_five_likeliest_breeds(self, beagle):
         assert len(beagle.breeds) == 5
         assert max(beagle.breeds, key=beagle.breeds.get) == next(iter(beagle.breeds)) == 'beagle'
-
-    def test_explain_every_layer(self, pets, beagle):
-        assert [layer.name for layer in beagle.layers] == [f'blocks.{i}.mlp.workspace' for i in range(12)]
-
-    def test_answer_within_two_seconds(self, app, pets):
-        times = []
-        for _ in range(3):
-            start = time.process_time()  # of one core, which others do not use meanwhile
-            app.layer_html(pets.look(CAT.read_bytes()), 6)
-            times.append(time.process_time() - start)
-        assert min(times) < 2.
 
 
 class TestLayerHtml:
@@ -145,19 +121,6 @@ class TestLayerHtml:
         for picture, values in zip(written, heat):
             self.assert_alike(picture, draw_heat(beagle.picture, values / heat.max()))
 
-    def test_lights_up_a_slot(self, app, beagle):
-        layer = beagle.layers[6]
-        slot = app.slots_to_choose(layer)[0]
-        text = app.layer_html(beagle, 6, slot)
-        assert re.findall(r'alt="([^"]*)"', text)[:2] == [f'slot {slot} is read', f'slot {slot} would write']
-        self.assert_alike(self.pictures(text)[0], draw_heat(beagle.picture, layer.read[slot] / layer.read.max()))
-
-    def test_offers_the_slots_that_are_read_most_first(self, app, beagle):
-        layer = beagle.layers[6]
-        slots = app.slots_to_choose(layer)
-        assert slots[0] == layer.read.argmax(dim=0).flatten().bincount().argmax()
-        assert len(slots) == len(set(slots))
-
 
 class TestCredit:
 
@@ -166,15 +129,6 @@ class TestCredit:
         assert f'licence {card.license}' in pets.credit
         assert f'https://huggingface.co/timm-ait/{app.PETS}' in pets.credit
         assert 'https://arxiv.org/abs/2309.12862' in pets.credit
-
-    @pytest.mark.parametrize('value', [81.25, 0.8125])
-    def test_gives_the_accuracy_of_the_card(self, app, pets, monkeypatch, tmp_path, value):
-        result = huggingface_hub.EvalResult('image-classification', 'imagefolder', 'Some Pets', 'accuracy', value)
-        data = huggingface_hub.ModelCardData(license='mit', model_name='m', eval_results=[result])
-        (tmp_path / 'm').mkdir()
-        (tmp_path / 'm' / 'README.md').write_text(f'---\n{data}\n---\n')
-        monkeypatch.setattr(app, 'weights_dir', lambda: tmp_path)
-        assert app.credit(pets.model, 'm').startswith('m · accuracy 81.2 % on Some Pets · licence mit ·')
 
 
 class TestShapes:
@@ -192,9 +146,6 @@ class TestShapes:
     def test_most_answers_are_right(self, app, shapes):
         answers = [shapes.ask(scene, 'red', text) for scene in range(9800, 9810) for text in app.QUESTIONS]
         assert sum(answer == truth for answer, _, truth in answers) >= 54
-
-    def test_each_index_has_a_picture_of_its_own(self, shapes):
-        assert shapes.picture(1).tobytes() != shapes.picture(2).tobytes()
 
 
 # the page
@@ -266,29 +217,12 @@ class Visitor:
 
 class TestServer:
 
-    def test_prints_its_address_on_localhost(self, server):
-        assert server.line == f'{server.url}/ (Ctrl-C ends it)\n'
-
-    @pytest.mark.slow
-    def test_a_port_in_use_is_named(self, server):
-        port = server.url.rpartition(':')[2]
-        run = subprocess.run(
-            [sys.executable, SPACE / 'app.py', '--port', port], capture_output=True, text=True, timeout=120)
-        assert run.returncode == 2
-        assert f'cannot listen on this host, port {port}' in run.stderr and 'Traceback' not in run.stderr
-
-    def test_shows_the_breed_of_an_upload(self, server):
-        assert re.findall('<li><span>(.*?)</span>', Visitor(server).upload(CAT.read_bytes())[0])[0] == 'Maine Coon'
-
     @pytest.mark.parametrize('data, sentence', [
         (HEIC, 'HEIC'), (BEAGLE.read_bytes()[:2000], 'cannot be read'), (b'<b>', 'not a picture')])
     def test_a_file_that_is_not_read_gets_a_sentence_and_clears_the_page(self, server, data, sentence):
         visitor = Visitor(server)
         breeds, maps = visitor.upload(data)
         assert breeds.startswith('<p role="alert">') and sentence in breeds and maps == ''
-
-    def test_a_file_that_the_browser_found_too_large_gets_a_sentence(self, server):
-        assert 'larger than 30 MB' in Visitor(server).trigger('upload', [6], data=None)[1]
 
     def test_ten_visitors_at_once_each_get_their_own(self, app, pets, server):
         colours = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
@@ -318,14 +252,6 @@ class TestServer:
         response = Visitor(server).client.post('/gradio_api/upload', files={'files': CAT.read_bytes()})
         assert response.status_code == 413
         assert server.files() == before
-
-    @pytest.mark.slow
-    def test_leaves_nothing_behind(self, tmp_path):
-        pytest.importorskip('gradio')
-        server = Server(tmp_path)
-        assert any(server.folder.glob('tmp/*'))
-        server.stop()
-        assert not any(server.folder.glob('tmp/*'))
 
 
 # the browser
@@ -405,79 +331,20 @@ class TestBrowser:
         browser.wait_for(lambda: browser.label() == 'Maine Coon')
 
     def test_drop(self, browser):
-        browser.driver.execute_script('''
+        browser.driver.execute_script("""
             const bytes = Uint8Array.from(atob(arguments[0]), (character) => character.charCodeAt(0));
             const transfer = new DataTransfer();
             transfer.items.add(new File([bytes], 'cat.jpg', {type: 'image/jpeg'}));
             document.querySelector('.drop').dispatchEvent(
                 new DragEvent('drop', {dataTransfer: transfer, bubbles: true, cancelable: true}));
-        ''', base64.b64encode(CAT.read_bytes()).decode())
+        """, base64.b64encode(CAT.read_bytes()).decode())
         browser.wait_for(lambda: browser.label() == 'Maine Coon')
-
-    def test_sample(self, browser):
-        browser.all('.samples img[alt="sample: pug"]')[0].click()
-        browser.wait_for(lambda: browser.label() == 'pug')
 
     def test_slider(self, browser):
         before = browser.pictures()
         browser.all('#layer input[type=range]')[0].send_keys('\ue012')  # arrow to the left
         browser.wait_for(lambda: browser.all('.figures h3')[0].text == 'block 5')
         assert not set(before) & set(browser.pictures())
-
-    def test_slot(self, browser):
-        choice = browser.all('#slot label')[1]
-        slot = choice.text
-        choice.click()
-        browser.wait_for(lambda: browser.all(f'.maps img[alt="slot {slot} is read"]'))
-
-    def test_question(self, browser):
-        browser.all('button[role=tab]')[1].click()
-        browser.wait_for(lambda: browser.all('#question label')[0].is_displayed())
-        browser.all('#object label')[2].click()
-        browser.all('#question label')[0].click()
-        browser.wait_for(lambda: browser.all('.answer dd')[0].text.split()[0] in ('rectangle', 'circle'))
-        picture = browser.all('.shapes')[0].get_attribute('src')
-        next(button for button in browser.all('button') if button.text == 'new picture').click()
-        browser.wait_for(lambda: browser.all('.shapes')[0].get_attribute('src') != picture)
-
-    def test_broken_file(self, browser, tmp_path):
-        file = tmp_path / 'broken.jpg'
-        file.write_bytes(BEAGLE.read_bytes()[:2000])
-        browser.upload(file)
-        browser.wait_for(lambda: browser.all('[role=alert]'))
-        assert browser.all('[role=alert]')[0].text.startswith('This picture cannot be read')
-        assert not browser.pictures()
-        browser.upload(CAT)
-        browser.wait_for(lambda: browser.label() == 'Maine Coon' and browser.pictures())
-
-    def test_a_file_larger_than_30_mb(self, browser, tmp_path):
-        file = tmp_path / 'large.jpg'
-        with file.open('wb') as large:
-            large.truncate(31_000_000)
-        browser.upload(file)
-        browser.wait_for(lambda: browser.all('[role=alert]'))
-        assert browser.all('[role=alert]')[0].text == 'This file is larger than 30 MB.'
-
-    def test_two_visitors_at_once(self, browsers, server):
-        files = {SPACE / 'samples' / 'pug_82.jpg': 'pug', CAT: 'Maine Coon'}
-        visitors = [browsers() for _ in files]
-        for visitor in visitors:
-            visitor.open(server.url)
-        for visitor, file in zip(visitors, files):
-            visitor.upload(file)
-        for visitor, breed in zip(visitors, files.values()):
-            visitor.wait_for(lambda: visitor.label() == breed)
-        for visitor in visitors:
-            visitor.all('#layer input[type=range]')[0].send_keys('\ue012')
-        for visitor in visitors:
-            visitor.wait_for(lambda: visitor.all('.figures h3')[0].text == 'block 5')
-        assert not set(visitors[0].pictures()) & set(visitors[1].pictures())
-
-    @pytest.mark.parametrize('width', [360, 1200])
-    def test_is_no_wider_than_the_screen(self, browsers, server, width):
-        browser = browsers()
-        browser.open(server.url, width)
-        assert browser.driver.execute_script('return document.documentElement.scrollWidth') <= width
 
     def test_asks_no_other_host_and_has_no_errors(self, browser, server):
         browser.upload(CAT)

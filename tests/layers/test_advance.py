@@ -5,8 +5,8 @@ import gc
 import pickle
 import subprocess
 import sys
-import warnings
 import threading
+import warnings
 import weakref
 from pathlib import Path
 
@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3, freeze
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
-from timm_ait.ops import naive
+from timm.utils import ModelEmaV3, freeze
 
 from tests.layers import SMALL, make_workspace, written_by
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
+from timm_ait.ops import naive
 
 
 def tokens():
@@ -354,6 +355,18 @@ def test_every_parameter_that_wants_a_gradient_gets_one(kwargs):
 
 class TestRefusals:
 
+    @pytest.mark.parametrize('transform', [
+        lambda layer: torch.func.jvp(layer, (tokens(),), (tokens(),)),
+        lambda layer: torch.func.vmap(layer)(tokens()),
+        lambda layer: torch.func.grad(lambda weight: torch.func.functional_call(
+            layer, {'k.weight': weight}, (tokens(),)).sum())(layer.k.weight.detach()),
+    ], ids=['jvp', 'vmap', 'grad'])
+    def test_derivatives_of_torch_func_raise_in_training(self, transform):
+        layer = make_workspace()
+        with pytest.raises(RuntimeError, match=r'model.eval\(\)'):
+            transform(layer)
+        assert layer.written is None
+
     def test_a_replica_of_dataparallel_raises(self):
         model = nn.Sequential(nn.Linear(24, 24), make_workspace())
         layer = model[1]._replicate_for_data_parallel()
@@ -530,6 +543,48 @@ class TestCheckpointing:
             net = Net(how, balance_weight=0.)
             results.append(train(net, lambda x: net(x.requires_grad_())))
         assert_same(*results)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that PyTorch runs, but for views."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        is_view = any(argument.alias_info is not None and not argument.alias_info.is_write
+                      for argument in function._schema.arguments)
+        self.number += not is_view and function is not torch.ops.aten.promote_types.default
+        return result
+
+
+class TestOperators:
+
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize('gated', [False, True])
+    def test_a_training_step_launches_few(self, gated, dtype):
+        layer = make_workspace(gated=gated, bottleneck=0.1)
+        x = tokens().to(dtype).requires_grad_()
+        with Operators() as forward:
+            output = layer(x)
+        loss = output.float().square().mean() + balance_loss(layer)
+        with Operators() as backward:
+            loss.backward()
+        assert forward.number <= 60 and backward.number <= 70
+
+    def test_compiled_evaluation_has_four_products_at_most(self):
+        products = []
+
+        def backend(graph, inputs):
+            names = ('linear', 'addmm', 'matmul', 'mm', 'bmm')
+            products.extend(node for node in graph.graph.nodes if getattr(node.target, '__name__', '') in names)
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(make_workspace().eval(), backend=backend, fullgraph=True)(tokens())
+        assert 1 < len(products) <= 4
 
 
 class TestCompile:

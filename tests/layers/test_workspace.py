@@ -2,11 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.layers import make_workspace, written_by
 from timm_ait.layers import GlobalWorkspace, advance_memory, balance_loss
 from timm_ait.layers._arguments import split_kwargs
 from timm_ait.ops import naive
-
-from tests.layers import make_workspace, written_by
 
 
 class TestForward:

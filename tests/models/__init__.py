@@ -1,7 +1,8 @@
 """ Small models and images of these tests. """
-import timm
 import torch
 import torch.nn as nn
+
+import timm
 
 import timm_ait  # noqa: F401, registers the models
 

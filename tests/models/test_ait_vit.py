@@ -1,12 +1,12 @@
 import pytest
-import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import save, save_file
+
+import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, save_for_hf
 
-from timm_ait import AssociativeTransformer, memory_statistics
-from timm_ait.layers import GlobalWorkspace
+from timm_ait import AssociativeTransformer
 
 BODIES = {
     'ait_vit_tiny_patch16_224': 'vit_tiny_patch16_224',
@@ -37,15 +37,6 @@ def make_vit(**kwargs):
 
 @pytest.mark.parametrize('name, body', BODIES.items())
 class TestBody:
-
-    def test_keys_and_shapes_are_those_of_the_vit_and_of_the_workspaces(self, name, body):
-        vit, ait = (
-            {key: value.shape for key, value in timm.create_model(model, depth=2, device='meta').state_dict().items()}
-            for model in (body, name))
-        added = {key for key in ait if '.mlp.workspace.' in key}
-        assert {key: ait[key] for key in ait.keys() - added} == vit
-        gates = {key for key in added if key.endswith('.gate')}
-        assert gates == {key.replace('fc2.weight', 'workspace.gate') for key in vit if key.endswith('.mlp.fc2.weight')}
 
     def test_every_tag_with_weights_on_the_hub_is_there(self, name, body):
         tags = {full.partition('.')[2] for full, cfg in get_arch_pretrained_cfgs(body).items() if cfg.hf_hub_id}
@@ -94,14 +85,6 @@ class TestPretrained:
     def test_logits_are_those_of_the_vit(self, vit, training):
         assert torch.equal(self.load(vit[1]).train(training)(images()), vit[0].train(training)(images()))
 
-    def test_gates_are_closed_and_slots_distinct(self, vit):
-        model = self.load(vit[1])
-        layers = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
-        assert len(layers) == 6
-        assert not any(layer.gate.any() for layer in layers)
-        for statistics in memory_statistics(model).values():
-            assert statistics['effective_rank'] == pytest.approx(8., rel=1e-3)
-
     @pytest.mark.parametrize('kwargs', [
         dict(num_classes=7), dict(num_classes=0), dict(img_size=96), dict(img_size=96, num_classes=7),
         dict(in_chans=1), dict(patch_size=8), dict(global_pool='avg', fc_norm=False)])
@@ -123,25 +106,12 @@ class TestPretrained:
         with pytest.raises(RuntimeError, match=f'nothing was loaded.*{found_and_expected}'):
             self.load(vit[1], **kwargs, **classes)
 
-    @pytest.mark.parametrize('classes', [{}, dict(num_classes=7)])
-    def test_a_missing_key_of_the_body_is_an_error(self, vit, tmp_path, classes):
-        state_dict = vit[0].state_dict()
-        del state_dict['blocks.3.mlp.fc1.weight']
-        save_file(state_dict, tmp_path / 'incomplete.safetensors')
-        with pytest.raises(RuntimeError, match='missing keys: blocks.3.mlp.fc1.weight'):
-            self.load(dict(file=str(tmp_path / 'incomplete.safetensors')), **classes)
-
     def test_workspaces_are_loaded_whole_or_not_at_all(self, tmp_path):
         state_dict = timm.create_model('test_ait_vit').state_dict()
         del state_dict['blocks.3.mlp.workspace.memory']
         save_file(state_dict, tmp_path / 'incomplete.safetensors')
         with pytest.raises(RuntimeError, match='missing keys: blocks.3.mlp.workspace.memory'):
             self.load(dict(file=str(tmp_path / 'incomplete.safetensors')))
-
-    def test_without_gates_the_weights_of_a_vit_are_refused(self, vit):
-        # the ungated layer would not start as the identity
-        with pytest.raises(RuntimeError, match='missing keys: blocks.0.mlp.workspace'):
-            self.load(vit[1], gated=False)
 
     def test_fine_tuned_and_saved_it_comes_back(self, vit, tmp_path):
         model = self.load(vit[1], num_classes=3)
@@ -159,10 +129,3 @@ def test_the_tag_pets_is_for_its_image_size_and_breeds():
     assert model.num_classes == len(set(model.pretrained_cfg['label_names'])) == 37
     config = timm.data.resolve_model_data_config(model)
     assert (config['input_size'], config['crop_pct'], config['interpolation']) == ((3, 196, 196), 0.875, 'bicubic')
-
-
-def test_a_workspace_is_that_of_the_paper():
-    workspace = timm.create_model('ait_vit_tiny_patch16_224', device='meta', depth=1).blocks[0].mlp.workspace
-    assert (workspace.num_slots, workspace.slot_dim) == (32, 32)
-    assert (workspace.workspace_heads, workspace.bottleneck) == (8, 512)
-    assert workspace.gated and workspace.balance_weight == 1e-2

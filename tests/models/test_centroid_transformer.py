@@ -1,9 +1,10 @@
 from functools import partial
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+
+import timm
 
 from tests.models import images, make_model
 from tests.models.equations import assert_same, vit_tokens
@@ -111,16 +112,6 @@ class TestEquations:
         parameters = [p for name, p in model.named_parameters() if not name.startswith('head')]
         assert_same(actual, expected, parameters)
 
-    def test_a_token_is_shared_out_among_the_centroids(self):
-        # every token gives its value away once: the steps of all centroids sum to that of all values
-        torch.manual_seed(0)
-        layer = CentroidAttention(12, num_heads=3, dtype=torch.float64)
-        torch.nn.init.eye_(layer.proj.weight)
-        torch.nn.init.zeros_(layer.proj.bias)
-        centroids, x = torch.randn(2, 4, 12, dtype=torch.float64), torch.randn(2, 9, 12, dtype=torch.float64)
-        values = x @ layer.qkv.weight[24:].T
-        assert (layer(centroids, x).sum(dim=1) - values.sum(dim=1) * 4 / 9).abs().max() <= 1e-10
-
 
 class TestCentroids:
 
@@ -145,29 +136,6 @@ class TestCentroids:
         assert [info['reduction'] for info in model.feature_info] == [4] * 3 + [8] * 2
         assert [isinstance(block, CentroidBlock) for block in model.blocks] == [False] * 3 + [True] + [False]
 
-    def test_centroids_keep_their_place_in_the_grid(self):
-        # without a step, the centroid grid is the pooled token grid
-        model = make_model(depth=2, centroid_index=1).eval()
-        for parameter in (*model.blocks[1].attn.proj.parameters(), *model.blocks[1].mlp.fc2.parameters()):
-            torch.nn.init.zeros_(parameter)
-        tokens, centroids = model.forward_intermediates(images(), intermediates_only=True)
-        torch.testing.assert_close(centroids, F.avg_pool2d(tokens, 2))
-
-    def test_prefix_tokens_stay(self):
-        block = CentroidBlock(16, 2, grid_size=(4, 6), num_prefix_tokens=3).eval()
-        x = torch.randn(2, 27, 16)
-        centroids = block.init_centroids(x)
-        assert centroids.shape == (2, 3 + 6, 16)
-        assert torch.equal(centroids[:, :3], x[:, :3])
-
-    def test_question_is_a_centroid_of_its_own(self):
-        model = make_model(question_dim=5).eval()
-        lengths = []
-        for block in model.blocks:
-            block.register_forward_hook(lambda m, i, output: lengths.append(output.shape[1]))
-        model(images(), question=torch.randn(4, 5))
-        assert lengths == [1 + 64, 1 + 16, 1 + 16]
-
 
 class TestLikeAnyTimmViT:
 
@@ -183,9 +151,3 @@ class TestLikeAnyTimmViT:
     def test_a_bad_argument_is_named(self, name, value):
         with pytest.raises(ValueError, match=f'{name}.*{value}'):
             make_model(**{name: value})
-
-    def test_attention_dropout_acts_on_the_centroids(self):
-        layer = CentroidAttention(16, num_heads=2, attn_drop=0.5)
-        centroids, x = torch.randn(1, 3, 16), torch.randn(1, 30, 16)
-        assert torch.equal(layer.eval()(centroids, x), layer(centroids, x))
-        assert not torch.equal(layer.train()(centroids, x), layer(centroids, x))

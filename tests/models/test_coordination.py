@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.models import images, make_model
 from tests.models.equations import assert_same, vit_tokens
-from timm_ait.models.coordination import SharedWorkspace, topk_softmax
+from timm_ait.models.coordination import SharedWorkspace
 
 make_model = partial(make_model, 'test_coordination')
 
@@ -89,14 +89,6 @@ class TestEquations:
         parameters = [p for name, p in model.named_parameters() if not name.startswith('head')]
         assert_same(actual, expected, parameters)
 
-    def test_the_weights_of_a_slot_are_k_and_sum_to_one(self):
-        weights = topk_softmax(torch.randn(2, 3, 5, 20), 4)
-        assert torch.equal((weights > 0).sum(dim=-1), torch.full((2, 3, 5), 4))
-        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 3, 5))
-
-    def test_of_equal_scores_exactly_k_are_kept(self):
-        assert torch.equal((topk_softmax(torch.zeros(3, 20), 4) > 0).sum(dim=-1), torch.full((3,), 4))
-
 
 class TestCompetition:
 
@@ -116,45 +108,6 @@ class TestCompetition:
         assert torch.equal(layer.write(changed, memory), layer.write(x, memory))
         changed[:, ~losers] *= 0.9
         assert not torch.equal(layer.write(changed, memory), layer.write(x, memory))
-
-    def test_a_token_that_no_slot_selects_gets_no_gradient_from_the_memory(self):
-        torch.manual_seed(0)
-        layer = SharedWorkspace(16, num_heads=2, slot_dim=8, slot_heads=2, bottleneck=2, dtype=torch.float64)
-        torch.nn.init.zeros_(layer.gate_in.weight)
-        x = torch.randn(1, 30, 16, dtype=torch.float64, requires_grad=True)
-        memory = torch.randn(1, 3, 8, dtype=torch.float64)
-        _, _, selected = reference_workspace(layer, x, memory)
-        gradient, = torch.autograd.grad(layer.write(x, memory).sum(), x)
-        assert torch.equal((gradient[0] != 0).any(dim=-1), selected.any(dim=(0, 1, 2)))
-
-    def test_tokens_communicate_through_the_memory_alone(self):
-        model = make_model().double().eval()
-        for block in model.blocks:
-            torch.nn.init.zeros_(block.attn.read_kv.weight)
-            torch.nn.init.zeros_(block.attn.read_kv.bias)
-        x = images(1).double()
-        changed = x.clone()
-        changed[..., :4, :4] = 0  # the first patch
-        difference = (model.forward_features(changed) - model.forward_features(x)).abs().amax(dim=-1)[0]
-        difference = difference[model.num_prefix_tokens:]
-        assert difference[0] > 1e-3
-        assert difference[1:].max() == 0
-
-    def test_memory_is_carried_from_block_to_block(self):
-        model = make_model(depth=2).eval()
-        seen = []
-        for block in model.blocks:
-            block.attn.register_forward_hook(lambda m, inputs, output: seen.append((inputs[1], output[1])))
-        model(images())
-        assert torch.equal(seen[0][0], model.norm_pre.memory.slots.expand(4, -1, -1))
-        assert torch.equal(seen[1][0], seen[0][1])
-        assert not torch.equal(seen[1][0], seen[0][0])
-
-    def test_training_changes_no_state(self):
-        model = make_model().train()
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        model(images())
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 class TestLikeAnyTimmViT:

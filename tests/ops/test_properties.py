@@ -1,11 +1,11 @@
 """ What holds for every shape, bottleneck, mask and precision. """
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-
-from timm_ait.ops import memory, naive, workspace
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.ops import run
+from timm_ait.ops import memory, naive, workspace
 
 DTYPES = (torch.float32, torch.float64)
 TOLERANCE = {torch.float32: dict(atol=1e-4, rtol=1e-3), torch.float64: dict(atol=1e-9, rtol=1e-7)}
@@ -77,7 +77,8 @@ class TestStep:
         order = list(range(len(step['tokens'])))
         random.shuffle(order)
         shuffled = {
-            **step, **{name: step[name][order] for name in ('tokens', 'residual', 'token_mask') if step[name] is not None}}
+            **step,
+            **{name: step[name][order] for name in ('tokens', 'residual', 'token_mask') if step[name] is not None}}
         output, *others = workspace.write_and_read(**step)
         shuffled_output, *shuffled_others = workspace.write_and_read(**shuffled)
         torch.testing.assert_close([shuffled_output, *shuffled_others], [output[order], *others])

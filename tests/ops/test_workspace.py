@@ -4,9 +4,8 @@ import inspect
 import pytest
 import torch
 
-from timm_ait.ops import naive, workspace
-
 from tests.ops import make_step, map_floats, run
+from timm_ait.ops import naive, workspace
 
 # tokens, width, slots, slot width, heads, bottleneck
 GRID = [

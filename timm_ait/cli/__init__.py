@@ -17,8 +17,7 @@ def one_line(error: BaseException) -> str:
 
 
 def quietly(command: Callable[[ArgumentParser, Namespace], int], parser: ArgumentParser, args: Namespace) -> int:
-    """Run a command; end silently if its output is closed, as by `head`, and with one line if a file cannot be written.
-    """
+    """Run a command. It ends silently if its output is closed, as by `head`, and in one line on a file error."""
     try:
         code = command(parser, args)
         sys.stdout.flush()

@@ -62,7 +62,7 @@ def _sort_of_clevr_sheet(seed: int) -> Image.Image:
     indices = np.arange(10)
     objects = sort_of_clevr.scenes(seed, indices)
     questions, answers = sort_of_clevr.ask(seed, indices, objects)
-    asked = np.concatenate([kind * sort_of_clevr.QUESTIONS_A_KIND + np.arange(4) for kind in range(3)])
+    asked = np.concatenate([kind * sort_of_clevr.QUESTIONS_PER_KIND + np.arange(4) for kind in range(3)])
     captions = [[_in_words(questions[i, j], answers[i, j]) for j in asked] for i in indices]
     return _sheet(sort_of_clevr.draw(objects), captions, scale=4)
 

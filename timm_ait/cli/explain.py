@@ -348,7 +348,7 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     for file in tqdm(files, unit='image', file=sys.stderr, disable=not files):
         try:
             sheet, numbers = _explain(model, file, read(file)[1], args)
-        except Exception as e:  # Pillow raises nearly anything on damaged files
+        except Exception as e:  # Pillow raises many kinds of errors on damaged files
             tqdm.write(f'{file}: cannot be explained ({one_line(e)})', file=sys.stderr)
             continue
         names = itertools.chain([file.stem], (f'{file.stem}-{i}' for i in itertools.count(2)))

@@ -220,7 +220,7 @@ def add_parser(commands) -> None:
 def _blame(parser: argparse.ArgumentParser, argument: str) -> Iterator[None]:
     try:
         yield
-    except Exception as e:  # readers of files and models raise nearly anything
+    except Exception as e:  # readers of files and models raise many kinds of errors
         parser.error(f'{argument}: {one_line(e)}')
 
 
@@ -263,7 +263,7 @@ def _load_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, tra
     """Model with the weights of a training."""
     name = args.model or trained.get('model')
     if not name:
-        parser.error(f'--model: {args.checkpoint} does not say which model it is of; give its name')
+        parser.error(f'--model is needed: {args.checkpoint} does not contain the name of its model')
     arguments = {
         'num_classes': trained.get('num_classes') if args.num_classes is None else args.num_classes,
         'in_chans': trained['input_size'][0] if trained.get('input_size') else trained.get('in_chans'),

@@ -1,4 +1,4 @@
-""" Image files and models as the commands read them. """
+""" Reading of image files and models for the commands. """
 import argparse
 import contextlib
 import os
@@ -30,7 +30,7 @@ __all__ = [
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
 
-# extensions of images that Pillow reads only with plugins: in a folder such files are reported, other files are not
+# images that Pillow reads only with plugins: unreadable files with these extensions are reported, others ignored
 _KNOWN_FORMATS = set('.heic .heif .hif .avif .jxl .jp2 .webp .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .raf '
                      '.rw2'.split())
 
@@ -49,17 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
 
 
 def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
-    """List image files: the given files, whatever their names, and in folders those with an image's extension.
+    """List the given files, and the files in the given folders that have the extension of an image.
 
-    Folders are searched recursively and through links; each file is listed once, however many links lead to it. Hidden
-    files and folders, and the `__MACOSX` of archives, are left out unless they are given themselves.
+    Folders are searched recursively, links are followed, and each file is listed once. Hidden files and folders and
+    the `__MACOSX` of archives are skipped unless they are given themselves.
 
     Args:
         paths: Files and folders.
 
     Returns:
-        The files, sorted within a folder; and what cannot be read, with the reason: folders that cannot be listed, what
-        is not a regular file, and images of a known format that the installed Pillow does not read.
+        The files, sorted within a folder; and the paths that cannot be read, with the reason.
 
     Raises:
         ValueError: A path does not exist, or a folder has no images.
@@ -96,7 +95,7 @@ def _search(root: Path, extensions: Set[str]) -> Tuple[List[Path], List[Problem]
     files, problems, visited = [], [], set()
     for folder, subfolders, names in os.walk(
             root, onerror=lambda e: problems.append((Path(e.filename), e.strerror)), followlinks=True):
-        if os.path.realpath(folder) in visited:  # a link that leads back
+        if os.path.realpath(folder) in visited:  # a link to a folder above
             subfolders.clear()
             continue
         visited.add(os.path.realpath(folder))
@@ -127,9 +126,9 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         mode: 'RGB' or 'L'.
 
     Raises:
-        ValueError: The image exceeds the limits, which is checked before its pixels are read; or its pixels are 32-bit
-            numbers, whose range is unknown.
-        Exception: Whatever Pillow raises on a damaged file.
+        ValueError: The image is too large, which is checked before its pixels are read, or has 32-bit pixels, whose
+            range is unknown.
+        Exception: Any error of Pillow on a damaged file.
     """
     with _quiet(), Image.open(file) as image:
         width, height = image.size
@@ -138,7 +137,7 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
         image.load()
-        # damaged EXIF data, in which no orientation can be read or replaced
+        # errors of damaged EXIF data
         with contextlib.suppress(SyntaxError, TypeError, ValueError, LookupError, OverflowError, struct.error):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
@@ -183,7 +182,7 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
         raise ValueError(f'--device {device}: {one_line(e)}; --device cpu works everywhere') from e
     try:
         model = create_model(name, pretrained=True)
-    except Exception as e:  # timm raises nearly anything on configs and files that are not its own
+    except Exception as e:  # timm raises many kinds of errors on unknown configs and files
         raise ValueError(
             f'--model {name} cannot be loaded ({one_line(e)}); use a name from timm.list_pretrained(), '
             'hf-hub:<user>/<model> or local-dir:<folder with config.json and weights>') from e

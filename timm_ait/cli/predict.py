@@ -51,7 +51,7 @@ def classify(model: nn.Module, files: Iterable[Path], topk: int = 5, batch_size:
             try:
                 image, x = read(file)
                 batch.append((file, fit(image, _THUMBNAIL), x))
-            except Exception as e:  # Pillow raises nearly anything on damaged files
+            except Exception as e:  # Pillow raises many kinds of errors on damaged files
                 yield Prediction(file, error=f'cannot be read ({one_line(e)})')
         if not batch:
             continue
@@ -146,7 +146,7 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _print(line: str) -> None:
-    # file names may have characters that the terminal's encoding lacks
+    # a file name may not be printable in the terminal's encoding
     encoding = sys.stdout.encoding or 'utf-8'
     line = line.encode(encoding, 'backslashreplace').decode(encoding)
     # on a terminal the progress bar must be cleared first; elsewhere tqdm.write would only redraw it for every line

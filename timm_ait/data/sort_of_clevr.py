@@ -4,7 +4,7 @@ From `A simple neural network module for relational reasoning` (Santoro et al. 2
 with the ternary questions and the encoding of the usual implementation.
 
 An image is 75 x 75, with one object of each colour, a square of 11 pixels or a circle of that diameter. No two objects
-overlap, none stands on a middle line, and no object has two nearest or two farthest others.
+overlap, no centre lies on a middle line, and every object has one nearest and one farthest other.
 
 Question, 18 numbers, zero but for:
     0-5    colour of the object asked about, one-hot (order of `COLOURS`)
@@ -35,7 +35,7 @@ __all__ = [
 IMAGE_SIZE = 75
 NUM_TRAIN = 9_800
 NUM_VALIDATION = 200
-QUESTIONS_A_KIND = 10
+QUESTIONS_PER_KIND = 10
 QUESTION_DIM = 18
 COLOURS = {
     'red': (255, 0, 0),
@@ -83,7 +83,7 @@ def scenes(seed: int, indices: np.ndarray) -> Scenes:
         indices: Image indices (n,).
     """
     indices = np.asarray(indices)
-    # no centre on a middle line: left and right, above and below are always one or the other
+    # no centre on a middle line: an object is always left or right, above or below
     places = np.setdiff1d(np.arange(_RADIUS, IMAGE_SIZE - _RADIUS), [_MIDDLE])
     centres = np.empty((len(indices), len(COLOURS), 2), np.int64)
     missing = np.arange(len(indices))
@@ -101,7 +101,7 @@ def scenes(seed: int, indices: np.ndarray) -> Scenes:
 
 def _scene_numbers(seed: int, indices: np.ndarray) -> np.ndarray:
     """The numbers that decide shapes (6) and questions (3 for each)."""
-    return uniforms(seed, indices, 0, len(COLOURS) + 3 * len(KINDS) * QUESTIONS_A_KIND)
+    return uniforms(seed, indices, 0, len(COLOURS) + 3 * len(KINDS) * QUESTIONS_PER_KIND)
 
 
 def draw(objects: Scenes) -> np.ndarray:
@@ -186,7 +186,7 @@ def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np
     first = (numbers[..., 0] * num_objects).astype(np.int64)
     second = (first + 1 + (numbers[..., 1] * (num_objects - 1)).astype(np.int64)) % num_objects
     subtype = (numbers[..., 2] * 3).astype(np.int64)
-    kind = np.broadcast_to(np.repeat(np.arange(len(KINDS)), QUESTIONS_A_KIND), first.shape)
+    kind = np.broadcast_to(np.repeat(np.arange(len(KINDS)), QUESTIONS_PER_KIND), first.shape)
 
     image = np.arange(num_images)[:, None]
     non_relational, relational, ternary = answer_tables(objects)
@@ -242,7 +242,7 @@ class SortOfClevr:
         if not file.is_file():
             raise FileNotFoundError(
                 f'There is no file {file}; write the data set with: python -m timm_ait data sort-of-clevr --out {root}')
-        of_kinds = np.isin(np.repeat(KINDS, QUESTIONS_A_KIND), kinds)
+        of_kinds = np.isin(np.repeat(KINDS, QUESTIONS_PER_KIND), kinds)
         with np.load(file, allow_pickle=False) as arrays:
             self.images = arrays['images']
             self.questions = arrays['questions'][:, of_kinds]

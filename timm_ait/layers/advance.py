@@ -3,7 +3,7 @@ import functools
 import sys
 import warnings
 import weakref
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -37,7 +37,8 @@ def count_write(workspace: nn.Module) -> None:
             f'The memory of a workspace was written in {_MAX_WRITES} forwards and did not move: no optimizer that has '
             'stepped holds its parameters. Create the optimizer after the workspaces; where it holds copies of the '
             'parameters, call timm_ait.advance_memory(model) after each step; freeze a workspace that is not to be '
-            'trained, by requires_grad_(False) or eval().')
+            'trained, by requires_grad_(False) or eval().',
+            stacklevel=2)
 
 
 def advance_memory(model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import contextlib
-import math
 from typing import Any, ContextManager, Dict, Optional, Tuple, Type, Union
 
 import torch
@@ -14,15 +13,14 @@ from torch.jit import Final
 from timm.layers import Mlp
 from timm.models import register_notrace_module
 
-from timm_ait.ops.graph import depends_on, in_backward, is_recomputed
 from timm_ait.ops.memory import add_written_, project_memory, slot_statistics, update_memory
 from timm_ait.ops.naive import WriteWeights
 from timm_ait.ops.workspace import read, write
 
 from ._arguments import check_at_least, check_choice, check_number
-from .advance import count_write
+from .projection import Projection
 from .ranks import ranks_of
-from .registry import register_workspace
+from .step import StepwiseMemory
 
 __all__ = ['GlobalWorkspace', 'WorkspaceMlp']
 
@@ -30,40 +28,12 @@ MEMORY_INITS = ('normal', 'uniform', 'identity')
 MEMORY_UPDATES = ('orthogonal', 'normalize')
 
 
-def _is_exporting() -> bool:
-    """`torch.compiler.is_exporting`, which up to torch 2.10 is true in torch.compile as well."""
-    return torch.compiler._is_exporting_flag
-
-
 def _without_autocast(x: torch.Tensor) -> ContextManager:
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def _forget_written(workspace: nn.Module, incompatible_keys: Any) -> None:
-    # hook of load_state_dict: what was written belongs to the memory before
-    workspace.written = None
-
-
-class Projection(nn.Module):
-    """Weight of a linear map that an operator applies; calling it gives the weight, through whatever parametrises it.
-
-    Not an `nn.Linear`, which LoRA or quantisation would replace by one that is never called.
-    """
-
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
-
-    def forward(self) -> torch.Tensor:
-        return self.weight
-
-
 @register_notrace_module  # its write depends on the number of tokens, which symbolic tracing cannot know
-class GlobalWorkspace(nn.Module):
+class GlobalWorkspace(StepwiseMemory):
     """Shared memory that tokens write into through a bottleneck and read from by Hopfield retrieval.
 
     The squashed tokens of the whole batch, xi = LayerNorm(x), compete for the memory: for each head and slot only the k
@@ -87,7 +57,6 @@ class GlobalWorkspace(nn.Module):
     within the step, evaluation does not write, and by default slots are kept orthonormal, since the published update
     (`memory_update='normalize'`) lets them collapse onto each other within tens of steps.
     """
-    is_workspace = True
     writes: Final[bool]
     retrieves: Final[bool]
     gated: Final[bool]
@@ -146,7 +115,7 @@ class GlobalWorkspace(nn.Module):
         Raises:
             ValueError: An argument is out of its range.
         """
-        super().__init__()
+        super().__init__(process_group)
         check_at_least(
             1, dim=dim, num_slots=num_slots, slot_dim=slot_dim, workspace_heads=workspace_heads,
             retrieval_steps=retrieval_steps)
@@ -181,8 +150,6 @@ class GlobalWorkspace(nn.Module):
         self.gated = gated
         self.reset_memory = reset_memory
         self.global_batch = global_batch
-        self.process_group = process_group
-        self.wrapper_group = None  # of DDP or FSDP, see `ranks.note_group`
 
         self.norm = nn.LayerNorm(dim, **dd)
         if write:
@@ -200,16 +167,6 @@ class GlobalWorkspace(nn.Module):
             self.attractors = nn.Linear(slot_dim, dim, **dd)
         self.gate = nn.Parameter(torch.empty(dim, **dd)) if gated and retrieval else None
 
-        # sum (M, D) and number of the memories written since the last step; no buffers, which DDP would overwrite
-        self.written: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
-        self.num_writes = 0  # since the last step, where it is not compiled
-        # of the last training forward
-        self.balance: Optional[torch.Tensor] = None
-        self.coverage: Optional[torch.Tensor] = None
-        self._balance_node: Optional[Any] = None  # of autograd's graph, which gave the output
-
-        register_workspace(self)
-        self.register_load_state_dict_post_hook(_forget_written)
         self.reset_parameters()
 
     def init_weights(self) -> None:
@@ -249,6 +206,9 @@ class GlobalWorkspace(nn.Module):
             RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
                 of re-entrant checkpointing or `torch.export`, or with offloaded parameters.
         """
+        if not torch.jit.is_scripting():
+            if isinstance(x, torch.fx.Proxy):  # symbolic tracing keeps the layer whole
+                return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x, token_mask), {})
         if x.shape[-1] != self.dim:
             raise ValueError(f'The tokens are {x.shape[-1]} wide, this workspace takes tokens of width {self.dim}.')
         if self.training and self.writes:
@@ -277,14 +237,9 @@ class GlobalWorkspace(nn.Module):
     def _write_and_read(self, x: torch.Tensor, token_mask: Optional[torch.Tensor]) -> torch.Tensor:
         write_modules = (self.q, self.k, self.v, self.proj, self.slot_norm)
         is_trained = [parameter.requires_grad for module in write_modules for parameter in module.parameters()]
-        if not is_trained:
-            raise RuntimeError(
-                'A workspace has no parameters of its own here and cannot write: nn.DataParallel and FSDP with flat '
-                'parameters keep them elsewhere. Use DistributedDataParallel, fully_shard (FSDP2) or '
-                'use_orig_params=True.')
-        if not any(is_trained):
+        if is_trained and not any(is_trained):
             return self._read(x)
-        self._check_it_can_write(x)
+        self.check_it_can_write(x, has_parameters=bool(is_trained))
 
         normed = self.norm(x).to(x.dtype).reshape(-1, self.dim)
         tokens, mask = x.reshape(-1, self.dim), None if token_mask is None else token_mask.reshape(-1)
@@ -302,6 +257,8 @@ class GlobalWorkspace(nn.Module):
             ranks = ranks_of(self) if self.global_batch else None
             candidate, balance, coverage = write(
                 normed, memory, weights, self.workspace_heads, self.bottleneck, mask, ranks)
+            if not torch.compiler.is_compiling():
+                self.check_derivative(candidate)
             written = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
             output = tokens if self.gated else normed
             if self.retrieves:
@@ -310,71 +267,21 @@ class GlobalWorkspace(nn.Module):
                 output = read(normed, attractors, self.beta, self.retrieval_steps, output, self.gate)
         output = (output if x.numel() else output[:0]).view(x.shape)
         if torch.is_grad_enabled():
-            self._keep_balance(self.balance_weight * balance, coverage, output)
+            self.keep_balance(self.balance_weight * balance, coverage, output)
             if x.numel() > 0 or self.global_batch:
                 self._keep(memory, candidate.detach(), written.detach())
         return output
-
-    def _check_it_can_write(self, x: torch.Tensor) -> None:
-        if _is_exporting():
-            raise RuntimeError(
-                'A workspace cannot be exported in training mode: its memory would never advance. Call model.eval().')
-        elsewhere = {parameter.device for parameter in self.parameters()} - {x.device}
-        if elsewhere:  # offloaded, by tools that bring weights back where a module is called
-            raise RuntimeError(
-                f'A workspace cannot write with parameters on {", ".join(map(str, elsewhere))}, tokens on {x.device}: '
-                'call model.eval(), or train without offloading.')
-        if self.balance_weight and not torch.compiler.is_compiling() and in_backward() and not is_recomputed():
-            raise RuntimeError(
-                're-entrant gradient checkpointing cuts the balance loss from its parameters: use use_reentrant=False '
-                '(timm.layers.set_reentrant_ckpt(False)), or balance_weight=0.')
-
-    def _keep_balance(self, loss: torch.Tensor, coverage: torch.Tensor, output: torch.Tensor) -> None:
-        if torch.compiler.is_compiling():
-            self.balance, self.coverage = loss, coverage
-        elif not is_recomputed():
-            if depends_on(output, {self._balance_node}):
-                loss = loss + self.balance  # used once more in the same forward
-            self.balance, self.coverage, self._balance_node = loss, coverage, output.grad_fn
-            count_write(self)
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
         """Keep what a forward wrote until the parameters move."""
         if not self.reset_memory:
             add_written_(*self.written_since_step(), written)
 
-    def written_since_step(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Sum (M, D), in at least float32, and number (scalar) of the memories written since the last step."""
-        if self.written is None or self.written[0].device != self.memory.device:
-            total = torch.zeros_like(self.memory, dtype=torch.promote_types(self.memory.dtype, torch.float32))
-            self.written = total, torch.zeros((), dtype=torch.long, device=total.device)
-        return self.written
-
-    def end_step(self) -> None:
-        """Called when the memory has moved."""
-        self.num_writes = 0
-        self.release_balance()
-
-    def release_balance(self) -> None:
-        """Keep of the balance loss its value alone."""
-        self.balance = None if self.balance is None else self.balance.detach()
-        self._balance_node = None
-
     def stored_memory(self) -> torch.Tensor:
         """The memory (M, D) that evaluation reads, in at least float32: unit rows, also where an average (EMA) or half
         precision has moved them."""
         memory = self.memory.detach()
         return F.normalize(memory.to(torch.promote_types(memory.dtype, torch.float32)), dim=-1)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        # what belongs to one step of one process stays behind when the layer is copied (EMA) or pickled
-        return {
-            **self.__dict__, 'written': None, 'balance': None, '_balance_node': None, 'process_group': None,
-            'wrapper_group': None}
-
-    def __setstate__(self, state: Dict[str, Any]) -> None:
-        super().__setstate__(state)
-        register_workspace(self)
 
     @torch.jit.ignore
     def memory_statistics(self) -> Dict[str, float]:

@@ -1,4 +1,4 @@
-""" How models of small images are configured and built, and what they refuse. """
+""" Configuration and construction of the models, and checks of their arguments. """
 import difflib
 import inspect
 from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Type
@@ -12,11 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.weights import check_weights, say_where_weights_are
 
-__all__ = ['build_vit', 'cifar_cfg', 'refuse_arguments', 'refuse_masks', 'refuse_unknown']
+__all__ = ['build_vit', 'cifar_cfg', 'check_arguments', 'reject_masks', 'check_known']
 
 
 def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    """Pretrained cfg of a model for images of 32 px in 10 classes."""
+    """Pretrained cfg of a model for 32 px images and 10 classes."""
     return {
         'url': url,
         'num_classes': 10,
@@ -43,16 +43,16 @@ def build_vit(
         question_dim: int = 0,
         **kwargs,
 ) -> VisionTransformer:
-    """Build a registered model, of as few as one block, whose checkpoint filter refuses weights of other models.
+    """Build a registered model. Its checkpoint filter rejects weights of another architecture.
 
     Args:
         model_cls: Class of the model.
-        question_cls: Class of the model that takes questions.
+        question_cls: Class of the same model with questions.
         filter_fn: Checkpoint filter.
         variant: Name of the registered model.
         pretrained: Load pretrained weights.
         question_dim: Width Q of the question vector that `forward` takes; 0 for none.
-        **kwargs: Arguments of the class and of timm's builder.
+        **kwargs: Arguments of the class and of `build_model_with_cfg`.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -71,7 +71,7 @@ def build_vit(
         )
 
 
-def refuse_unknown(kwargs: Iterable[str], known: Iterable[str], where: str) -> None:
+def check_known(kwargs: Iterable[str], known: Iterable[str], where: str) -> None:
     """Raise a TypeError that names the first unknown argument, the nearest valid one, and where all are listed."""
     for name in kwargs:
         if name not in known:
@@ -80,7 +80,7 @@ def refuse_unknown(kwargs: Iterable[str], known: Iterable[str], where: str) -> N
             raise TypeError(f'Unknown argument {name!r}.{hint} The arguments are listed in help({where}).')
 
 
-def refuse_arguments(
+def check_arguments(
         model: VisionTransformer,
         args: Tuple[Any, ...],
         kwargs: Dict[str, Any],
@@ -88,24 +88,27 @@ def refuse_arguments(
         also: Iterable[str] = (),
         **fixed,
 ) -> Dict[str, Any]:
-    """Arguments of a ViT by name, without those that in a model have one value, the fixed one.
+    """Check the arguments of a ViT, and remove those that this model fixes.
 
     Args:
-        model: The model that is being made.
-        args: Its arguments as `VisionTransformer`.
-        kwargs: Its other arguments, except for those of its own.
-        reason: Why the fixed ones are fixed.
-        also: Names of arguments that are not those of its classes.
-        **fixed: Arguments with one value.
+        model: The model under construction.
+        args: Positional arguments, in the order of `VisionTransformer`.
+        kwargs: Keyword arguments.
+        reason: Why some arguments are fixed.
+        also: Further valid names, beside the arguments of the model's classes.
+        **fixed: The only supported value of each fixed argument.
+
+    Returns:
+        The other arguments, by name.
 
     Raises:
         TypeError: An argument is unknown.
-        ValueError: A fixed argument is given another value.
+        ValueError: A fixed argument has another value.
     """
     kwargs = {**inspect.signature(VisionTransformer).bind_partial(*args).arguments, **kwargs}
     classes = [cls for cls in type(model).__mro__ if issubclass(cls, VisionTransformer)]
     known = {name for cls in classes for name in inspect.signature(cls).parameters}
-    refuse_unknown(kwargs, {*known, *also} - {'args', 'kwargs'}, f'{classes[0].__module__}.{classes[0].__name__}')
+    check_known(kwargs, {*known, *also} - {'args', 'kwargs'}, f'{classes[0].__module__}.{classes[0].__name__}')
     for name, value in fixed.items():
         given = kwargs.pop(name, value)
         if given != value and (given or value):  # None, 0 and False are all off
@@ -113,12 +116,12 @@ def refuse_arguments(
     return kwargs
 
 
-def refuse_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
-    """Called by blocks without self-attention.
+def reject_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
+    """Reject masks in a block without self-attention.
 
     Raises:
-        ValueError: There is a mask.
+        ValueError: A mask is given.
     """
-    # symbolic tracing has a proxy for each, which is not known to be set
+    # in symbolic tracing both are proxies of unknown value
     if isinstance(attn_mask, torch.Tensor) or (isinstance(is_causal, bool) and is_causal):
-        raise ValueError('attn_mask and is_causal need self-attention, which not every block of this model has.')
+        raise ValueError('attn_mask and is_causal are not supported: some blocks of this model have no self-attention.')

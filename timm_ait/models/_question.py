@@ -14,9 +14,9 @@ __all__ = ['QuestionViT']
 
 
 class QuestionViT(VisionTransformer):
-    """What a family's class inherits from to take a question, which is added to the class token.
+    """Mixin for models that take a question, which is added to the class token.
 
-    `question` is a keyword of every forward. The classes are made by `create_model` with `question_dim`.
+    `question` is a keyword argument of every forward. `create_model` with `question_dim` builds these models.
     """
 
     def __init__(self, *args, question_dim: int, **kwargs) -> None:
@@ -74,21 +74,21 @@ class QuestionViT(VisionTransformer):
 
         Args:
             x: Images (B, C, H, W).
-            attn_mask: As `VisionTransformer`, for models with self-attention throughout.
-            is_causal: As `VisionTransformer`, likewise.
+            attn_mask: As `VisionTransformer`; only for models with self-attention in every block.
+            is_causal: As `VisionTransformer`; likewise.
             question: (B, Q).
 
         Returns:
             Logits (B, num_classes).
 
         Raises:
-            ValueError: The question is misshapen, or the model does not take masks.
+            ValueError: The question has another shape, or the model does not support masks.
         """
         return self.forward_head(self.forward_features(x, attn_mask, is_causal, question=question))
 
     def forward_intermediates(self, x: torch.Tensor, *args, question: torch.Tensor, **kwargs) -> Any:
         """As the family's class, with a question (B, Q)."""
-        # a shallow copy with a class token for each image: nothing of a call stays in the model
+        # a shallow copy with one class token per image, so that the model itself keeps no state of a call
         asking = copy.copy(self)
         cls_token = self.cls_token + self.question_embed(question, x.shape[0])
         asking._parameters = {**self._parameters, 'cls_token': cls_token}

@@ -34,7 +34,7 @@ def checkpoint_filter_fn(
         state_dict: Dict[str, torch.Tensor],
         model: AssociativeTransformer,
 ) -> Dict[str, torch.Tensor]:
-    """As the ViT's; its checkpoint is completed by workspaces that start as the identity."""
+    """As the ViT's. A ViT's checkpoint gets new workspaces, which start as the identity."""
     return add_fresh_workspaces(ait_checkpoint_filter_fn(state_dict, model), model)
 
 

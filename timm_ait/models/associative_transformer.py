@@ -18,7 +18,14 @@ import torch
 import torch.nn as nn
 
 from timm.layers import (
-    HybridEmbed, LayerNorm, Mlp, PatchDropout, get_device_dtype, get_norm_layer, resample_abs_pos_embed)
+    HybridEmbed,
+    LayerNorm,
+    Mlp,
+    PatchDropout,
+    get_device_dtype,
+    get_norm_layer,
+    resample_abs_pos_embed,
+)
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
 from timm.models._input import get_pretrained_grid_size
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -29,7 +36,7 @@ from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers._arguments import options, split_kwargs
 from timm_ait.weights import shipped_cfg
 
-from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
@@ -38,7 +45,7 @@ __all__ = ['AssociativeTransformer']
 @torch.fx.wrap
 @register_notrace_function
 def attended_tokens(attn_mask: Optional[torch.Tensor], batch_size: int) -> Optional[torch.Tensor]:
-    """Tokens (B, N) that some token may attend to, None for all.
+    """Tokens (B, N) that at least one token may attend to; None for all.
 
     Args:
         attn_mask: Boolean or additive mask that broadcasts to (B, heads, N, N).
@@ -46,15 +53,15 @@ def attended_tokens(attn_mask: Optional[torch.Tensor], batch_size: int) -> Optio
     """
     if attn_mask is None:
         return None
-    # what the softmax makes of -inf, of the dtype's lowest number, or of -1e4
+    # the softmax gives no weight to -inf, to the lowest number of the dtype, or to -1e4
     attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask.float().exp() > 0
-    if attended.ndim < 4:  # the same for all images
+    if attended.ndim < 4:  # one mask for all images
         return attended.flatten(0, -2).any(dim=0).expand(batch_size, -1)
     return attended.flatten(1, 2).any(dim=1).expand(batch_size, -1)
 
 
 class AssociativeBlock(Block):
-    """timm's block with a `WorkspaceMlp`, which it tells in training what tokens no other attends to: padding."""
+    """timm's block with a `WorkspaceMlp`. In training, tokens that are masked out for all others are not written."""
 
     def forward(
             self,
@@ -76,8 +83,7 @@ class AssociativeBlock(Block):
 
 
 class AttentionFreeBlock(AssociativeBlock):
-    """timm's block without its self-attention: what tokens exchange goes through the workspace, linear in their number.
-    """
+    """timm's block without self-attention: tokens communicate through the workspace alone, at linear cost."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -89,8 +95,8 @@ class AttentionFreeBlock(AssociativeBlock):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
-        """As `AssociativeBlock`; the mask only says what tokens there are, and `is_causal` is not supported."""
-        refuse_masks(None, is_causal)
+        """As `AssociativeBlock`; the mask only excludes tokens from the write, and `is_causal` is not supported."""
+        reject_masks(None, is_causal)
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
 
@@ -131,9 +137,9 @@ class AssociativeTransformer(VisionTransformer):
 
     timm's `VisionTransformer` with another MLP layer; keys of a plain ViT checkpoint match one to one.
 
-    Beside timm's values, `global_pool` may be 'flat': the classifier is a norm and a linear layer over all features of
-    the patches' tokens, N * E, the published one. With `pool_include_prefix` class token and registers are among them.
-    The norm is where timm's pooled models have it, in `fc_norm`, unless `fc_norm=False` puts it before the flattening.
+    Beside timm's values, `global_pool` may be 'flat', the published classifier: a norm and a linear layer over the
+    N * E features of all patch tokens, and with `pool_include_prefix` of class token and registers too. The norm is
+    `fc_norm`, as in timm's pooled models; `fc_norm=False` normalises the tokens before they are flattened.
     """
 
     def __init__(
@@ -157,13 +163,14 @@ class AssociativeTransformer(VisionTransformer):
             ValueError: An argument is out of its range.
         """
         if not isinstance(workspace, bool):
-            raise ValueError(f'workspace must be True or False, got {workspace!r}: its arguments go beside it.')
+            raise ValueError(
+                f'workspace must be True or False, got {workspace!r}. Its options are arguments of the model.')
         if not attention and not workspace:
-            raise ValueError('attention=False needs workspace=True: without either, tokens would not meet.')
+            raise ValueError('attention=False needs workspace=True: tokens could not communicate without either.')
         unused = {} if attention else dict(
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
-        reason = f'the blocks are those with attention={attention}, which hand masks to the workspaces'
-        kwargs = refuse_arguments(
+        reason = f'the blocks are fixed with attention={attention}'
+        kwargs = check_arguments(
             self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         if workspace:
@@ -173,7 +180,7 @@ class AssociativeTransformer(VisionTransformer):
             block_fn, mlp_layer = Block, mlp_layer or Mlp
         flat = kwargs.get('global_pool') == 'flat'
         if flat:
-            kwargs['global_pool'] = 'avg'  # whose norm is in the same place
+            kwargs['global_pool'] = 'avg'  # has its norm in the same place
         super().__init__(block_fn=block_fn, mlp_layer=mlp_layer, **kwargs)
         self.norm_layer = get_norm_layer(kwargs.get('norm_layer')) or LayerNorm
         if flat:
@@ -186,7 +193,7 @@ class AssociativeTransformer(VisionTransformer):
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
         """As `VisionTransformer`, except for a classifier of all tokens, which keeps PyTorch's rule as published.
 
-        With timm's, a deviation of 0.02 for any number of inputs, its first logits would be far too large.
+        With timm's standard deviation of 0.02, whatever the number of inputs, the first logits would be far too large.
         """
         super().init_weights(mode, needs_reset)
         if self.global_pool == 'flat' and self.num_classes > 0:
@@ -197,7 +204,7 @@ class AssociativeTransformer(VisionTransformer):
         """As `VisionTransformer`, with 'flat' among the values of `global_pool`.
 
         Raises:
-            ValueError: 'flat' in a model whose number of tokens varies.
+            ValueError: 'flat' is not supported because the model's number of tokens varies.
         """
         global_pool = self.global_pool if global_pool is None else global_pool
         flat = global_pool == 'flat'
@@ -252,7 +259,7 @@ def checkpoint_filter_fn(
     """As the ViT's; the weights of a classifier of all tokens are resampled where the grid is another.
 
     Raises:
-        RuntimeError: The weights have a classifier of pooled tokens and the model one of all tokens, or vice versa.
+        RuntimeError: Only one of weights and model has a classifier over all tokens.
     """
     patch_weight = state_dict.get('patch_embed.proj.weight')
     state_dict = vit_checkpoint_filter_fn(state_dict, model)

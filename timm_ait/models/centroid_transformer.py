@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['CentroidTransformer']
@@ -118,7 +118,7 @@ class CentroidBlock(Block):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Centroids (B, P + M, C) of tokens x (B, P + N, C); masks are not supported."""
-        refuse_masks(attn_mask, is_causal)
+        reject_masks(attn_mask, is_causal)
         centroids = self.init_centroids(x)
         x = self.norm1(x)
         for _ in range(self.num_steps):
@@ -152,7 +152,7 @@ class CentroidTransformer(VisionTransformer):
         Raises:
             ValueError: An option of other blocks, or a size that is not possible.
         """
-        kwargs = refuse_arguments(
+        kwargs = check_arguments(
             self,
             args,
             kwargs,

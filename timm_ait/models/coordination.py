@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['Coordination']
@@ -199,7 +199,7 @@ class CoordinationBlock(Block):
             x: (B, P + K + N, E), of which K hold the memory.
             attn_mask, is_causal: Not supported, there is no self-attention.
         """
-        refuse_masks(attn_mask, is_causal)
+        reject_masks(attn_mask, is_causal)
         B, _, E = x.shape
         size = self.num_slots * self.attn.slot_dim
         start, stop = self.num_prefix_tokens, self.num_prefix_tokens + -(-size // E)
@@ -237,7 +237,7 @@ class Coordination(VisionTransformer):
         Raises:
             ValueError: An option of self-attention, or a size that is not possible.
         """
-        kwargs = refuse_arguments(
+        kwargs = check_arguments(
             self,
             args,
             kwargs,

@@ -14,8 +14,15 @@ import torch.nn as nn
 
 from timm.layers import Mlp
 from timm.models import (
-    PretrainedCfg, build_model_with_cfg, create_model, generate_default_cfgs, get_model_input_config,
-    get_pretrained_cfg, is_model, register_model)
+    PretrainedCfg,
+    build_model_with_cfg,
+    create_model,
+    generate_default_cfgs,
+    get_model_input_config,
+    get_pretrained_cfg,
+    is_model,
+    register_model,
+)
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 
@@ -23,7 +30,7 @@ from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers._arguments import options, split_kwargs
 from timm_ait.weights import check_weights
 
-from ._builder import refuse_unknown
+from ._builder import check_known
 from .associative_transformer import AssociativeBlock
 
 __all__ = ['add_workspace']
@@ -35,19 +42,19 @@ _BLOCK_MLP = re.compile(r'(^|\.)blocks(\.\d+)+\.mlp$')
 
 
 def _end_in_workspace(self: nn.Module, inputs: Tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-    # forward hook of an MLP; TorchScript compiles it as a method, hence the names and types
+    # forward hook of an MLP; TorchScript compiles it as a method, which needs these names and types
     return self.workspace(output)
 
 
 class _Unmasked:
-    """A block that cannot tell its MLP what tokens are masked, and so is not trained on masked ones."""
+    """Mixin for blocks that do not pass masks on to their MLP: training with a mask raises an error."""
 
     def __call__(self, *args, **kwargs):
         if self.training and isinstance(kwargs.get('attn_mask'), torch.Tensor):
             raise ValueError(
-                f'attn_mask does not reach the workspaces of this model, which would write the masked tokens: only a '
-                f'Block with an Mlp hands it on, not the {type(self).__bases__[1].__name__} with a '
-                f'{type(self.mlp).__name__} here.')
+                'attn_mask is not supported in training here: masked tokens would be written into the workspaces. A '
+                f'Block with an Mlp keeps them out, a {type(self).__bases__[1].__name__} with a '
+                f'{type(self.mlp).__name__} does not.')
         return super().__call__(*args, **kwargs)
 
 
@@ -82,12 +89,12 @@ def _select_blocks(mlps: List[Tuple[str, nn.Module]], blocks: Sequence[int]) -> 
 
 
 def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **workspace_kwargs) -> ModelT:
-    """Let the MLPs of a timm transformer end in gated global workspaces, in place.
+    """Add gated global workspaces to the MLPs of a timm transformer, in place.
 
-    The function of the model does not change (its gates are zero), nor do the keys of its state dict; added are
-    `….mlp.workspace.*`. In training, timm's training tasks add the balance loss, whose gradient reaches the whole body
-    from the first step, while that of the criterion reaches a workspace only once its gate has opened. Loops of your
-    own add `timm_ait.balance_loss(model)`.
+    The gates start at zero, so the model computes what it did before. Its state dict keeps its keys and gets new ones,
+    `….mlp.workspace.*`. timm's training tasks add the balance loss; in your own training loop, add
+    `timm_ait.balance_loss(model)`. Its gradient reaches the whole body from the first step, that of the criterion
+    reaches a workspace once its gate has opened.
 
     timm's `save_for_hf` and `push_to_hf_hub` write the result as architecture `ait_from_timm`, which `create_model`
     builds with its workspaces again.
@@ -96,26 +103,27 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
 
     Args:
         model: Transformer with MLPs at `….blocks.<i>.mlp` whose last layer is a linear one named `fc2`, such as timm's
-            ViT, DeiT, BEiT, EVA and Swin families. Its device and dtype are those of the workspaces.
-        blocks: Numbers of the blocks that get a workspace, counted through all stages, negative from the end. None for
-            all.
-        **workspace_kwargs: Arguments of `GlobalWorkspace`, except `gated`: these are always gated.
+            ViT, DeiT, BEiT, EVA and Swin families. The workspaces get its device and dtype.
+        blocks: Indices of the blocks that get a workspace, counted over all stages; negative ones count from the end.
+            None for all.
+        **workspace_kwargs: Arguments of `GlobalWorkspace` other than `gated`.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: An argument is unknown.
-        ValueError: The model has no such MLPs, or has workspaces already, or an argument is out of its range. The
-            model is unchanged after any error.
+        ValueError: The model has no such MLPs or already has workspaces, or an argument is out of its range. After
+            any error the model is unchanged.
     """
     if 'gated' in workspace_kwargs:
         raise TypeError('gated is not an argument of add_workspace: the workspaces that it adds are always gated.')
-    refuse_unknown(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
+    check_known(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
     architecture = type(model).__name__
     for name, module in model.named_modules():
         if isinstance(module, GlobalWorkspace):
-            raise ValueError(f'{architecture} has a workspace already, {name}: add_workspace wants a model without.')
+            raise ValueError(
+                f'{architecture} has a workspace already, {name}: add_workspace needs a model without workspaces.')
     mlps = [(name, module) for name, module in model.named_modules() if _BLOCK_MLP.search(name)]
     if not mlps:
         raise ValueError(
@@ -128,13 +136,13 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         if not isinstance(last, nn.Linear):
             found = 'none' if last is None else f'a {type(last).__name__}'
             raise ValueError(
-                f'{name} of {architecture}, a {type(mlp).__name__}, does not compute tokens that a workspace can take: '
-                f'add_workspace looked for a last linear layer named fc2 and found {found}. Select others by blocks=.')
+                f'{name} of {architecture}, a {type(mlp).__name__}, is not supported: add_workspace looked for a last '
+                f'linear layer named fc2 and found {found}. Select other blocks with blocks=.')
         block = model.get_submodule(name.rpartition('.')[0])
         if type(block) not in _UNMASKED and 'attn_mask' in inspect.signature(block.forward).parameters:
             raise ValueError(
-                f'{name} of {architecture} is in a {type(block).__name__} that takes an attn_mask: add_workspace does '
-                'not know how to keep masked tokens from being written.')
+                f'{name} of {architecture} is in a {type(block).__name__}, whose attn_mask is not supported: masked '
+                'tokens would be written into the workspaces.')
         workspaces.append(GlobalWorkspace(
             last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs))
 
@@ -145,8 +153,7 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
             block.__class__, mlp.__class__ = AssociativeBlock, WorkspaceMlp
         else:
             block.__class__ = _UNMASKED.get(type(block), type(block))
-            # the handle is kept since it reserves its id where the model is unpickled: another hook cannot take its
-            # place
+            # unpickled, the handle reserves its id, so that a later hook does not replace this one
             mlp.workspace_hook = mlp.register_forward_hook(_end_in_workspace)
 
     pretrained_cfg = getattr(model, 'pretrained_cfg', None) or {}
@@ -163,9 +170,9 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
 
 
 def add_fresh_workspaces(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Complete the state dict of a model without workspaces by the gated ones of a new model.
+    """Add the freshly initialised gated workspaces of a model to a state dict without workspaces.
 
-    A state dict that has entries of workspaces is not touched: it must have them all.
+    A state dict with any workspace is returned as it is, and so must have all of them.
     """
     if any('.workspace.' in key for key in state_dict):
         return state_dict
@@ -179,7 +186,7 @@ def add_fresh_workspaces(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 @check_weights
 def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """As the body's own, by timm's convention a function of this name beside its class, and then workspaces."""
+    """Apply the filter of the body, by timm's convention in the module of its class, and add fresh workspaces."""
     filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if filter_fn is not None:
         state_dict = filter_fn(state_dict, model)
@@ -202,8 +209,8 @@ def ait_from_timm(
 ) -> nn.Module:
     """ Any timm transformer with gated workspaces, see `add_workspace`.
 
-    Pretrained weights are those of a folder, repository or file that was asked for, with workspaces or without; else
-    those that timm has for `model`.
+    Pretrained weights come from the given folder, repository or file, which may be without workspaces, or else from
+    timm's weights for `model`.
 
     Args:
         model: Architecture of the transformer, with or without a tag: 'vit_tiny_patch16_224.augreg_in21k'.
@@ -213,8 +220,8 @@ def ait_from_timm(
     Raises:
         RuntimeError: The weights do not match the model.
         TypeError: An argument is unknown.
-        ValueError: `model` is no architecture of timm or one that `add_workspace` refuses, or an argument is out of its
-            range.
+        ValueError: `model` is not a timm architecture, `add_workspace` does not support it, or an argument is out of
+            its range.
     """
     if not isinstance(model, str) or not is_model(model):
         raise ValueError(
@@ -223,14 +230,14 @@ def ait_from_timm(
     workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
-        # with its own classifier first: where timm adapts that, it no longer minds what else does not fit
+        # first with the original classifier: where timm adapts it, timm no longer checks the other weights
         own_classifier = pretrained and not kwargs.keys() & {'global_pool', 'features_only'}
         num_classes = kwargs.pop('num_classes', None) if own_classifier else None
         try:
             body = create_model(model, pretrained, **kwargs)
         except TypeError as e:
             unknown = [name for name in kwargs if repr(name) in str(e)]
-            refuse_unknown(unknown, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
+            check_known(unknown, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
             raise
         if num_classes not in (None, body.num_classes):
             body.reset_classifier(num_classes)
@@ -244,7 +251,7 @@ def ait_from_timm(
         return build(pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
 
     if not is_saved:
-        # what a file does not say of itself is as timm has it for the body
+        # a file has no config of its own: use the body's
         pretrained_cfg = dataclasses.replace(
             get_pretrained_cfg(model) or PretrainedCfg(),
             architecture='ait_from_timm', url=None, file=None, hf_hub_id=None, custom_load=False)

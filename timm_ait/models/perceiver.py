@@ -26,10 +26,10 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, regis
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
-from timm_ait.layers.cross_attention import CrossAttention
 from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['Perceiver']
@@ -127,7 +127,7 @@ class PerceiverEncoder(nn.Module):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Latents (B, M, E) that have read the tokens x (B, N, E); masks are not supported."""
-        refuse_masks(attn_mask, is_causal)
+        reject_masks(attn_mask, is_causal)
         latents = self.latents.expand(x.shape[0], -1, -1)
         for i in range(self.num_iterations):
             latents = self.iterate(latents, x, i)
@@ -172,7 +172,7 @@ class Perceiver(VisionTransformer):
         Raises:
             ValueError: An argument is out of its range, or one of other blocks.
         """
-        kwargs = refuse_arguments(
+        kwargs = check_arguments(
             self,
             args,
             kwargs,
@@ -248,7 +248,7 @@ class Perceiver(VisionTransformer):
         `return_prefix_tokens` and `norm` change nothing: there are no prefix tokens among latents, and no norm.
         """
         assert output_fmt == 'NLC', 'Output format must be NLC: latents are not on a grid.'
-        refuse_masks(attn_mask, is_causal)
+        reject_masks(attn_mask, is_causal)
         encoder = self.blocks[0]
         take_indices, max_index = feature_take_indices(encoder.num_iterations, indices)
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))

@@ -25,10 +25,10 @@ from timm.layers import DropPath, LayerNorm, LayerType
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from timm_ait.layers.cross_attention import CrossAttention
 from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import build_vit, cifar_cfg, refuse_arguments, refuse_masks
+from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['SetTransformer']
@@ -98,7 +98,7 @@ class InducedSetAttentionBlock(nn.Module):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Update the set x (B, N, d); there is no self-attention to mask."""
-        refuse_masks(attn_mask, is_causal)
+        reject_masks(attn_mask, is_causal)
         h = self.induce(self.inducing_points.expand(x.shape[0], -1, -1), x)
         return self.attend(x, h)
 
@@ -164,7 +164,7 @@ class SetTransformer(VisionTransformer):
         Raises:
             ValueError: An argument is out of its range, or one of other blocks.
         """
-        kwargs = refuse_arguments(
+        kwargs = check_arguments(
             self,
             args,
             kwargs,

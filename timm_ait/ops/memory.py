@@ -1,4 +1,5 @@
 """ The small algebra of the memory itself, (M, D): its update, in at least float32, and its statistics. """
+import importlib.util
 import math
 from typing import Dict, Optional, Tuple
 
@@ -9,8 +10,8 @@ from .graph import is_recomputed
 
 __all__ = ['add_written_', 'polar', 'project_memory', 'slot_statistics', 'update_memory']
 
-# Polynomials a x + b x^3 + c x^5 that in turn take singular values to one. These take all in [1e-12, 1] there in as few as
-# can be: each is as close to one as possible on what those before it make of them. (The Polar Express, arXiv 2505.16932.)
+# Polynomials a x + b x^3 + c x^5 that in turn take singular values to one. These take all in [1e-12, 1] there in the
+# fewest steps, each as close to one as possible on the results of those before (The Polar Express, arXiv 2505.16932).
 _FAST = (
     (8.43, -24.53822, 17.85658),
     *[(4.215, -3.06728, 0.55802)] * 12,
@@ -71,33 +72,61 @@ def _polar_derivative_by_products(matrix: torch.Tensor, factor: torch.Tensor, di
     return dx.to(matrix.dtype)
 
 
+def _has_kernels(matrix: torch.Tensor) -> bool:
+    """Whether one kernel does what are hundreds of launches as products."""
+    return (
+        matrix.is_cuda and torch.version.hip is None and max(matrix.shape) <= 64
+        and importlib.util.find_spec('triton') is not None)
+
+
+def _singular_values(matrix: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Singular values s (M,), left vectors U (M, M) and the polar factor (M, D) of a wide matrix, on the CPU.
+
+    They come from the eigenvectors of its Gram matrix in float64, which for a small matrix cost less than its singular
+    vectors, most of all where other threads are busy; for a badly conditioned matrix from its singular vectors.
+    """
+    wide = matrix.double()
+    squares, u = torch.linalg.eigh(wide @ wide.T)
+    s = squares.clamp_min(0.).sqrt()
+    # squaring loses half of the digits
+    if s[0] > s[-1] * (1e-3 if matrix.dtype == torch.float64 else 1e-5):
+        return s, u, u @ (u.T @ wide / s.unsqueeze(1))
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    return s, u, u @ vh
+
+
 @torch.library.custom_op('timm_ait::polar', mutates_args=())
 def _polar(matrix: torch.Tensor) -> torch.Tensor:
     """Polar factor of a wide matrix."""
+    if _has_kernels(matrix):
+        from .polar_triton import polar_kernel
+        return polar_kernel(matrix)
     if matrix.device.type != 'cpu':
         return _polar_by_products(matrix)
     if not matrix.isfinite().all():
-        return torch.full_like(matrix, float('nan'))
-    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u @ vh
+        return torch.full_like(matrix, float('nan'), memory_format=torch.contiguous_format)
+    return _singular_values(matrix)[2].to(matrix.dtype)
 
 
 @torch.library.custom_op('timm_ait::polar_backward', mutates_args=())
 def _polar_backward(matrix: torch.Tensor, factor: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Gradient for a wide matrix U diag(s) V^T, which is the derivative in the direction of the gradient G given.
+    """Gradient for a wide matrix with polar factor X: the derivative in the direction of the given gradient G.
 
-    It is U Y V^T + U diag(1/s) U^T G (1 - V V^T), with Y_ij = (U^T G V - V^T G^T U)_ij / (s_i + s_j).
+    It is U Y U^T X + U diag(1/s) U^T (G - G X^T X), with Y_ij = (U^T (G X^T - X G^T) U)_ij / (s_i + s_j).
     """
+    if _has_kernels(matrix):
+        from .polar_triton import polar_derivative_kernel
+        return polar_derivative_kernel(matrix, factor, grad)
     if matrix.device.type != 'cpu':
         return _polar_derivative_by_products(matrix, factor, grad)
     if not (factor.isfinite().all() and grad.isfinite().all()):
-        return torch.full_like(matrix, float('nan'))
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    s = s + _ridge(s.dtype) * s.norm().clamp_min(torch.finfo(s.dtype).tiny)
-    rotated = u.T @ grad
-    half = rotated @ vh.T
-    y = (half - half.T) / (s.unsqueeze(0) + s.unsqueeze(1))
-    return u @ (y @ vh + (rotated - half @ vh) / s.unsqueeze(1))
+        return torch.full_like(matrix, float('nan'), memory_format=torch.contiguous_format)
+    s, u, x = _singular_values(matrix)
+    s = s + _ridge(matrix.dtype) * s.norm().clamp_min(torch.finfo(s.dtype).tiny)
+    g = grad.double()
+    rotation = g @ x.T
+    y = u.T @ (rotation - rotation.T) @ u / (s.unsqueeze(0) + s.unsqueeze(1))
+    return (u @ (y @ (u.T @ x) + u.T @ (g - rotation @ x) / s.unsqueeze(1))).to(matrix.dtype)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -114,9 +143,13 @@ def _double_backward(ctx, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], .
     return grad_matrix, None, grad_direction
 
 
-_polar.register_fake(torch.empty_like)
+def _like(matrix: torch.Tensor, *_) -> torch.Tensor:
+    return torch.empty_like(matrix, memory_format=torch.contiguous_format)
+
+
+_polar.register_fake(_like)
 _polar.register_autograd(lambda ctx, grad: _polar_backward(*ctx.saved_tensors, grad), setup_context=_save)
-_polar_backward.register_fake(lambda matrix, factor, grad: torch.empty_like(matrix))
+_polar_backward.register_fake(_like)
 _polar_backward.register_autograd(_double_backward, setup_context=_save)
 
 

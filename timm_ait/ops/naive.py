@@ -1,8 +1,8 @@
 """ The global workspace, written to be read.
 
 These functions are the executable specification: plain dense equations of `Associative Transformer`
-(https://arxiv.org/abs/2309.12862), one line an equation. The lean versions beside this file have the same signatures and
-are tested against it.
+(https://arxiv.org/abs/2309.12862), one line an equation. The lean versions beside this file have the same signatures
+and are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'WriteWeights', 'attend', 'balance_loss', 'energy', 'num_kept', 'polar', 'read', 'retrieve', 'update_memory', 'write',
-    'write_and_read',
+    'WriteWeights', 'attend', 'balance_loss', 'energy', 'num_kept', 'polar', 'read', 'retrieve', 'update_memory',
+    'write', 'write_and_read',
 ]
 
 

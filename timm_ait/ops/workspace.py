@@ -1,8 +1,8 @@
 """ A training step of the workspace, and its read, in few passes over the tokens.
 
 The key projection folds into the A * M queries, so no keys are made; tokens are pooled before the value projection, so
-no values are made; residual and gate ride in the last product. Scores, top-k, pooling and read are one function of plain
-PyTorch operators, which `torch.compile` takes whole.
+no values are made; residual and gate are part of the last product. Scores, top-k, pooling and read are one function of
+plain PyTorch operators, which `torch.compile` takes whole.
 
 Source: the equations of `naive.py`, whose functions have the same names and arguments.
 """

@@ -1,0 +1,114 @@
+""" What the forwards of an optimizer step leave in a workspace until it ends. """
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch.autograd.forward_ad import unpack_dual
+
+from timm_ait.ops.graph import depends_on, in_backward, is_recomputed
+
+from .advance import count_write
+from .registry import register_workspace
+
+__all__ = ['StepwiseMemory']
+
+
+def _forget_written(workspace: nn.Module, incompatible_keys: Any) -> None:
+    # hook of load_state_dict: what was written belongs to the memory before
+    workspace.written = None
+
+
+def _is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which up to torch 2.10 is true in torch.compile as well."""
+    return torch.compiler._is_exporting_flag
+
+
+class StepwiseMemory(nn.Module):
+    """Base of a layer whose buffer `memory` (M, D) moves with the parameters, to the mean of what was written.
+
+    Attributes:
+        written: Sum (M, D) and number of the memories written since the last step; no buffers, which DDP would
+            overwrite.
+        balance: Weighted balance loss of the last forward (scalar), with its graph until its backward or the step.
+        coverage: Share of the tokens that at least one slot selected in the last forward (scalar).
+        num_writes: Forwards since the last step that were not compiled.
+        process_group: The ranks that train the layer together, if named; see `ranks.ranks_of`.
+        wrapper_group: Those of DDP or FSDP.
+    """
+    is_workspace = True
+
+    def __init__(self, process_group: Optional[Any] = None) -> None:
+        super().__init__()
+        self.written: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+        self.balance: Optional[torch.Tensor] = None
+        self.coverage: Optional[torch.Tensor] = None
+        self._balance_node: Optional[Any] = None  # of autograd's graph, which gave the output
+        self.num_writes = 0
+        self.process_group = process_group
+        self.wrapper_group: Optional[Any] = None
+        register_workspace(self)
+        self.register_load_state_dict_post_hook(_forget_written)
+
+    def check_it_can_write(self, x: torch.Tensor, has_parameters: bool) -> None:
+        """Raise a RuntimeError, with the remedy, where a training forward of x could not do all that it is to do."""
+        if not has_parameters:
+            raise RuntimeError(
+                'A workspace has no parameters of its own here and cannot write: nn.DataParallel and FSDP with flat '
+                'parameters keep them elsewhere. Use DistributedDataParallel, fully_shard (FSDP2) or '
+                'use_orig_params=True.')
+        if _is_exporting():
+            raise RuntimeError(
+                'A workspace cannot be exported in training mode: its memory would never advance. Call model.eval().')
+        elsewhere = {parameter.device for parameter in self.parameters()} - {x.device}
+        if elsewhere:  # offloaded, by tools that bring weights back where a module is called
+            raise RuntimeError(
+                f'A workspace cannot write with parameters on {", ".join(map(str, elsewhere))}, tokens on {x.device}: '
+                'call model.eval(), or train without offloading.')
+        if self.balance_weight and not torch.compiler.is_compiling() and in_backward() and not is_recomputed():
+            raise RuntimeError(
+                're-entrant gradient checkpointing cuts the balance loss from its parameters: use use_reentrant=False '
+                '(timm.layers.set_reentrant_ckpt(False)), or balance_weight=0.')
+
+    def check_derivative(self, candidate: torch.Tensor) -> None:
+        """Raise a RuntimeError where what was written (M, D) has a derivative that would not reach the memory."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(candidate) or unpack_dual(candidate).tangent is not None:
+            raise RuntimeError(
+                'torch.func and forward-mode derivatives do not support workspaces in training mode: their memory would '
+                'not advance. Call model.eval().')
+
+    def keep_balance(self, loss: torch.Tensor, coverage: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep the balance loss and coverage (scalars) of a forward that gave an output."""
+        if torch.compiler.is_compiling():
+            self.balance, self.coverage = loss, coverage
+        elif not is_recomputed():
+            if depends_on(output, {self._balance_node}):
+                loss = loss + self.balance  # used once more in the same forward
+            self.balance, self.coverage, self._balance_node = loss, coverage, output.grad_fn
+            count_write(self)
+
+    def written_since_step(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Sum (M, D), in at least float32, and number (scalar) of the memories written since the last step."""
+        if self.written is None or self.written[0].device != self.memory.device:
+            total = torch.zeros_like(self.memory, dtype=torch.promote_types(self.memory.dtype, torch.float32))
+            self.written = total, torch.zeros((), dtype=torch.long, device=total.device)
+        return self.written
+
+    def end_step(self) -> None:
+        """Called when the memory has moved."""
+        self.num_writes = 0
+        self.release_balance()
+
+    def release_balance(self) -> None:
+        """Keep of the balance loss its value alone."""
+        self.balance = None if self.balance is None else self.balance.detach()
+        self._balance_node = None
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # what belongs to one step of one process stays behind when the layer is copied (EMA) or pickled
+        return {
+            **self.__dict__, 'written': None, 'balance': None, '_balance_node': None, 'process_group': None,
+            'wrapper_group': None}
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register_workspace(self)
