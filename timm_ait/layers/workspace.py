@@ -204,7 +204,7 @@ class GlobalWorkspace(StepwiseMemory):
         Raises:
             ValueError: The tokens are not E wide.
             RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
-                of re-entrant checkpointing or `torch.export`, or with offloaded parameters.
+                of re-entrant checkpointing, `torch.export` or `torch.func`, or with offloaded parameters.
         """
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):  # symbolic tracing keeps the layer whole
