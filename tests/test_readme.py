@@ -1,9 +1,10 @@
-""" Every command and Python block of the README, the model cards and the recipes' headers, run from the text itself.
+""" Every command and Python block of README, docs, model cards and recipes' headers, run from the text itself.
 
 The commands of a document run in its order, in a folder of their own that shows the files of the checkout, since later
 ones use what earlier ones wrote. What the texts take for granted is made small: `RULES` say for every program how it is
 run and shortened, `NAMES` and `BLOCKS` what Python blocks are given. A command that no rule covers fails.
 """
+import argparse
 import ast
 import csv
 import itertools
@@ -18,7 +19,7 @@ import subprocess
 import sys
 from functools import cache, partial
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 import pytest
@@ -46,15 +47,19 @@ class Rule(NamedTuple):
 
 # the first that is found at the beginning of a command
 RULES = {
-    r'python -m venv|pip |python -m pip ': Rule(skip='what .ci/run does, with a network'),
+    r'python -m venv|pip |python -m pip |ruff ': Rule(skip='what .ci/run does, with a network'),
     r'git clone |cd ': Rule(skip='prepares a machine'),
     r'hf auth ': Rule(skip='needs an account'),
     r'hf |python benchmarks/|python -m benchmarks\.(?!compare|validate)': Rule(run=False),  # an account, or minutes
+    r'python ait\.py': Rule(skip='is in the published code'),
+    r'python examples/space/app\.py': Rule(skip='serves until it is stopped; tests/examples/test_space.py starts it'),
+    r'python -m tests\.test_weights': Rule(skip='writes into the checkout'),
     r'python -m timm_ait data ': Rule(shorten='--train 520 --validation 20'),
     r'python -m timm_ait run validate.py ': Rule(shorten='--workers 0 --batch-size 8', scripts=True),
+    r'python -m timm_ait run bulk_runner.py ': Rule(run=False, scripts=True),  # tests/cli/test_run.py runs it
     r'python -m timm_ait run ': Rule(scripts=True),
     r'python -m timm_ait (predict|explain|export) ': Rule(),
-    r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0'),
+    r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0 --batch-size 8'),
     r'python -m benchmarks\.validate': Rule(),
     r'python examples/train_on_device\.py ': Rule(
         shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1', slow=True),
@@ -78,6 +83,7 @@ NAMES = {
     'labels': torch.zeros(2, dtype=torch.long),
     'criterion': torch.nn.CrossEntropyLoss(),
     'optimizer': torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1),
+    'loader': [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))] * 4,
 }
 # what is replaced in Python blocks
 BLOCKS = {
@@ -99,6 +105,8 @@ def snippets_of_markdown(document: str, text: str) -> List[Snippet]:
         language, _, body = part.partition('\n')
         if i % 2 == 0:
             snippets += [Snippet(document, 'inline', command) for command in INLINE.findall(part)]
+            indented = ''.join(line[4:] for line in part.splitlines(keepends=True) if line.startswith('    '))
+            snippets += [Snippet(document, 'sh', command) for command in commands_of(indented)]
         elif language in ('sh', 'bash', 'shell', 'console'):
             snippets += [Snippet(document, 'sh', command) for command in commands_of(body)]
         elif language == 'python':
@@ -119,11 +127,17 @@ def commands_of(text: str) -> List[str]:
             if command.strip() and not line.strip().startswith('#')]
 
 
+def markdown_files() -> List[Path]:
+    cards = sorted((ROOT / 'weights').glob('*/README.md'))
+    pages = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'examples' / 'space' / 'README.md']
+    return [*cards, *pages, *sorted((ROOT / 'docs').glob('*.md'))]
+
+
 def all_snippets() -> List[Snippet]:
     snippets = []
     for file in sorted((ROOT / 'examples').glob('*.yaml')):
         snippets += snippets_of_recipe(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
-    for file in [*sorted((ROOT / 'weights').glob('*/README.md')), ROOT / 'README.md']:
+    for file in markdown_files():
         snippets += snippets_of_markdown(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
     return snippets
 
@@ -174,7 +188,7 @@ def option(arguments: List[str], name: str) -> Optional[str]:
     return next(iter(after(arguments, name)), None)
 
 
-def write_image_folder(folder: Path, num_classes: int, batch_size: int) -> Path:
+def write_image_folder(folder: Path, num_classes: int, batch_size: int = 8) -> Path:
     """The CIFAR-10 pictures of the examples, as many for training as fill a batch, and 2 a class for validation."""
     images = ROOT / 'examples' / 'images' / 'cifar10'
     with open(images / 'labels.csv') as file:
@@ -187,14 +201,14 @@ def write_image_folder(folder: Path, num_classes: int, batch_size: int) -> Path:
     return folder
 
 
-def write_weights(path: Path, model: str, kwargs: Dict) -> None:
-    """Weights of a model as it is initialised, in the place of those that a text has trained."""
+def write_weights(path: Path, model: str, kwargs: Dict, args: Optional[argparse.Namespace] = None) -> None:
+    """Weights of a model as it is initialised, in the place of those that a text has trained with arguments."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state_dict = timm.create_model(model, **kwargs).state_dict()
     if path.suffix == '.safetensors':
         save_file(state_dict, path)
     else:
-        torch.save({'state_dict': state_dict}, path)
+        torch.save({'state_dict': state_dict, **({} if args is None else {'args': args})}, path)
 
 
 def comes_with_a_file(model: str, kwargs: Dict) -> bool:
@@ -207,8 +221,13 @@ class Workplace:
     """A document's folder and namespace."""
 
     def __init__(self, folder: Path, document: str, sort_of_clevr: Path) -> None:
+        texts = [s.text for s in all_snippets() if s.document == document and s.kind == 'sh']
         self.folder, self.document, self.sort_of_clevr = folder, document, sort_of_clevr
         self.names = dict(NAMES)
+        # arguments by the name of the experiment
+        self.trainings = {
+            option(arguments, '--experiment'): arguments for arguments in map(arguments_of, texts)
+            if 'train.py' in arguments and '--experiment' in arguments}
         self.written = set()  # folders and experiments that commands have written
         left_out = shutil.ignore_patterns('.*', '__pycache__', 'output', 'build', 'dist', '*.egg-info')
         shutil.copytree(ROOT, folder, copy_function=os.symlink, ignore=left_out)
@@ -223,8 +242,7 @@ class Workplace:
     def prepare(self, arguments: List[str]) -> List[str]:
         """Make what a command reads and no command before it has written."""
         arguments = list(arguments)
-        config = option(arguments, '--config') or next((a for a in arguments if a.endswith('.yaml')), None)
-        config = yaml.safe_load((self.folder / config).read_text()) if config and self.exists(config) else {}
+        config = self.config_of(arguments)
         for i, argument in enumerate(arguments):
             if arguments[i - 1] == '--data-dir' and not self.exists(argument):
                 if config.get('dataset') == 'sort_of_clevr' or 'benchmarks.validate_sort_of_clevr' in arguments:
@@ -233,42 +251,69 @@ class Workplace:
                     model = option(arguments, '--model') or config.get('model') or ''
                     of_tag = timm.get_pretrained_cfg_value(model, 'num_classes') if '.' in model else None
                     num_classes = option(arguments, '--num-classes') or config.get('num_classes') or of_tag or 10
-                    write_image_folder(self.folder / argument, int(num_classes), config.get('batch_size', 256))
-        self.prepare_weights(arguments, config)
+                    write_image_folder(self.folder / argument, int(num_classes))
+        self.prepare_weights(arguments)
         written = (option(arguments, name) for name in ('--experiment', '--output', '--out'))
         self.written |= {name for name in written if name}
         return arguments
 
-    def prepare_weights(self, arguments: List[str], config: Dict) -> None:
+    def config_of(self, arguments: List[str]) -> Dict:
+        """The recipe that a command names."""
+        config = option(arguments, '--config') or next((a for a in arguments if a.endswith('.yaml')), None)
+        return yaml.safe_load((self.folder / config).read_text()) if config and self.exists(config) else {}
+
+    def prepare_weights(self, arguments: List[str]) -> None:
+        model, kwargs, overlay = self.model_of(arguments)
+        for path in [overlay.get('file', ''), *arguments]:
+            if not path.endswith(('.pth.tar', '.safetensors')) or '=' in path or self.exists(path):
+                continue
+            # where a command of this document has written, paths have to be right
+            if any(name in path.split('/') or path.startswith(f'{name}/') for name in self.written):
+                continue
+            training = next((a for name, a in self.trainings.items() if name in path.split('/')), None)
+            if training is None:
+                write_weights(self.folder / path, model, kwargs)
+                continue
+            trained, kwargs, _ = self.model_of(training)
+            img_size = option(training, '--img-size')
+            args = argparse.Namespace(
+                model=trained,
+                num_classes=kwargs['num_classes'],
+                model_kwargs={name: value for name, value in kwargs.items() if name != 'num_classes'},
+                img_size=img_size and int(img_size),
+                data_dir=option(training, '--data-dir'),
+            )
+            write_weights(self.folder / path, trained, kwargs, args)
+
+    def model_of(self, arguments: List[str]) -> Tuple[Optional[str], Dict, Dict]:
+        """Model of a command, its arguments, and entries of the pretrained config."""
+        config = self.config_of(arguments)
         model = option(arguments, '--model') or config.get('model')
         kwargs = dict(config.get('model_kwargs') or {})
         if 'runs' in config:
             model = next(iter(config['runs'].values()))['model']
             kwargs['img_size'] = config['image_size']
+        given = {}
         for argument in itertools.takewhile(lambda a: not a.startswith('--'), after(arguments, '--model-kwargs')):
             key, equals, value = argument.partition('=')
             if equals and key.isidentifier():
                 try:
-                    kwargs[key] = ast.literal_eval(value)
+                    given[key] = ast.literal_eval(value)
                 except (SyntaxError, ValueError):
-                    kwargs[key] = value
+                    given[key] = value
+        kwargs = given or kwargs
         overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
         kwargs.pop('pretrained', None)
         num_classes = overlay.get('num_classes') or option(arguments, '--num-classes')
         if num_classes:
             kwargs['num_classes'] = int(num_classes)
-        for path in [overlay.get('file', ''), *arguments]:
-            if not path.endswith(('.pth.tar', '.safetensors')) or '=' in path or self.exists(path):
-                continue
-            # where a command of this document has written, paths have to be right
-            if not any(name in path.split('/') or path.startswith(f'{name}/') for name in self.written):
-                write_weights(self.folder / path, model, kwargs)
+        return model, kwargs, overlay
 
     def shorten(self, arguments: List[str], rule: Rule) -> List[str]:
         arguments = [*arguments, *rule.shorten.split()]
         if 'benchmarks.compare' in arguments and '--runs' not in arguments:
             recipe = yaml.safe_load((self.folder / arguments[3]).read_text())
-            arguments += ['--runs', *list(recipe['runs'])[:2]]
+            arguments += ['--runs', next(iter(recipe['runs']))]
         if 'data' in arguments[:4] and self.exists(option(arguments, '--out') or ''):
             arguments.append('--force')
         if '--pretrained' in arguments:
@@ -292,13 +337,13 @@ def run(arguments: List[str], folder: Path, monkeypatch, capfd) -> str:
         result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
         code, printed = result.returncode, result.stdout + result.stderr
     else:
-        run_program = runpy.run_path
+        run_program, beside_script = runpy.run_path, [str(Path(folder, command[0]).resolve().parent)]
         if command[0] == '-m':
-            run_program, command = partial(runpy.run_module, alter_sys=True), command[1:]
+            run_program, command, beside_script = partial(runpy.run_module, alter_sys=True), command[1:], []
         monkeypatch.chdir(folder)
         monkeypatch.setenv('COLUMNS', '200')
         monkeypatch.setattr(sys, 'argv', command)
-        monkeypatch.setattr(sys, 'path', sys.path[:])
+        monkeypatch.setattr(sys, 'path', [*beside_script, *sys.path])
         # a script's own would outlive what they write to
         monkeypatch.setattr(logging.root, 'handlers', logging.root.handlers[:])
         try:
@@ -395,6 +440,49 @@ def test_options_in_prose(snippet, workplace, monkeypatch, capfd):
 
 def test_every_document_has_something_to_run():
     documents = {snippet.document for snippet in all_snippets()}
-    recipes = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'examples').glob('*.yaml')}
-    cards = {file.relative_to(ROOT).as_posix() for file in (ROOT / 'weights').glob('*/README.md')}
-    assert documents == recipes | cards | {'README.md'}
+    files = [*(ROOT / 'examples').glob('*.yaml'), *markdown_files()]
+    assert documents == {file.relative_to(ROOT).as_posix() for file in files}
+
+
+@pytest.mark.parametrize('file', [*markdown_files(), ROOT / 'CHANGELOG.md'], ids=lambda file: file.parent.name)
+def test_links_lead_somewhere(file):
+    text = file.read_text(encoding='utf-8')
+    links = [*re.findall(r'\]\(([^)\s]+)\)', text), *re.findall(r' src="([^"]+)"', text)]
+    for link in links:
+        path, _, anchor = link.partition('#')
+        if '://' in link:
+            continue
+        target = file.parent / path if path else file
+        assert target.exists(), f'{file.name}: {link}'
+        if anchor:
+            assert anchor in anchors_of(target.read_text(encoding='utf-8')), f'{file.name}: {link}'
+
+
+def anchors_of(text: str) -> List[str]:
+    """Names that GitHub gives to headings."""
+    headings = re.findall(r'^#+ (.*)$', text, flags=re.MULTILINE)
+    return [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+
+
+def test_the_readme_is_short():
+    assert (ROOT / 'README.md').stat().st_size <= 9 * 1024
+
+
+@pytest.mark.slow
+def test_errors_are_those_of_the_table_of_unknown_models():
+    code = f"""
+import timm
+from transformers import AutoModelForImageClassification
+folder = {str(ROOT / 'weights' / 'ait_small.cifar10')!r}
+for create in (timm.create_model, AutoModelForImageClassification.from_pretrained):
+    try:
+        create('ait_small' if create is timm.create_model else folder)
+    except Exception as e:
+        print(f'{{type(e).__name__}}: {{e}}'.replace(timm.__version__, '…'))
+"""
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1'}
+    printed = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True).stdout.splitlines()
+    table = (ROOT / 'docs' / 'training.md').read_text(encoding='utf-8').partition('\n## Unknown model')[2]
+    said = re.findall(r'`(\w+Error: [^`]+)`', table)
+    assert len(printed) == 2
+    assert all(any(line.startswith(words) for line in printed) for words in said)

@@ -42,11 +42,11 @@ def count_write(workspace: nn.Module) -> None:
 
 
 def advance_memory(model: nn.Module) -> None:
-    """Make what the training forwards wrote since the last step the memory of every workspace of a model.
+    """Move the memories of a model to the mean of what its training forwards wrote since the last step.
 
-    PyTorch's optimizers do this when they step, for the workspaces whose parameters they hold: this is for loops
-    without one, and for optimizers that hold copies of the parameters. Where several processes train the model, all of
-    them must call it, since their memories are averaged.
+    PyTorch's optimizers do this when they step, for the workspaces whose parameters they hold. Call it in a training
+    loop without such an optimizer, or if the optimizer holds copies of the parameters. If several processes train the
+    model, all of them must call it, since their memories are averaged.
     """
     _advance([workspace for _, workspace in named_workspaces(model)])
 

@@ -29,9 +29,10 @@ def _release_after_backward(workspace: nn.Module, loss: torch.Tensor) -> None:
 def balance_loss(model: nn.Module) -> torch.Tensor:
     """Weighted balance loss of the last forward (scalar), summed over the workspaces that wrote in it.
 
-    Zero where none did: in evaluation, or where nothing of the write is trained. A workspace that the forward used
-    several times counts with each of its uses (compiled, with the last). The graph is kept until the backward, the next
-    forward or the optimizer's step; from then on the loss is its value alone.
+    In your own training loop, add it to the criterion after each forward; timm's training tasks do so themselves. It is
+    zero if no workspace wrote: in evaluation, or where the write is frozen. A workspace that the forward used several
+    times counts with each of its uses (compiled, with the last). The graph is kept until the backward, the next forward
+    or the optimizer's step; from then on the loss is its value alone.
     """
     losses = [
         (workspace, workspace.balance) for _, workspace in named_workspaces(model)

@@ -25,6 +25,9 @@ class PublishedWorkspace(GlobalWorkspace):
             dim: Token width E.
             bottleneck: As `GlobalWorkspace`, by default the published number of tokens.
             **kwargs: As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`.
+
+        Raises:
+            ValueError: An argument is out of its range.
         """
         super().__init__(dim, bottleneck=bottleneck, memory_update='normalize', differentiable_write=False, **kwargs)
 
@@ -36,7 +39,16 @@ class PublishedWorkspace(GlobalWorkspace):
 
 
 def published_workspace_mlp(in_features: int, hidden_features: Optional[int] = None, **kwargs) -> WorkspaceMlp:
-    """The MLP and workspace of the published implementation; **kwargs as `PublishedWorkspace`."""
+    """The MLP and workspace of the published implementation.
+
+    Args:
+        in_features: Token width E.
+        hidden_features: Hidden width, E if None.
+        **kwargs: Arguments of `PublishedWorkspace`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
     mlp = WorkspaceMlp(in_features, hidden_features)
     mlp.workspace = PublishedWorkspace(in_features, **kwargs)
     return mlp

@@ -44,8 +44,9 @@ class GlobalWorkspace(StepwiseMemory):
 
     A training forward starts from the stored memory and reads what it has just written. When an optimizer that holds
     the workspace's parameters steps, or at `advance_memory`, the memory becomes the mean of what the forwards since the
-    last step wrote. A forward without gradient leaves no trace. In evaluation, and where nothing of the write is
-    trained, tokens only read.
+    last step wrote. A forward without gradient leaves no trace. In evaluation, and where the write is frozen, tokens
+    only read. In your own training loop, add `timm_ait.balance_loss(model)` to the loss, and create the optimizer after
+    the workspaces.
 
     What is fused into what: the key projection into the queries, pooling before the values, one norm for scores, pool
     and read, residual and gate in the last product; top-k and read are one function that `torch.compile` takes whole.
@@ -92,9 +93,9 @@ class GlobalWorkspace(StepwiseMemory):
             num_slots: Number of slots M.
             slot_dim: Slot width D, also the width of a write head.
             workspace_heads: Number of write heads A.
-            bottleneck: Tokens k that each slot and head keep of all B * N: a fraction in (0, 1], as a float, or their
-                number. By default the paper's share, 512 of 32,768. With a number, the balance loss grows with the
-                batch, and in small batches there is no competition.
+            bottleneck: Tokens k that each slot and head keep of all T = B * N: a fraction in (0, 1], as a float, or
+                their number. By default the paper's share, 512 of 32,768. With a fixed number, the balance loss grows
+                with the batch, about as T / (M * k), and in small batches every token is kept.
             beta: Inverse temperature of the retrieval.
             retrieval_steps: Number of retrieval steps.
             memory_momentum: Weight of the memory before a write in the memory after it.
@@ -203,7 +204,7 @@ class GlobalWorkspace(StepwiseMemory):
         Raises:
             ValueError: The tokens are not E wide.
             RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
-                of re-entrant checkpointing or `torch.export`, or with offloaded parameters.
+                of re-entrant checkpointing, `torch.export` or `torch.func`, or with offloaded parameters.
         """
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):  # symbolic tracing keeps the layer whole

@@ -4,9 +4,9 @@ Each model is timm's ViT of the same name with gated workspaces in its blocks. I
 ViT: the weights are timm's on the Hub, the workspaces start as the identity, so the logits are exactly the ViT's until
 fine-tuning opens the gates.
 
-The workspaces are the paper's: 32 slots of 32, 8 heads, and the 512 best tokens of a batch. As in every AiT, training
-adds the balance loss (weight 1e-2); its gradient reaches the pretrained body from the first step, `balance_weight=0.`
-turns it off.
+The workspaces are the paper's: 32 slots of 32 and 8 heads, each of which keeps 1/64 of a batch's tokens. As in every
+AiT, training adds the balance loss (weight 1e-2). Its gradient reaches the pretrained body from the first step;
+`balance_weight=0.` turns it off.
 
 Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `An Image is Worth 16x16 Words` - https://arxiv.org/abs/2010.11929

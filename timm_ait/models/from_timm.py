@@ -99,6 +99,8 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
     timm's `save_for_hf` and `push_to_hf_hub` write the result as architecture `ait_from_timm`, which `create_model`
     builds with its workspaces again.
 
+    Call it before you create the optimizer, which must hold the parameters of the workspaces.
+
     Args:
         model: Transformer with MLPs at `….blocks.<i>.mlp` whose last layer is a linear one named `fc2`, such as timm's
             ViT, DeiT, BEiT, EVA and Swin families. The workspaces get its device and dtype.
