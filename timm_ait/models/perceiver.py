@@ -1,7 +1,7 @@
 """ Perceiver
 
-A small array of learned latents reads the tokens of an image by cross-attention, again and again, and thinks about them
-in between by self-attention; the cost of depth does not grow with the number of tokens.
+A small array of learned latents reads the tokens of an image by cross-attention several times, with self-attention
+among the latents in between; the cost of depth does not grow with the number of tokens.
 
 Paper: `Perceiver: General Perception with Iterative Attention` - https://arxiv.org/abs/2103.03206
     Andrew Jaegle, Felix Gimeno, Andrew Brock, Andrew Zisserman, Oriol Vinyals, Joao Carreira. ICML 2021.
@@ -70,7 +70,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class PerceiverEncoder(nn.Module):
-    """All iterations, of a cross-attention and a latent transformer each: the one block of a ViT, of tokens."""
+    """All iterations, each a cross-attention and a latent transformer. For timm's ViT this is a single block."""
 
     def __init__(
             self,
@@ -85,7 +85,7 @@ class PerceiverEncoder(nn.Module):
             dtype=None,
             **block_kwargs,
     ) -> None:
-        """Arguments as `Perceiver`, and of its blocks."""
+        """As `Perceiver`; `block_kwargs` are those of its blocks."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.grad_checkpointing = False
@@ -134,7 +134,7 @@ class PerceiverEncoder(nn.Module):
         return latents
 
     def prune(self, num_iterations: int) -> None:
-        """Keep the first iterations alone."""
+        """Keep only the first iterations."""
         self.num_iterations = num_iterations
         self.cross_attns = self.cross_attns[:num_iterations]
         self.latent_transformers = self.latent_transformers[:num_iterations]
@@ -143,8 +143,8 @@ class PerceiverEncoder(nn.Module):
 class Perceiver(VisionTransformer):
     """ Perceiver
 
-    timm's `VisionTransformer` before and after its layers: patches, position embedding, pooling and classifier. Its
-    features are the latents. A question, in a class token, is one more token to read.
+    timm's `VisionTransformer` with other layers between its position embedding and its pooling. The features are the
+    latents. A question, in a class token, is one more token to read.
     """
 
     def __init__(
@@ -167,10 +167,10 @@ class Perceiver(VisionTransformer):
             num_iterations: Number of iterations, of a cross-attention and a latent transformer each.
             share_weights: Weights that the iterations share: 'after_first' is the paper's, all except for the first
                 cross-attention; 'all' or 'none'.
-            **kwargs: As `VisionTransformer`, except for what its blocks do not have.
+            **kwargs: As `VisionTransformer`, except for options of its blocks.
 
         Raises:
-            ValueError: An argument is out of its range, or one of other blocks.
+            ValueError: An argument is out of its range or not supported.
         """
         kwargs = check_arguments(
             self,
@@ -197,7 +197,7 @@ class Perceiver(VisionTransformer):
         super().__init__(
             depth=1, no_embed_class=True, final_norm=False, weight_init='skip', block_fn=block_fn, **kwargs)
         self.num_prefix_tokens = 0  # of the features
-        # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
+        # linear layers keep PyTorch's initialisation; with timm's for ViTs narrow models learn more slowly
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
