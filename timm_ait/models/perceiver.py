@@ -26,13 +26,15 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, regis
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
-from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers._arguments import check_at_least, check_choice
 from timm_ait.layers.cross_attention import CrossAttention
 
 from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['Perceiver']
+
+_POOLS = ('', 'avg', 'avgmax', 'max')
 
 
 class CrossAttentionBlock(nn.Module):
@@ -184,9 +186,8 @@ class Perceiver(VisionTransformer):
         kwargs = {'global_pool': 'avg', 'mlp_ratio': 1., 'class_token': False, **kwargs}
         depth, drop_path = kwargs.pop('depth', 12), kwargs.pop('drop_path_rate', 0.)
         check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
-        if share_weights not in ('none', 'after_first', 'all'):
-            raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
-        self._check_global_pool(kwargs['global_pool'])
+        check_choice('share_weights', share_weights, ('none', 'after_first', 'all'))
+        check_choice('global_pool', kwargs['global_pool'], _POOLS)
 
         def block_fn(dim: int, num_heads: int, **block_kwargs) -> nn.Module:
             names = ('mlp_ratio', 'proj_drop', 'attn_drop', 'norm_layer', 'act_layer', 'device', 'dtype')
@@ -220,14 +221,9 @@ class Perceiver(VisionTransformer):
         """Enable or disable gradient checkpointing, of each cross-attention and block."""
         self.blocks[0].grad_checkpointing = enable
 
-    def _check_global_pool(self, global_pool: Optional[str]) -> None:
-        pools = ('', 'avg', 'avgmax', 'max')
-        if global_pool is not None and global_pool not in pools:
-            raise ValueError(f'global_pool must be one of {pools}, got {global_pool!r}.')
-
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """As `VisionTransformer`, with the poolings of latents."""
-        self._check_global_pool(global_pool)
+        check_choice('global_pool', self.global_pool if global_pool is None else global_pool, _POOLS)
         super().reset_classifier(num_classes, global_pool)
 
     def forward_intermediates(
