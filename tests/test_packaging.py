@@ -56,51 +56,49 @@ def report(installed):
     return json.loads(result.stdout)
 
 
-def test_the_wheel_is_within_the_limit_of_pypi(wheel):
-    assert wheel.stat().st_size < 95 * 2 ** 20  # PyPI takes up to 100 MiB
+@pytest.mark.slow
+class TestWheel:
 
+    def test_the_wheel_is_within_the_limit_of_pypi(self, wheel):
+        assert wheel.stat().st_size < 95 * 2 ** 20  # PyPI takes up to 100 MiB
 
-def test_the_checkpoints_of_the_wheel_are_complete(installed):
-    checkpoints = installed / 'timm_ait' / 'checkpoints'
-    assert (checkpoints / 'manifest.json').is_file()
-    folders = [folder for folder in checkpoints.iterdir() if folder.is_dir() and folder.name != '__pycache__']
-    assert SMALLEST in {folder.name for folder in folders}
-    for folder in folders:
-        expected = {file.name for file in (weights_dir() / folder.name).iterdir()}
-        assert {file.name for file in folder.iterdir()} == expected
+    def test_the_checkpoints_of_the_wheel_are_complete(self, installed):
+        checkpoints = installed / 'timm_ait' / 'checkpoints'
+        assert (checkpoints / 'manifest.json').is_file()
+        folders = [folder for folder in checkpoints.iterdir() if folder.is_dir() and folder.name != '__pycache__']
+        assert SMALLEST in {folder.name for folder in folders}
+        for folder in folders:
+            expected = {file.name for file in (weights_dir() / folder.name).iterdir()}
+            assert {file.name for file in folder.iterdir()} == expected
 
+    def test_the_wheel_is_typed(self, installed):
+        assert (installed / 'timm_ait' / 'py.typed').is_file()
 
-def test_the_wheel_is_typed(installed):
-    assert (installed / 'timm_ait' / 'py.typed').is_file()
+    def test_pretrained_models_come_from_the_wheel_or_the_hub(self, installed, report):
+        assert report['package'].startswith(str(installed))
+        for name, (file, hub_id) in report['sources'].items():
+            folder = installed / 'timm_ait' / 'checkpoints' / name
+            assert file == (str(folder / 'model.safetensors') if folder.is_dir() else None)
+            assert hub_id.endswith(f'/{name}')
 
+    def test_the_checkpoint_of_a_toy_task_is_left_to_the_hub(self, report):
+        assert report['sources']['ait_small_patch32_64.triangle'][0] is None
 
-def test_pretrained_models_come_from_the_wheel_or_the_hub(installed, report):
-    assert report['package'].startswith(str(installed))
-    for name, (file, hub_id) in report['sources'].items():
-        folder = installed / 'timm_ait' / 'checkpoints' / name
-        assert file == (str(folder / 'model.safetensors') if folder.is_dir() else None)
-        assert hub_id.endswith(f'/{name}')
+    def test_analysis_is_an_attribute_that_is_imported_when_it_is_used(self, report):
+        assert report['listed'] and report['attribute'] == 'timm_ait.analysis'
+        assert 'timm_ait.analysis' not in report['added']
 
-
-def test_the_checkpoint_of_a_toy_task_is_left_to_the_hub(report):
-    assert report['sources']['ait_small_patch32_64.triangle'][0] is None
-
-
-def test_analysis_is_an_attribute_that_is_imported_when_it_is_used(report):
-    assert report['listed'] and report['attribute'] == 'timm_ait.analysis'
-    assert 'timm_ait.analysis' not in report['added']
-
-
-def test_importing_loads_nothing_of_the_command_line_that_timm_does_not_load(report):
-    assert 'timm_ait' in report['added']
-    assert not [name for name in report['added'] if name.split('.')[0] in ('PIL', 'argparse', 'tqdm')]
-    assert not [name for name in report['added'] if name.startswith(('timm_ait.cli', 'timm_ait.__main__'))]
+    def test_importing_loads_nothing_of_the_command_line_that_timm_does_not_load(self, report):
+        assert 'timm_ait' in report['added']
+        assert not [name for name in report['added'] if name.split('.')[0] in ('PIL', 'argparse', 'tqdm')]
+        assert not [name for name in report['added'] if name.startswith(('timm_ait.cli', 'timm_ait.__main__'))]
 
 
 def test_floors_are_the_versions_of_the_constraints():
     config = configparser.ConfigParser()
     config.read(ROOT / 'setup.cfg')
-    lines = [config['options']['install_requires'], *config['options.extras_require'].values()]
+    extras = {name: text for name, text in config['options.extras_require'].items() if name != 'demo'}
+    lines = [config['options']['install_requires'], *extras.values()]
     required = {line.replace(' ', '') for text in lines for line in text.splitlines() if line}
     constraints = (ROOT / 'tests' / 'constraints.txt').read_text(encoding='utf-8')
     tested = {line.replace('==', '>=') for line in constraints.splitlines() if not line.startswith('#')}

@@ -46,7 +46,8 @@ def timm_tests(tmp_path_factory):
     return folder / archive.name.removesuffix('.tar.gz') / 'tests'
 
 
-@pytest.mark.parametrize('models', ['test_ait and not vit', pytest.param(OTHER_MODELS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('models', ['test_ait and not vit', OTHER_MODELS])
 def test_suite_passes(timm_tests, tmp_path, models):
     source = (timm_tests / 'test_models.py').read_text()
     for name, filters in OUR_FILTERS.items():

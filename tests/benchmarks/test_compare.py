@@ -248,14 +248,16 @@ def test_questions_are_counted_by_kind(commands, sort_of_clevr, tmp_path):
 
 def test_our_recipes_are_read():
     examples = [file for file in (ROOT / 'examples').glob('*.yaml') if 'runs:' in file.read_text()]
-    recipes = [*examples, *(ROOT / 'benchmarks').glob('*.yaml')]
-    assert len(recipes) > len(examples) > 0
-    for file in recipes:
-        recipe = read_recipe(file)
-        # of runs with the same arguments, whatever their values, one is made
-        for run in {(run['model'], *sorted(run)): run for run in recipe['runs'].values()}.values():
-            run = {**run, 'pretrained': False, 'pretrained_cfg_overlay': None}  # the weights are a run's output
-            create_run_model(recipe, run, num_classes=10)
+    files = [*examples, *(ROOT / 'benchmarks').glob('*.yaml')]
+    assert len(files) > len(examples) > 0
+    recipes = [read_recipe(file) for file in files]
+    # of runs with the same arguments, whatever their values, one is made
+    runs = {
+        (recipe['dataset'], run['model'], *sorted(run)): (recipe, run)
+        for recipe in recipes for run in recipe['runs'].values()}
+    for recipe, run in runs.values():
+        run = {**run, 'pretrained': False, 'pretrained_cfg_overlay': None}  # the weights are a run's output
+        create_run_model(recipe, run, num_classes=10)
 
 
 def assert_refused(result, output, *names):

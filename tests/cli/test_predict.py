@@ -208,6 +208,7 @@ class TestErrors:
 
 class TestCommandLine:
 
+    @pytest.mark.slow
     def test_a_closed_pipe_ends_it_quietly(self, model, images):
         command = f'{sys.executable} -m timm_ait predict {images} --model {model} --batch-size 1 | true'
         result = subprocess.run(command, shell=True, capture_output=True, text=True)

@@ -41,7 +41,9 @@ class TestForward:
         tokens = model.forward_features(x)
         assert tokens.shape == (4, N, E)
         flat = F.layer_norm(tokens.flatten(1), (N * E,), model.fc_norm.weight, model.fc_norm.bias, 1e-6)
+        torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), flat)
         torch.testing.assert_close(model(x), flat @ model.head.weight.T + model.head.bias)
+        assert (model.num_features, model.head_hidden_size) == (E, N * E)
 
     def test_fc_norm_false_puts_the_norm_there(self):
         model = make_flat(fc_norm=False)

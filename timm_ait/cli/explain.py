@@ -37,11 +37,11 @@ _SLOT_COLOURS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00
 
 
 class LayerMaps(NamedTuple):
-    """ What the patches of one picture do at one layer, on their grid of height H and width W.
+    """ What the patches of one picture write and read in one layer, on their grid of height H and width W.
 
-    `selected` (M, H, W): in how many heads a slot selects the patch, None where the layer does not write. `read`
-    (M, H, W): weights with which the patch reads the slots, None where it does not read. `num_kept`: patches and other
-    tokens that each slot and head keep. `figures`: those of `analyse`.
+    `selected` (M, H, W): number of heads in which a slot selects the patch, None if the layer does not write. `read`
+    (M, H, W): weights with which the patch reads the slots, None if the layer does not read. `num_kept`: tokens that
+    each slot and head keep. `figures`: those of `analyse`.
     """
     name: str
     selected: Optional[torch.Tensor]
@@ -274,7 +274,7 @@ def draw_sheet(
 
 
 def input_picture(image: torch.Tensor, config: Dict[str, Any]) -> Image.Image:
-    """What a model sees: its input (C, H, W) without the normalisation of its data config."""
+    """A model's input (C, H, W) as a picture, without the normalisation of its data config."""
     mean, std = (torch.tensor(config[key]) for key in ('mean', 'std'))
     return _to_image(image.expand(3, -1, -1).permute(1, 2, 0) * std + mean)
 

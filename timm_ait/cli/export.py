@@ -26,7 +26,7 @@ from .images import answers_questions
 
 __all__ = ['add_parser', 'export', 'write_onnx']
 
-# entries of a pretrained config that describe the task it was trained for
+# entries of a pretrained config that describe its task
 _TASK = ('label_names', 'label_descriptions', 'tag', 'license', 'description', 'origin_url', 'notes')
 
 # train.py's arguments that say how its images are read for evaluation
@@ -48,14 +48,13 @@ def export(
     Other files in the folder stay. Both libraries load the weights in float32 unless told otherwise.
 
     Args:
-        model: A timm model with its weights. Its floating point tensors are converted in place.
+        model: A timm model with its weights. It is converted to `dtype` in place.
         folder: Checkpoint folder, created if it does not exist.
         dtype: Precision on disk.
-        label_names: Names of the classes, by default those of the model's pretrained config if it still applies.
-        data_config: Preprocessing of the images where it differs from the pretrained config, as in
-            `timm.models.save_for_hf`.
-        fine_tuned: The model was trained after its pretrained weights were loaded, or from scratch: class names, tag
-            and license of its pretrained config no longer apply and are left out.
+        label_names: Names of the classes, by default those of the pretrained config unless `fine_tuned`.
+        data_config: Preprocessing that differs from the pretrained config, as in `timm.models.save_for_hf`.
+        fine_tuned: The model was trained further or from scratch, so that class names, tag and license of its
+            pretrained config no longer apply and are left out.
         onnx: Also write model.onnx, see `write_onnx`.
 
     Returns:
@@ -125,7 +124,7 @@ def write_onnx(model: nn.Module, file: Path) -> None:
 
     Raises:
         AssertionError: onnxruntime computes other logits.
-        Exception: Whatever torch raises if it cannot export the model.
+        Exception: Any error of `torch.onnx.export`.
     """
     model = model.float().eval()
     images = torch.randn(3, *resolve_model_data_config(model)['input_size'])
@@ -150,7 +149,7 @@ def write_onnx(model: nn.Module, file: Path) -> None:
 
 
 def _training_args(file: Path) -> Dict[str, Any]:
-    """Arguments of train.py that its checkpoint holds; none for other files of weights."""
+    """Arguments of train.py in its checkpoint; empty for other files of weights."""
     if file.suffix == '.safetensors':
         return {}
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -160,7 +159,7 @@ def _training_args(file: Path) -> Dict[str, Any]:
 
 
 def _in_hub_layout(checkpoint: Path) -> Optional[Path]:
-    """The folder in Hub layout that the checkpoint is, or whose weights it is."""
+    """The checkpoint itself or its folder, if in Hub layout; else None."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     is_weights = checkpoint.is_dir() or checkpoint.name == 'model.safetensors'
     return folder if is_weights and (folder / 'config.json').is_file() else None

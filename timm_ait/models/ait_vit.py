@@ -1,7 +1,7 @@
 """ Associative Transformers in the bodies of timm's ViTs, with their published weights
 
-Each model is timm's ViT of the same name with gated workspaces in its blocks. Its pretrained tags are those of that
-ViT: the weights are timm's on the Hub, the workspaces start as the identity, so the logits are exactly the ViT's until
+Each model is timm's ViT of the same name with gated workspaces in its blocks, and has the ViT's pretrained tags: the
+weights are timm's on the Hub, and the workspaces start as the identity, so the logits are exactly the ViT's until
 fine-tuning opens the gates.
 
 The workspaces are the paper's: 32 slots of 32 and 8 heads, each of which keeps 1/64 of a batch's tokens. As in every
@@ -39,9 +39,9 @@ def checkpoint_filter_fn(
 
 
 def _cfgs(*vits: str) -> Dict[str, PretrainedCfg]:
-    """timm's cfgs of the ViTs whose weights are on the Hub, under our names."""
+    """timm's cfgs for the weights on the Hub, under the names of these models."""
     return {
-        f'ait_{name}': dataclasses.replace(cfg, url=None, custom_load=False)  # the Hub alone has timm's own format
+        f'ait_{name}': dataclasses.replace(cfg, url=None, custom_load=False)  # the Hub has timm's own format
         for vit in vits for name, cfg in get_arch_pretrained_cfgs(vit).items() if cfg.hf_hub_id
     }
 

@@ -46,7 +46,7 @@ def join_memory(x: torch.Tensor, memory: torch.Tensor, num_prefix_tokens: int) -
 
 
 class LearnedSlots(nn.Module):
-    """Puts the memory before the first block, the same for every image, among the tokens of images."""
+    """Adds the initial memory, the same for every image, to the tokens of images."""
 
     def __init__(self, num_slots: int, slot_dim: int, num_prefix_tokens: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class SharedWorkspace(nn.Module):
 class CoordinationBlock(Block):
     """Pre-norm transformer block with a shared workspace in place of self-attention.
 
-    The memory (B, M, D) comes and goes among the tokens, after P others, in as many of them as its numbers fill.
+    The memory (B, M, D) is passed on among the tokens: after the first P, in as many tokens as it fills.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class CoordinationBlock(Block):
             num_prefix_tokens: int,
             **kwargs,
     ) -> None:
-        super().__init__(dim, num_heads, **{**kwargs, 'attn_layer': nn.Identity})  # its place is taken below
+        super().__init__(dim, num_heads, **{**kwargs, 'attn_layer': nn.Identity})  # replaced below
         shared = ('qkv_bias', 'proj_bias', 'attn_drop', 'proj_drop', 'device', 'dtype')
         self.attn = SharedWorkspace(
             dim, num_heads, slot_dim, slot_heads, bottleneck, **{name: kwargs[name] for name in shared})
@@ -214,8 +214,8 @@ class CoordinationBlock(Block):
 class Coordination(VisionTransformer):
     """ Vision transformer coordinated through a shared global workspace
 
-    timm's `VisionTransformer` with other blocks, and a memory per image that they hand on: among the prefix tokens,
-    after class token and registers. A question, in the class token, writes into the memory if it wins the competition.
+    timm's `VisionTransformer` with other blocks, which pass on a memory per image among the prefix tokens, after class
+    token and registers. A question, in the class token, writes into the memory if it wins the competition.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class Coordination(VisionTransformer):
             **kwargs: As `VisionTransformer`, except for the options of its attention and of its blocks.
 
         Raises:
-            ValueError: An option of self-attention, or a size that is not possible.
+            ValueError: An argument is out of its range, or is an option of self-attention.
         """
         kwargs = check_arguments(
             self,

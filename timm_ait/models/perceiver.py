@@ -1,7 +1,7 @@
 """ Perceiver
 
-A small array of learned latents reads the tokens of an image by cross-attention, again and again, and thinks about them
-in between by self-attention; the cost of depth does not grow with the number of tokens.
+A small array of learned latents reads the tokens of an image by cross-attention several times, with self-attention
+among the latents in between; the cost of depth does not grow with the number of tokens.
 
 Paper: `Perceiver: General Perception with Iterative Attention` - https://arxiv.org/abs/2103.03206
     Andrew Jaegle, Felix Gimeno, Andrew Brock, Andrew Zisserman, Oriol Vinyals, Joao Carreira. ICML 2021.
@@ -26,13 +26,15 @@ from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, regis
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
-from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers._arguments import check_at_least, check_choice
 from timm_ait.layers.cross_attention import CrossAttention
 
 from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['Perceiver']
+
+_POOLS = ('', 'avg', 'avgmax', 'max')
 
 
 class CrossAttentionBlock(nn.Module):
@@ -70,7 +72,7 @@ class CrossAttentionBlock(nn.Module):
 
 
 class PerceiverEncoder(nn.Module):
-    """All iterations, of a cross-attention and a latent transformer each: the one block of a ViT, of tokens."""
+    """All iterations, each a cross-attention and a latent transformer. For timm's ViT this is a single block."""
 
     def __init__(
             self,
@@ -85,7 +87,7 @@ class PerceiverEncoder(nn.Module):
             dtype=None,
             **block_kwargs,
     ) -> None:
-        """Arguments as `Perceiver`, and of its blocks."""
+        """As `Perceiver`; `block_kwargs` are those of its blocks."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.grad_checkpointing = False
@@ -134,7 +136,7 @@ class PerceiverEncoder(nn.Module):
         return latents
 
     def prune(self, num_iterations: int) -> None:
-        """Keep the first iterations alone."""
+        """Keep only the first iterations."""
         self.num_iterations = num_iterations
         self.cross_attns = self.cross_attns[:num_iterations]
         self.latent_transformers = self.latent_transformers[:num_iterations]
@@ -143,8 +145,8 @@ class PerceiverEncoder(nn.Module):
 class Perceiver(VisionTransformer):
     """ Perceiver
 
-    timm's `VisionTransformer` before and after its layers: patches, position embedding, pooling and classifier. Its
-    features are the latents. A question, in a class token, is one more token to read.
+    timm's `VisionTransformer` with other layers between its position embedding and its pooling. The features are the
+    latents. A question, in a class token, is one more token to read.
     """
 
     def __init__(
@@ -167,10 +169,10 @@ class Perceiver(VisionTransformer):
             num_iterations: Number of iterations, of a cross-attention and a latent transformer each.
             share_weights: Weights that the iterations share: 'after_first' is the paper's, all except for the first
                 cross-attention; 'all' or 'none'.
-            **kwargs: As `VisionTransformer`, except for what its blocks do not have.
+            **kwargs: As `VisionTransformer`, except for options of its blocks.
 
         Raises:
-            ValueError: An argument is out of its range, or one of other blocks.
+            ValueError: An argument is out of its range or not supported.
         """
         kwargs = check_arguments(
             self,
@@ -184,9 +186,8 @@ class Perceiver(VisionTransformer):
         kwargs = {'global_pool': 'avg', 'mlp_ratio': 1., 'class_token': False, **kwargs}
         depth, drop_path = kwargs.pop('depth', 12), kwargs.pop('drop_path_rate', 0.)
         check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
-        if share_weights not in ('none', 'after_first', 'all'):
-            raise ValueError(f"share_weights must be 'none', 'after_first' or 'all', got {share_weights!r}.")
-        self._check_global_pool(kwargs['global_pool'])
+        check_choice('share_weights', share_weights, ('none', 'after_first', 'all'))
+        check_choice('global_pool', kwargs['global_pool'], _POOLS)
 
         def block_fn(dim: int, num_heads: int, **block_kwargs) -> nn.Module:
             names = ('mlp_ratio', 'proj_drop', 'attn_drop', 'norm_layer', 'act_layer', 'device', 'dtype')
@@ -197,7 +198,7 @@ class Perceiver(VisionTransformer):
         super().__init__(
             depth=1, no_embed_class=True, final_norm=False, weight_init='skip', block_fn=block_fn, **kwargs)
         self.num_prefix_tokens = 0  # of the features
-        # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
+        # linear layers keep PyTorch's initialisation; with timm's for ViTs narrow models learn more slowly
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -220,14 +221,9 @@ class Perceiver(VisionTransformer):
         """Enable or disable gradient checkpointing, of each cross-attention and block."""
         self.blocks[0].grad_checkpointing = enable
 
-    def _check_global_pool(self, global_pool: Optional[str]) -> None:
-        pools = ('', 'avg', 'avgmax', 'max')
-        if global_pool is not None and global_pool not in pools:
-            raise ValueError(f'global_pool must be one of {pools}, got {global_pool!r}.')
-
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """As `VisionTransformer`, with the poolings of latents."""
-        self._check_global_pool(global_pool)
+        check_choice('global_pool', self.global_pool if global_pool is None else global_pool, _POOLS)
         super().reset_classifier(num_classes, global_pool)
 
     def forward_intermediates(

@@ -1,7 +1,7 @@
 """ Set Transformer
 
-An encoder of induced set attention blocks, in which the tokens of an image exchange what they know through a few
-learned inducing points (linear in the number of tokens), and a decoder that pools them by attention.
+An encoder of induced set attention blocks, in which the tokens of an image communicate through a few learned inducing
+points (linear in the number of tokens), and a decoder that pools them by attention.
 
 Paper: `Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks` -
     https://arxiv.org/abs/1810.00825
@@ -57,7 +57,7 @@ class MultiheadAttentionBlock(nn.Module):
             dtype=None,
             **unused,
     ) -> None:
-        """As timm's `Block`; what else its ViT hands to blocks is unused, and `SetTransformer` lets nobody set it."""
+        """As timm's `Block`. Its other arguments are ignored here; `SetTransformer` rejects them."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.attn = CrossAttention(
@@ -159,10 +159,10 @@ class SetTransformer(VisionTransformer):
             num_inducing: Number of inducing points m of each block.
             num_seeds: Number of seeds k of the pooling by attention.
             act_layer: Activation of the rFFs, ReLU by default.
-            **kwargs: As `VisionTransformer`, except for what its blocks do not have.
+            **kwargs: As `VisionTransformer`, except for options of its blocks.
 
         Raises:
-            ValueError: An argument is out of its range, or one of other blocks.
+            ValueError: An argument is out of its range or not supported.
         """
         kwargs = check_arguments(
             self,
@@ -185,11 +185,11 @@ class SetTransformer(VisionTransformer):
         if self.global_pool == 'map':
             self.attn_pool = PoolingByMultiheadAttention(num_seeds=num_seeds, **dict(mab_args, drop_path=0.))
             self.pool_include_prefix = True
-        # linear layers keep PyTorch's rule; timm's for ViTs learns slower in models narrower than 768
+        # linear layers keep PyTorch's initialisation; with timm's for ViTs narrow models learn more slowly
         self.init_weights(needs_reset=False)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """As `VisionTransformer`; other poolings than the one by attention leave out the question."""
+        """As `VisionTransformer`; only pooling by attention includes the question."""
         had_pool = self.attn_pool is not None
         super().reset_classifier(num_classes, global_pool)
         if had_pool and self.attn_pool is None:
