@@ -630,9 +630,12 @@ class TestCompile:
             layer.memory.copy_(torch.eye(8, 16))
             torch.testing.assert_close(run(x), layer(x))
 
-    def test_exporting_a_model_in_training_is_refused(self):
+    @pytest.mark.parametrize('program', [
+        lambda layer: torch.export.export(layer, (tokens(),)), lambda layer: torch.jit.trace(layer, tokens())],
+        ids=['export', 'trace'])
+    def test_a_program_of_a_model_in_training_is_refused(self, program):
         with pytest.raises(RuntimeError, match=r'model.eval\(\)'):
-            torch.export.export(make_workspace(), (tokens(),))
+            program(make_workspace())
 
 
 class TestPrecision:

@@ -56,9 +56,10 @@ class StepwiseMemory(nn.Module):
                 'A workspace has no parameters of its own here and cannot write: nn.DataParallel and FSDP with flat '
                 'parameters keep them elsewhere. Use DistributedDataParallel, fully_shard (FSDP2) or '
                 'use_orig_params=True.')
-        if _is_exporting():
+        if _is_exporting() or torch.jit.is_tracing():
             raise RuntimeError(
-                'A workspace cannot be exported in training mode: its memory would never advance. Call model.eval().')
+                'A workspace cannot be exported or traced in training mode: its memory would not advance. Call '
+                'model.eval().')
         elsewhere = {parameter.device for parameter in self.parameters()} - {x.device}
         if elsewhere:  # offloaded, by tools that bring weights back where a module is called
             raise RuntimeError(
@@ -73,8 +74,8 @@ class StepwiseMemory(nn.Module):
         """Raise a RuntimeError where what was written (M, D) has a derivative that would not reach the memory."""
         if torch._C._functorch.is_functorch_wrapped_tensor(candidate) or unpack_dual(candidate).tangent is not None:
             raise RuntimeError(
-                'torch.func and forward-mode derivatives do not support workspaces in training mode: their memory would '
-                'not advance. Call model.eval().')
+                'torch.func and forward-mode derivatives do not support workspaces in training mode: their memory '
+                'would not advance. Call model.eval().')
 
     def keep_balance(self, loss: torch.Tensor, coverage: torch.Tensor, output: torch.Tensor) -> None:
         """Keep the balance loss and coverage (scalars) of a forward that gave an output."""
