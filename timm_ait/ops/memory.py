@@ -1,5 +1,4 @@
 """ The small algebra of the memory itself, (M, D): its update, in at least float32, and its statistics. """
-import importlib.util
 import math
 from typing import Dict, Optional, Tuple
 
@@ -27,8 +26,11 @@ _FAST = (
     (1.87521, -1.25023, 0.37502),
     (1.875, -1.25, 0.375),
 )
-# These rise from zero to one, so that a derivative loses no precision on the way; they are enough for [1e-6, 1].
-_MONOTONE = ((1.875, -1.25, 0.375),) * 27
+# For derivatives, on [1e-6, 1]. Those that overshoot lose digits on the way, which float64 can spare.
+_OF_DERIVATIVE = {
+    torch.float64: _FAST[:1] + _FAST[11:],
+    torch.float32: ((1.875, -1.25, 0.375),) * 27,
+}
 
 
 def _ridge(dtype: torch.dtype) -> float:
@@ -62,7 +64,7 @@ def _polar_derivative_by_products(matrix: torch.Tensor, factor: torch.Tensor, di
     x, dx = matrix.to(dtype) / norm + max(_ridge(matrix.dtype), 1e-6) * factor, direction.to(dtype) / norm
     scale = 1.01 * (x.detach() @ x.detach().T).norm().sqrt()
     x, dx = x / scale, dx / scale
-    for a, b, c in _MONOTONE:
+    for a, b, c in _OF_DERIVATIVE[dtype]:
         gram = x @ x.T
         half = dx @ x.T
         dgram = half + half.T
@@ -70,13 +72,6 @@ def _polar_derivative_by_products(matrix: torch.Tensor, factor: torch.Tensor, di
         p, dp = torch.addmm(gram, gram, gram, beta=b, alpha=c), b * dgram + c * (half + half.T)
         x, dx = torch.addmm(x, p, x, beta=a), torch.addmm(dp @ x, p, dx) + a * dx
     return dx.to(matrix.dtype)
-
-
-def _has_kernels(matrix: torch.Tensor) -> bool:
-    """Whether one kernel does what are hundreds of launches as products."""
-    return (
-        matrix.is_cuda and torch.version.hip is None and max(matrix.shape) <= 64
-        and importlib.util.find_spec('triton') is not None)
 
 
 def _singular_values(matrix: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,9 +93,6 @@ def _singular_values(matrix: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, 
 @torch.library.custom_op('timm_ait::polar', mutates_args=())
 def _polar(matrix: torch.Tensor) -> torch.Tensor:
     """Polar factor of a wide matrix."""
-    if _has_kernels(matrix):
-        from .polar_triton import polar_kernel
-        return polar_kernel(matrix)
     if matrix.device.type != 'cpu':
         return _polar_by_products(matrix)
     if not matrix.isfinite().all():
@@ -114,9 +106,6 @@ def _polar_backward(matrix: torch.Tensor, factor: torch.Tensor, grad: torch.Tens
 
     It is U Y U^T X + U diag(1/s) U^T (G - G X^T X), with Y_ij = (U^T (G X^T - X G^T) U)_ij / (s_i + s_j).
     """
-    if _has_kernels(matrix):
-        from .polar_triton import polar_derivative_kernel
-        return polar_derivative_kernel(matrix, factor, grad)
     if matrix.device.type != 'cpu':
         return _polar_derivative_by_products(matrix, factor, grad)
     if not (factor.isfinite().all() and grad.isfinite().all()):
