@@ -1,4 +1,4 @@
-""" examples/train_on_device.py on a data set of a few images. """
+""" examples/on_device/train_on_device.py on a data set of a few images. """
 import json
 import sys
 from argparse import Namespace
@@ -14,11 +14,11 @@ import timm
 
 import timm_ait  # noqa: F401, registers the models
 
-EXAMPLES = Path(__file__).parents[2] / 'examples'
+EXAMPLES = Path(__file__).parents[2] / 'examples' / 'on_device'
 sys.path.insert(0, str(EXAMPLES))
 
 import augment_on_device  # noqa: E402
-import cifar_convnet  # noqa: E402, F401, registers the model
+import cifar_teacher  # noqa: E402, F401, registers the model
 import train_on_device  # noqa: E402
 
 NO_AUGMENTATION = dict(
@@ -171,13 +171,13 @@ def test_images_are_scaled_to_the_size_that_the_model_was_created_for(train):
 
 def test_a_convolutional_teacher_trains(train):
     final = train(
-        '--model', 'cifar_convnet', '--model-kwargs', 'widths=(8,8,8)', '--channels-last', '--epochs', '10', '--opt',
+        '--model', 'cifar_teacher', '--model-kwargs', 'widths=(8,8,8)', '--channels-last', '--epochs', '10', '--opt',
         'sgd', '--lr', '0.3', '--bn-bias-lr-scale', '8', '--model-ema-decay', '0.9')[-1]
     assert final['top1_ema'] == 100
 
 
 def test_its_first_convolution_whitens_patches():
-    model = timm.create_model('cifar_convnet', widths=(8, 8, 8))
+    model = timm.create_model('cifar_teacher', widths=(8, 8, 8))
     images = torch.rand(64, 3, 32, 32).mul(2).sub(1)
     images[:, 1:] = 0.8 * images[:, :1] + 0.2 * images[:, 1:]
     model.init_from_images(images)

@@ -1,10 +1,11 @@
-""" Train a timm model on a data set that fits on the accelerator.
+r""" Train a timm model on a data set that fits on the accelerator.
 
 The images lie on the device as bytes; each batch is gathered, augmented and mixed there, so that no loader has to keep
 up with the device. The budget is a time (--seconds) or a number of epochs (--epochs), and the learning rate follows the
 share of it that is spent: a run of a given time needs no known number of steps.
 
-    python examples/train_on_device.py --config examples/cifar10_teacher.yaml --data-dir CIFAR10 --output output/teacher
+    python examples/on_device/train_on_device.py --config examples/on_device/cifar10_teacher.yaml --data-dir CIFAR10 \
+        --output output/cifar10_teacher
 
 The data set is an ImageFolder of images of one size. Written are the averaged weights (model.safetensors), a checkpoint
 to resume from (last.pth.tar), what was measured (log.jsonl) and the options (args.yaml). Options are named as in timm's
