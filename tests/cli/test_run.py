@@ -102,6 +102,7 @@ if __name__ == '__main__':
 
 class TestProcesses:
 
+    @pytest.mark.slow
     def test_workers_of_a_data_loader(self, tmp_path):
         result = run(write(tmp_path, WORKERS), 'spawn')
         assert result.stdout == 'spawn 2\n', result.stderr

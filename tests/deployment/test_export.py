@@ -24,6 +24,7 @@ def test_computes_the_same_for_any_batch(exported):
         torch.testing.assert_close(program.module()(images(batch_size)), model(images(batch_size)))
 
 
+@pytest.mark.slow
 def test_strict():
     model = make_ait()
     program = torch.export.export(model, (images(),), strict=True)

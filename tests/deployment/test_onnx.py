@@ -37,6 +37,7 @@ class TestOnnx:
         assert not model.training and torch.equal(model(images()), expected)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
+    @pytest.mark.slow
     def test_timms_own_export_checks(self, tmp_path, dynamo):
         model, path = make_ait(gated=True, beta=2., retrieval_steps=2), tmp_path / 'model.onnx'
         onnx_export(
