@@ -245,7 +245,7 @@ class Workplace:
         config = self.config_of(arguments)
         for i, argument in enumerate(arguments):
             if argument.endswith('/validation') and not self.exists(argument):
-                write_image_folder((self.folder / argument).parent, 2)
+                write_image_folder((self.folder / argument).parent, int(PLACEHOLDERS['N']))
             elif arguments[i - 1] == '--data-dir' and not self.exists(argument):
                 if config.get('dataset') == 'sort_of_clevr' or 'benchmarks.validate_sort_of_clevr' in arguments:
                     arguments[i] = str(self.sort_of_clevr)
