@@ -51,7 +51,7 @@ from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import update_memory
 
-PARTS = ('layer', 'models', 'latency', 'scaling')
+PARTS = ('layer', 'models', 'latency', 'scaling', 'optimizer')
 CASES = ('training forward', 'training step', 'evaluation')
 OURS, NAIVE, PUBLISHED, MLP = 'timm_ait', 'naive', 'published', 'mlp'
 COMPILED = ', compiled'
@@ -411,6 +411,34 @@ def measure_scaling(args: argparse.Namespace) -> None:
             measure_layers(sized, value if size == 'T' else args.tokens[0], f'{size} {value:,}')
 
 
+def measure_optimizer(num_steps: int = 300) -> None:
+    """What looking for workspaces costs an optimizer's step, and moving their memories."""
+    def step_time(*optimizers: torch.optim.Optimizer) -> float:
+        times = []
+        for _ in range(num_steps):
+            start = time.perf_counter()
+            for optimizer in optimizers:
+                optimizer.step()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) * 1e6
+
+    def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        return torch.optim.SGD(parameters, lr=0.)
+
+    tiny = sgd(list(nn.Linear(2, 2).parameters()))
+    print_row('optimizer, microseconds a step', 'alone', 'beside four models')
+    print_row('---', '--:', '--:')
+    alone = step_time(tiny)
+    models = [timm.create_model('test_ait') for _ in range(4)]
+    print_row('of a linear layer', f'{alone:.0f}', f'{step_time(tiny):.0f}')
+    parameters = list(models[0].parameters())
+    print_row('of test_ait', '', f'{step_time(sgd(parameters)):.0f}')
+    optimizers = [sgd([parameter]) for parameter in parameters]
+    print_row(f'one for each of its {len(parameters)} parameters', '', f'{step_time(*optimizers):.0f}')
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces every start and stop
@@ -421,6 +449,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     print_setting(args)
     for part in args.part:
         print(f'\n## {part}\n')
+        if part == 'optimizer':
+            measure_optimizer()
+            continue
         print_row('case', 'size', 'dtype', 'contender', 'ms', 'ratio', 'peak MiB', 'ratio', 'waits')
         print_row(*['---'] * 4, *['--:'] * 4, '---')
         if part == 'layer':

@@ -35,3 +35,9 @@ def test_timm_knows_the_grid_of_a_checkpoint():
     model = timm.create_model('test_vit')
     assert get_pretrained_grid_size(model, torch.empty(64, 3, 16, 16), 100) == (10, 10)
     assert get_pretrained_grid_size(model, torch.empty(64, 3, 16, 16), 99) is None
+
+
+def test_tensors_of_a_transform_are_known():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(torch._C._functorch.is_functorch_wrapped_tensor(x)) or x)(torch.zeros(2))
+    assert seen == [True] and not torch._C._functorch.is_functorch_wrapped_tensor(torch.zeros(2))

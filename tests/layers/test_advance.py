@@ -399,7 +399,19 @@ class TestBalanceLoss:
         output = layer(tokens()).sum()
         loss = balance_loss(layer)
         (output + loss).backward()
-        assert balance_loss(layer) == loss and not balance_loss(layer).requires_grad
+        layer.zero_grad()
+        assert balance_loss(layer) == loss
+        with pytest.warns(UserWarning, match='after the forward'):
+            balance_loss(layer).backward()
+        assert all(parameter.grad is None for parameter in layer.parameters())
+
+    def test_added_before_the_forward_warns(self):
+        layer = make_workspace()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.)
+        (layer(tokens()).sum() + balance_loss(layer)).backward()
+        optimizer.step()
+        with pytest.warns(UserWarning, match='after the forward'):
+            (balance_loss(layer) + layer(tokens()).sum()).backward()
 
     def test_keeps_no_graph_beyond_the_step(self):
         layer = make_workspace()

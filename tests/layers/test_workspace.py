@@ -130,6 +130,11 @@ class TestForward:
     def test_by_default_the_bottleneck_is_the_papers_share_of_the_tokens(self):
         assert GlobalWorkspace(24).bottleneck * 32768 == 512
 
+    @pytest.mark.parametrize('token_mask', [torch.ones(4, 9), torch.ones(9, dtype=torch.bool)])
+    def test_a_mask_that_is_not_the_tokens_is_named(self, token_mask):
+        with pytest.raises(ValueError, match=r'token_mask must be boolean, of shape \[4, 9\]'):
+            make_workspace()(torch.randn(4, 9, 24), token_mask)
+
     def test_momentum_one_keeps_the_memory(self):
         layer = make_workspace(memory_momentum=1.)
         before = layer.memory.clone()

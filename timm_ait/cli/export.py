@@ -139,7 +139,7 @@ def write_onnx(model: nn.Module, file: Path) -> None:
         dynamic_shapes=({0: torch.export.Dim('batch')},),
         verbose=False,
     )
-    if importlib.util.find_spec('onnxruntime'):
+    if importlib.util.find_spec('onnxruntime'):  # else the file is not compared with the model
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
@@ -187,7 +187,7 @@ class _ParseKwargs(ParseKwargs):
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         'export',
-        help='write a checkpoint of train.py in Hub layout',
+        help='write a checkpoint of train.py, or a pretrained model, in Hub layout and as ONNX',
         description='Write config.json and model.safetensors, as timm (local-dir:, hf-hub:) and transformers load '
                     'them, from a checkpoint of train.py or of a pretrained model. Other files in the folder stay. A '
                     'checkpoint of train.py holds the arguments of its training: they are the defaults of --model, '

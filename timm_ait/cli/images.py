@@ -30,7 +30,7 @@ __all__ = [
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
 
-# images that Pillow reads only with plugins: unreadable files with these extensions are reported, others ignored
+# images that not every Pillow reads: files with these extensions are reported where it does not, others are ignored
 _KNOWN_FORMATS = set('.heic .heif .hif .avif .jxl .jp2 .webp .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .raf '
                      '.rw2'.split())
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
     """Arguments for `find_images` and `load_model`."""
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE',
                         help='image, or folder to search for images; hidden files are left out, images that the '
-                             f'installed Pillow cannot read ({" ".join(sorted(_KNOWN_FORMATS))}) are reported')
+                             f'installed Pillow cannot read (perhaps {" ".join(sorted(_KNOWN_FORMATS))}) are reported')
     parser.add_argument('--model', default='ait_small', metavar='NAME',
                         help=f'{models}: a timm model, hf-hub:<user>/<model> or local-dir:<folder> '
                              '(default: %(default)s)')

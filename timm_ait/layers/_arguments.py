@@ -17,8 +17,8 @@ def check_number(name: str, value: float, low: float, high: float, low_open: boo
     """Raise a ValueError unless low <= value <= high, or low < value <= high."""
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not valid or not (low < value if low_open else low <= value) or value > high:
-        bracket = '(' if low_open else '['
-        raise ValueError(f'{name} must be a number in {bracket}{low}, {high}], got {value!r}.')
+        brackets = '(' if low_open else '[', ')' if math.isinf(high) else ']'
+        raise ValueError(f'{name} must be a number in {brackets[0]}{low}, {high}{brackets[1]}, got {value!r}.')
 
 
 def check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ _state = globals().setdefault('_state', {  # outlives a reload of this module
     'held': weakref.WeakKeyDictionary(),  # by optimizer, see `_held_workspaces`
     'parts': weakref.WeakSet(),  # optimizers inside of others, which make their steps
     'num_steps': 0,  # of optimizers
+    'warned_at': None,  # number of steps then
     'hooks': [],
 })
 
@@ -32,7 +33,9 @@ def count_write(workspace: nn.Module) -> None:
     if workspace.num_writes == 0:
         workspace.num_steps = _state['num_steps']
     workspace.num_writes += 1
-    if workspace.num_writes == _MAX_WRITES and _state['num_steps'] > workspace.num_steps:
+    has_stalled = workspace.num_writes == _MAX_WRITES and _state['num_steps'] > workspace.num_steps
+    if has_stalled and _state['warned_at'] != _state['num_steps']:  # once for all workspaces of a model
+        _state['warned_at'] = _state['num_steps']
         warnings.warn(
             f'The memory of a workspace was written in {_MAX_WRITES} forwards and did not move: no optimizer that has '
             'stepped holds its parameters. Create the optimizer after the workspaces; where it holds copies of the '

@@ -1,5 +1,6 @@
 """ The balance loss of a model, and how its memories are. """
 import contextlib
+import warnings
 import weakref
 from contextvars import ContextVar
 from typing import Dict, Iterator, List, Optional
@@ -26,13 +27,19 @@ def _release_after_backward(workspace: nn.Module, loss: torch.Tensor) -> None:
     loss.register_hook(release)
 
 
+def _warn_of_a_value(grad: torch.Tensor) -> None:
+    warnings.warn(
+        'The balance loss in this backward was a value of an earlier step, without a gradient: call '
+        'balance_loss(model) after the forward that it is to be part of, and before its backward.', stacklevel=2)
+
+
 def balance_loss(model: nn.Module) -> torch.Tensor:
-    """Weighted balance loss of the last forward (scalar), summed over the workspaces that wrote in it.
+    """Weighted balance loss of the last forward with gradient (scalar), summed over the workspaces that wrote in it.
 
     In your own training loop, add it to the criterion after each forward; timm's training tasks do so themselves. It is
     zero if no workspace wrote: in evaluation, or where the write is frozen. A workspace that the forward used several
     times counts with each of its uses (compiled, with the last). The graph is kept until the backward, the next forward
-    or the optimizer's step; from then on the loss is its value alone.
+    or the optimizer's step; from then on the loss is its value alone, and a backward through it warns.
     """
     losses = [
         (workspace, workspace.balance) for _, workspace in named_workspaces(model)
@@ -44,6 +51,9 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
             _release_after_backward(workspace, loss)
     parts = [loss for _, loss in alive or losses]
     total = sum(parts, torch.zeros((), device=parts[0].device if parts else None))
+    if parts and not alive and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        total = total.detach().requires_grad_()
+        total.register_hook(_warn_of_a_value)
     record = _record.get()
     if record is not None:
         record.append(total)

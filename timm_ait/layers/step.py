@@ -49,8 +49,12 @@ class StepwiseMemory(nn.Module):
         register_workspace(self)
         self.register_load_state_dict_post_hook(_forget_written)
 
-    def check_it_can_write(self, x: torch.Tensor, has_parameters: bool) -> None:
-        """Raise a RuntimeError, with the remedy, where a training forward of x could not do all that it is to do."""
+    def check_it_can_write(self, x: torch.Tensor, token_mask: Optional[torch.Tensor], has_parameters: bool) -> None:
+        """Raise an error, with the remedy, where a training forward of x could not do all that it is to do."""
+        if token_mask is not None and (token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]):
+            raise ValueError(
+                f'token_mask must be boolean, of shape {list(x.shape[:-1])}, got {token_mask.dtype} of shape '
+                f'{list(token_mask.shape)}.')
         if not has_parameters:
             raise RuntimeError(
                 'A workspace has no parameters of its own here and cannot write: nn.DataParallel and FSDP with flat '

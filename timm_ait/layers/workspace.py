@@ -94,8 +94,9 @@ class GlobalWorkspace(StepwiseMemory):
             slot_dim: Slot width D, also the width of a write head.
             workspace_heads: Number of write heads A.
             bottleneck: Tokens k that each slot and head keep of all T = B * N: a fraction in (0, 1], as a float, or
-                their number. By default the paper's share, 512 of 32,768. With a fixed number, the balance loss grows
-                with the batch, about as T / (M * k), and in small batches every token is kept.
+                their number (1 is one token, 1. is all). By default the paper's share, 512 of 32,768. With a fixed
+                number, the balance loss grows with the batch, about as T / (M * k), and in small batches every token is
+                kept.
             beta: Inverse temperature of the retrieval.
             retrieval_steps: Number of retrieval steps.
             memory_momentum: Weight of the memory before a write in the memory after it.
@@ -202,7 +203,7 @@ class GlobalWorkspace(StepwiseMemory):
             of x.
 
         Raises:
-            ValueError: The tokens are not E wide.
+            ValueError: The tokens are not E wide, or the mask is not theirs.
             RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
                 of re-entrant checkpointing, `torch.export` or `torch.func`, or with offloaded parameters.
         """
@@ -239,7 +240,7 @@ class GlobalWorkspace(StepwiseMemory):
         is_trained = [parameter.requires_grad for module in write_modules for parameter in module.parameters()]
         if is_trained and not any(is_trained):
             return self._read(x)
-        self.check_it_can_write(x, has_parameters=bool(is_trained))
+        self.check_it_can_write(x, token_mask, has_parameters=bool(is_trained))
 
         normed = self.norm(x).to(x.dtype).reshape(-1, self.dim)
         tokens, mask = x.reshape(-1, self.dim), None if token_mask is None else token_mask.reshape(-1)
