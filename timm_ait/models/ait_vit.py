@@ -5,8 +5,8 @@ weights are timm's on the Hub, and the workspaces start as the identity, so the 
 fine-tuning opens the gates.
 
 The workspaces are the paper's: 32 slots of 32 and 8 heads, each of which keeps 1/64 of a batch's tokens. As in every
-AiT, training adds the balance loss (weight 1e-2). Its gradient reaches the pretrained body from the first step;
-`balance_weight=0.` turns it off.
+AiT, training adds the balance loss (weight 1e-2). Its gradient reaches the pretrained body from the first step,
+which made no difference where it was measured (benchmarks/RESULTS.md); `balance_weight=0.` turns it off.
 
 Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `An Image is Worth 16x16 Words` - https://arxiv.org/abs/2010.11929
