@@ -31,7 +31,7 @@ from timm_ait import analysis
 from timm_ait.ops.memory import slot_statistics
 from timm_ait.weights import weights_dir
 
-from .compare.data import load_image_folder, load_images
+from .compare.data import load_images, load_split
 from .compare.training import create_run_model, write_text
 from .measures import (
     REPLACEMENTS,
@@ -196,8 +196,7 @@ def measure_shipped(name: str, data_dir: Optional[Path]) -> Measured:
 def measure_runs(folder: Path, data_dir: Path) -> Tuple[Dict[str, List[Measured]], Measured]:
     """Figures of the runs of a recipe by label, and the agreement of the seeds of its default run."""
     recipe = json.loads((folder / 'results.json').read_text())['recipe']
-    split = load_image_folder(str(data_dir), 'validation', recipe['image_size'], recipe['in_chans'])
-    split.mean, split.std = recipe['mean'], recipe['std']
+    split = load_split(recipe, str(data_dir), 'validation')
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     batches = [split.batch(items)[:2] for items in order.split(BATCH_SIZE)]
 

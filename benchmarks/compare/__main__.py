@@ -22,6 +22,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--output', required=True, type=Path, help='folder of the results')
     parser.add_argument('--runs', nargs='+', metavar='LABEL', help="these of the recipe's runs alone")
     parser.add_argument('--device', default='cpu', help='device to train on (default: %(default)s)')
+    parser.add_argument('--compile', action='store_true', help='compile the models for training')
     args, overrides = parser.parse_known_args(argv)
     try:
         recipe = read_recipe(args.recipe, overrides)
@@ -60,7 +61,8 @@ def main(argv: Optional[List[str]] = None) -> None:
             except Exception as e:  # a wrong argument is refused by whatever layer takes it
                 parser.error(f'{args.recipe}: run {label!r}: {type(e).__name__}: {" ".join(str(e).split())}')
         for (label, seed), folder in todo.items():
-            train_run(recipe, recipe['runs'][label], seed, folder, train, test)
+            torch.compiler.reset()  # the graphs of all models together would reach a limit
+            train_run(recipe, recipe['runs'][label], seed, folder, train, test, args.compile)
     report(recipe, args.output)
 
 

@@ -17,7 +17,7 @@ from timm_ait.data.sort_of_clevr import ANSWERS, KINDS, QUESTION_DIM
 
 from .recipe import Recipe
 
-__all__ = ['Split', 'augment', 'load_image_folder', 'load_images', 'load_sort_of_clevr', 'load_splits']
+__all__ = ['Split', 'augment', 'load_image_folder', 'load_images', 'load_sort_of_clevr', 'load_split', 'load_splits']
 
 
 @dataclasses.dataclass
@@ -52,10 +52,24 @@ class Split:
         tensors = {key: value for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **{key: tensor.to(device) for key, tensor in tensors.items()})
 
-    def batch(self, items: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
-        """Normalised images, targets, and the further arguments of the model, of items (B,)."""
+    def batch(
+            self,
+            items: torch.Tensor,
+            recipe: Optional[Recipe] = None,
+            generator: Optional[torch.Generator] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor, Dict[str, torch.Tensor]]:
+        """Normalised images, targets, and the further arguments of the model.
+
+        Args:
+            items: Numbers of the items (B,).
+            recipe: How to augment the images; not at all if None.
+            generator: Of the augmentation, on the CPU.
+        """
         items = items.to(self.targets.device)
-        images = self.images[self.image_of[items]].float().div_(255.).sub_(self.mean).div_(self.std)
+        images = self.images[self.image_of[items]].float().div_(255.)
+        if recipe is not None:
+            images = augment(images, recipe, generator)
+        images = images.sub_(self.mean).div_(self.std)
         kwargs = {} if self.questions is None else {'question': self.questions[items].float()}
         return images, self.targets[items], kwargs
 
@@ -126,26 +140,34 @@ def load_sort_of_clevr(data_dir: str, split: str, kinds: Sequence[str]) -> Split
     )
 
 
+def load_split(recipe: Recipe, data_dir: str, split: str) -> Split:
+    """Read a split of a recipe's data, normalised as the recipe says.
+
+    Raises:
+        FileNotFoundError: A split of Sort-of-CLEVR is missing.
+        ValueError: A folder of images is missing.
+    """
+    if recipe['dataset'] == 'sort_of_clevr':
+        read = load_sort_of_clevr(data_dir, split, recipe['kinds'])
+    else:
+        read = load_image_folder(data_dir, split, recipe['image_size'], recipe['in_chans'])
+    read.mean, read.std = (torch.tensor(recipe[key])[:, None, None] for key in ('mean', 'std'))
+    return read
+
+
 def load_splits(recipe: Recipe, data_dir: str) -> Tuple[Split, Split]:
-    """Read the recipe's training and validation split.
+    """`load_split` of the training and the validation split.
 
     Raises:
         FileNotFoundError: A split of Sort-of-CLEVR is missing.
         ValueError: A folder of images is missing, the splits' classes differ, or there are too few items for a batch.
     """
-    if recipe['dataset'] == 'sort_of_clevr':
-        train, test = (load_sort_of_clevr(data_dir, split, recipe['kinds']) for split in ('train', 'validation'))
-    else:
-        train, test = (
-            load_image_folder(data_dir, split, recipe['image_size'], recipe['in_chans'])
-            for split in ('train', 'validation'))
+    train, test = (load_split(recipe, data_dir, split) for split in ('train', 'validation'))
     if train.class_names != test.class_names:
         raise ValueError(f'train and validation of {data_dir} have not the same classes')
     if len(train) < recipe['batch_size']:
         raise ValueError(f"{data_dir} has {len(train)} items to train on, fewer than the batch_size of "
                          f"{recipe['batch_size']}")
-    train.mean = test.mean = recipe['mean']
-    train.std = test.std = recipe['std']
     return train, test
 
 
@@ -163,7 +185,7 @@ def _windows(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, height
 
 def _random_corner(images: torch.Tensor, axis: int, generator: torch.Generator) -> torch.Tensor:
     """Where along an axis a window has to begin (B, 1) to have all that is not black at a random place."""
-    shown = images.amax(dim=(1, axis)) > images.min()
+    shown = images.amax(dim=(1, axis)) > 0
     first = shown.int().argmax(dim=1, keepdim=True)
     free = first + shown.flip(1).int().argmax(dim=1, keepdim=True)
     place = (torch.rand(len(images), 1, generator=generator).to(images.device) * (free + 1)).long()
@@ -171,7 +193,7 @@ def _random_corner(images: torch.Tensor, axis: int, generator: torch.Generator) 
 
 
 def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """Flip, shift and place images (B, C, H, W) at random, as the recipe says."""
+    """Flip, shift and place images (B, C, H, W) at random, as the recipe says; black is zero."""
     batch_size, _, height, width = images.shape
     for name, flip in (
             ('hflip', lambda x: x.flip(-1)), ('vflip', lambda x: x.flip(-2)), ('transpose', lambda x: x.mT)):
@@ -180,7 +202,7 @@ def augment(images: torch.Tensor, recipe: Recipe, generator: torch.Generator) ->
             images = torch.where(flipped, flip(images), images)
     padding = recipe['crop_padding']
     if padding:
-        images = F.pad(images, (padding,) * 4, mode='reflect')
+        images = F.pad(images, (padding,) * 4, mode=recipe['padding_mode'])
         top, left = torch.randint(2 * padding + 1, (2, batch_size, 1), generator=generator).to(images.device)
         images = _windows(images, top, left, height, width)
     if recipe['place']:

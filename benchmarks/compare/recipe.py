@@ -57,8 +57,8 @@ def create_recipe_parser() -> argparse.ArgumentParser:
         help='train/<class>/*, validation/<class>/*, or what `python -m timm_ait data sort-of-clevr` writes')
     add('--image-size', type=_positive, required=True, help='pixels; images are scaled to it')
     add('--in-chans', type=int, choices=(1, 3), default=3)
-    add('--mean', type=float, default=0.5, help='what pixels in [0, 1] are normalised with')
-    add('--std', type=float, default=0.5)
+    add('--mean', nargs='+', type=float, default=[0.5], help='what pixels in [0, 1] are normalised with; per channel')
+    add('--std', nargs='+', type=float, default=[0.5])
     add('--kinds', nargs='+', choices=KINDS, default=list(KINDS), help='which questions of Sort-of-CLEVR')
     add('--model-kwargs', type=_mapping, default={}, help="of every run's model; a run takes one back with null")
     add('--conv-stem', nargs='+', type=_positive, metavar='CHANNELS',
@@ -72,13 +72,14 @@ def create_recipe_parser() -> argparse.ArgumentParser:
     add('--layer-decay', type=float)
     add('--weight-decay', type=float, default=0.05)
     add('--warmup-steps', type=int, default=100)
-    add('--clip-grad', type=float, default=1.)
+    add('--clip-grad', type=float, default=1., help='norm of the gradients, 0 for no limit')
     add('--amp-dtype', choices=('bfloat16', 'float32'), default='bfloat16')
     add('--seeds', nargs='+', type=int, default=[0])
     add('--eval-every', type=_positive, default=250, help='steps from one evaluation, and checkpoint, to the next')
     for flip in ('hflip', 'vflip', 'transpose'):
         add(f'--{flip}', type=_flag, default=False, help='flip images at random')
     add('--crop-padding', type=int, default=0, help='shift images by up to as many pixels')
+    add('--padding-mode', choices=('reflect', 'constant'), default='reflect', help='constant: black')
     add('--place', type=_flag, default=False, help='move what stands on a black ground to a random place, whole')
     return parser
 

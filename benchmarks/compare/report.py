@@ -2,7 +2,7 @@
 import json
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -31,7 +31,7 @@ def report(recipe: Recipe, output: Path) -> None:
 
 
 def _table(results: Results) -> str:
-    groups = list(next(iter(results.values()))['runs'][0]['accuracy'])
+    groups = list(dict.fromkeys(group for result in results.values() for group in result['runs'][0]['accuracy']))
     numbers_differ = len({len(result['runs']) for result in results.values()}) > 1
     gated = any(result['runs'][0]['gates'] for result in results.values())
     header = ['', *(['seeds'] if numbers_differ else []),
@@ -43,8 +43,9 @@ def _table(results: Results) -> str:
         runs = result['runs']
         cells = [label, *([str(len(runs))] if numbers_differ else [])]
         for group in groups:
-            mean, deviation = _mean_and_deviation(result, group)
-            cells.append(f'{mean:.2f} ± {deviation:.2f}' if len(runs) > 1 else f'{mean:.2f}')
+            values = [run['accuracy'][group] for run in runs if group in run['accuracy']]
+            deviation = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+            cells.append(f'{statistics.mean(values):.2f}{deviation}' if values else '')
         ranks = [run['lowest_rank'] for run in runs if run['lowest_rank'] is not None]
         gates = [gate for run in runs for gate in run['gates']]
         rates = [run['training_rate'] for run in runs if run['training_rate'] is not None]
@@ -63,11 +64,6 @@ def _table(results: Results) -> str:
 
 def _range(values: List[float]) -> str:
     return f'{min(values):.4f} to {max(values):.4f}' if values else ''
-
-
-def _mean_and_deviation(result: Dict[str, Any], group: str = 'all') -> Tuple[float, float]:
-    values = [run['accuracy'][group] for run in result['runs']]
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.
 
 
 def _learning_curves(results: Results, output: Path) -> None:

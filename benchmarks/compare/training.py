@@ -22,10 +22,12 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import CheckpointSaver
 
 import timm_ait
+from benchmarks import bodies  # noqa: F401, registers published_body
 from timm_ait.data.sort_of_clevr import QUESTION_DIM
 from timm_ait.layers import GlobalWorkspace
+from timm_ait.layers.published import PublishedWorkspace
 
-from .data import Split, augment
+from .data import Split
 from .recipe import Recipe, run_settings
 
 __all__ = ['create_run_model', 'create_run_optimizer', 'evaluate', 'train_run', 'write_text']
@@ -121,6 +123,35 @@ def evaluate(model: torch.nn.Module, split: Split, batch_size: int = 250) -> Tup
     return accuracy, statistics.median(rates)
 
 
+def evaluate_writing(model: torch.nn.Module, split: Split, batch_size: int) -> float:
+    """Accuracy in percent as the published code measures it: each batch is written before it is read.
+
+    The items come in one random order, the same in every call, and an incomplete last batch is left out, unless it is
+    the only one. The memory is put back at the end, where the published code trains on with it.
+    """
+    memories = {module: module.memory.clone() for module in model.modules() if isinstance(module, PublishedWorkspace)}
+    model.train()
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+    batch_size = min(batch_size, len(split))
+    num_items = len(split) // batch_size * batch_size
+    correct = 0
+    for items in order[:num_items].split(batch_size):
+        images, targets, kwargs = split.batch(items)
+        logits = model(images, **kwargs).detach()  # with a graph: a forward without one is not written
+        correct += (logits.argmax(-1) == targets).sum().item()
+    with torch.no_grad():
+        for module, memory in memories.items():
+            module.memory.copy_(memory)
+    return 100 * correct / num_items
+
+
+def _evaluate_run(model: torch.nn.Module, test: Split, batch_size: int) -> Tuple[Dict[str, float], float]:
+    accuracy, rate = evaluate(model, test)
+    if any(isinstance(module, PublishedWorkspace) for module in model.modules()):
+        accuracy['writing'] = evaluate_writing(model, test, batch_size)
+    return accuracy, rate
+
+
 def _multiply_adds(model: torch.nn.Module, split: Split) -> int:
     """Multiply-adds of one item."""
     images, _, kwargs = split.batch(torch.arange(1))
@@ -152,7 +183,15 @@ def _items(step: int, num_items: int, batch_size: int, seed: int) -> torch.Tenso
     return _order(num_items, 1_000_003 * seed + epoch)[position * batch_size:(position + 1) * batch_size]
 
 
-def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, train: Split, test: Split) -> None:
+def train_run(
+        recipe: Recipe,
+        run: Dict[str, Any],
+        seed: int,
+        folder: Path,
+        train: Split,
+        test: Split,
+        compiled: bool = False,
+) -> None:
     """Train one model with one seed, or go on with it; leaves `result.json` in the folder once it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / 'settings.json', json.dumps(run_settings(recipe, run)))
@@ -179,27 +218,29 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
         log = [entry for entry in json.loads((folder / 'log.json').read_text()) if entry['step'] <= first_step]
 
     amp_dtype = getattr(torch, recipe['amp_dtype'])
+    forward = torch.compile(model) if compiled else model
     rates: List[float] = []
+    rated_step, start = first_step, _seconds(device)
     for step in range(first_step, steps):
-        images, targets, kwargs = train.batch(_items(step, len(train), batch_size, seed))
-        images = augment(images, recipe, torch.Generator().manual_seed(1_000_003 * seed + step))
-        start = _seconds(device)
+        items = _items(step, len(train), batch_size, seed)
+        images, targets, kwargs = train.batch(items, recipe, torch.Generator().manual_seed(1_000_003 * seed + step))
         torch.manual_seed(1_000_003 * seed + step)  # of dropout
         scheduler.step_update(step)
         if recipe['all_patches_from'] is not None and step >= recipe['all_patches_from']:
             model.patch_drop.prob = 0.
         model.train()
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype != torch.float32):
-            logits = model(images, **kwargs)
+            logits = forward(images, **kwargs)
             loss = F.cross_entropy(logits, targets) + timm_ait.balance_loss(model)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe['clip_grad'])
+        if recipe['clip_grad']:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe['clip_grad'])
         optimizer.step()
-        rates.append(batch_size / (_seconds(device) - start))
         done = step + 1
         if done % recipe['eval_every'] == 0 or done == steps:
-            accuracy, inference_rate = evaluate(model, test)
+            rates.append((done - rated_step) * batch_size / (_seconds(device) - start))
+            accuracy, inference_rate = _evaluate_run(model, test, batch_size)
             memory = {
                 name: layer['effective_rank'] for name, layer in timm_ait.memory_statistics(model).items()}
             log.append(dict(step=done, loss=loss.item(), accuracy=accuracy, effective_rank=memory))
@@ -207,8 +248,9 @@ def train_run(recipe: Recipe, run: Dict[str, Any], seed: int, folder: Path, trai
             saver.save_checkpoint(step, accuracy['all'])
             print(f'{folder}: step {done}/{steps}', ', '.join(f'{k} {v:.2f}' for k, v in accuracy.items()),
                   f'{statistics.median(rates):.0f} images/s', flush=True)
+            rated_step, start = done, _seconds(device)
     if first_step == steps:  # it was interrupted after its last step
-        accuracy, inference_rate = evaluate(model, test)
+        accuracy, inference_rate = _evaluate_run(model, test, batch_size)
     ranks = [layer['effective_rank'] for layer in timm_ait.memory_statistics(model).values()]
     write_text(folder / 'result.json', json.dumps(dict(
         accuracy=accuracy,

@@ -11,16 +11,18 @@ import torch
 import yaml
 from PIL import Image
 
+import timm
 from timm.layers import PatchDropout
 
 import timm_ait  # noqa: F401, registers the models
 from benchmarks.compare.__main__ import main as compare_main
-from benchmarks.compare.data import augment
+from benchmarks.compare.data import augment, load_image_folder
 from benchmarks.compare.recipe import read_recipe
-from benchmarks.compare.training import create_run_model
+from benchmarks.compare.training import create_run_model, evaluate_writing
 from benchmarks.results import main as results_main
 from timm_ait.data.sort_of_clevr import write_sort_of_clevr
 from timm_ait.data.triangle import triangles
+from timm_ait.layers.published import PublishedWorkspace
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(embed_dim=24, depth=1, num_heads=2, num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=8)
@@ -208,7 +210,8 @@ class TestAugmentation:
     images = torch.from_numpy(triangles(0, np.arange(64))[0])[:, None].float()
 
     def augment(self, **changes):
-        options = dict(hflip=False, vflip=False, transpose=False, crop_padding=0, place=False)
+        options = dict(
+            hflip=False, vflip=False, transpose=False, crop_padding=0, padding_mode='reflect', place=False)
         return augment(self.images, {**options, **changes}, torch.Generator().manual_seed(0))
 
     def test_placing_moves_what_is_shown_whole(self):
@@ -217,11 +220,40 @@ class TestAugmentation:
         for before, after in zip(self.images, placed):
             assert torch.equal(shape_of(before[0]), shape_of(after[0]))
 
-    def test_crops_are_shifted_by_no_more_than_the_padding(self):
-        cropped = self.augment(crop_padding=1)
-        padded = torch.nn.functional.pad(self.images, (1,) * 4, mode='reflect')
+    @pytest.mark.parametrize('mode', ['reflect', 'constant'])
+    def test_crops_are_shifted_by_no_more_than_the_padding(self, mode):
+        cropped = self.augment(crop_padding=1, padding_mode=mode)
+        padded = torch.nn.functional.pad(self.images, (1,) * 4, mode=mode)
         windows = torch.stack([padded[..., i:i + 64, j:j + 64] for i in range(3) for j in range(3)])
         assert (windows == cropped).flatten(2).all(2).any(0).all()
+
+
+def test_a_published_workspace_is_also_evaluated_while_it_writes(commands, images, tmp_path):
+    runs = {'AiT': dict(model='published_body', dim=64), 'ViT': dict(model='published_body', dim=64, mlp='plain')}
+    recipe = recipe_of(seeds=[0], steps=1, runs=runs, mean=[0.5, 0.4, 0.3], clip_grad=0)
+    result = commands.compare(recipe, images, tmp_path / 'out')
+    assert result.returncode == 0, result.err
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())['results']
+    assert [list(results[label]['runs'][0]['accuracy']) for label in runs] == [['all', 'writing'], ['all']]
+    header, _, ait, vit = [line.split('|') for line in (tmp_path / 'out' / 'table.md').read_text().splitlines()]
+    writing = header.index(' accuracy, writing ')
+    assert ait[writing].strip() and not vit[writing].strip()
+
+
+def test_evaluating_while_writing_leaves_the_memory_as_it_was(images):
+    torch.manual_seed(0)
+    model = timm.create_model('published_body', dim=64)
+    split = load_image_folder(str(images), 'train', 32, 3)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    written = []
+    for module in model.modules():
+        if isinstance(module, PublishedWorkspace):
+            module.register_forward_hook(lambda module, *_: written.append(module.memory.clone()))
+    accuracy = evaluate_writing(model, split, batch_size=8)
+    assert accuracy * 24 / 100 == pytest.approx(round(accuracy * 24 / 100))
+    assert len(written) == 2 * 3 and not torch.equal(written[0], written[2])
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 @pytest.fixture(scope='module')

@@ -1,15 +1,18 @@
-""" The published AiT's body, the published ViT's, and two in between; each with any MLP. """
+""" published_body: the published AiT's body, the published ViT's, and two in between, each with any MLP. """
 from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
 
 from timm.layers import Mlp, PatchEmbed
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block
 
 from timm_ait.layers import WorkspaceMlp, published_workspace_mlp
 
-__all__ = ['BODIES', 'MLPS', 'Transformer', 'create_model']
+__all__ = ['published_body']
+
+default_cfgs = generate_default_cfgs({'published_body': dict(input_size=(3, 32, 32))})
 
 HEAD_DIM = 64
 DEPTH = 2
@@ -88,7 +91,7 @@ class Transformer(nn.Module):
             body: Body,
             mlp: Callable[[int], nn.Module],
             dim: int,
-            image_size: int,
+            img_size: int,
             patch_size: int,
             num_classes: int,
             question_dim: int = 0,
@@ -98,7 +101,7 @@ class Transformer(nn.Module):
             body: What stands around the blocks.
             mlp: Makes the MLP of a block from the token width.
             dim: Token width E, a multiple of 64.
-            image_size: Height and width in pixels.
+            img_size: Height and width in pixels.
             patch_size: Height and width of a patch in pixels.
             num_classes: Number of classes.
             question_dim: Length of a question, 0 for none.
@@ -106,10 +109,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.pool = body.pool
         if body.convolution:
-            self.patch_embed = PatchEmbed(image_size, patch_size, embed_dim=dim)
+            self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=dim)
         else:
             self.patch_embed = PublishedPatchEmbed(patch_size, dim)
-        num_tokens = (image_size // patch_size) ** 2
+        num_tokens = (img_size // patch_size) ** 2
         self.question_embed = None
         if question_dim:
             self.question_embed = nn.Sequential(
@@ -129,11 +132,11 @@ class Transformer(nn.Module):
         num_features = num_tokens * dim if body.pool == 'flat' else dim
         self.head = nn.Sequential(nn.LayerNorm(num_features), nn.Linear(num_features, num_classes))
 
-    def forward(self, images: torch.Tensor, questions: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, question: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Images (B, 3, H, W) and questions (B, Q) to logits (B, classes)."""
         x = self.patch_embed(images)
         if self.question_embed is not None:
-            x = torch.cat([self.question_embed(questions).unsqueeze(1), x], dim=1)
+            x = torch.cat([self.question_embed(question).unsqueeze(1), x], dim=1)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
         if self.pos_embed is not None:
@@ -148,6 +151,19 @@ class Transformer(nn.Module):
         return self.head(x)
 
 
-def create_model(body: str, mlp: str, dim: int, **kwargs) -> Transformer:
-    """A body and an MLP by their names; **kwargs as `Transformer`."""
-    return Transformer(BODIES[body], MLPS[mlp], dim, **kwargs)
+@register_model
+def published_body(
+        pretrained: bool = False,
+        body: str = 'ait',
+        mlp: str = 'published',
+        dim: int = 768,
+        img_size: int = 32,
+        patch_size: int = 4,
+        num_classes: int = 10,
+        question_dim: int = 0,
+        **kwargs,
+) -> Transformer:
+    """A body and an MLP by their names, by default the published AiT; there are no weights."""
+    for name in kwargs.keys() - {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'}:
+        raise TypeError(f'published_body has no argument {name}.')
+    return Transformer(BODIES[body], MLPS[mlp], dim, img_size, patch_size, num_classes, question_dim)
