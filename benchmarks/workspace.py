@@ -12,10 +12,10 @@ All contenders run in one process and take turns, every other round in reverse o
 does affects them alike. A round times as many steps as fill --round-seconds. Times are medians over the rounds. A ratio
 is the median of the ratios within a round; it is to the first contender of the same kind (eager or compiled).
 
-A training step is forward, loss (of a model: cross entropy and balance loss) and backward; --optimizer adds AdamW's
-step to it. In bfloat16 the parameters are float32 and autocast is on, as with timm's `train.py --amp`, and the layer
-gets bfloat16 tokens, as from an MLP. The published layer, which fails under autocast on CUDA, has its parameters in
-bfloat16 instead, and it is not compiled.
+A training step is forward, balance loss, and backward of it and of a fixed gradient of the output. In bfloat16 the
+parameters are float32 and autocast is on, as with timm's `train.py --amp`, and the layer gets bfloat16 tokens, as from
+an MLP. The published layer, which fails under autocast on CUDA, has its parameters in bfloat16 instead, and it is not
+compiled.
 
 Peak extra memory is the most that a step held beyond what was held before it. On CUDA the caching allocator counts it.
 On the CPU it is the highest running sum of the allocations and releases that PyTorch's profiler records.
@@ -52,7 +52,7 @@ from timm_ait.ops import naive
 from timm_ait.ops.memory import update_memory
 
 PARTS = ('layer', 'models', 'latency', 'scaling', 'optimizer')
-CASES = ('training forward', 'training step', 'evaluation')
+CASES = ('training step', 'evaluation')
 OURS, NAIVE, PUBLISHED, MLP = 'timm_ait', 'naive', 'published', 'mlp'
 COMPILED = ', compiled'
 TOKENS_PER_IMAGE = 64
@@ -67,7 +67,7 @@ SWEEPS = {
 }
 QUICK_SWEEPS = {'T': [512, 1024, 2048], 'k': [32, 64, 128], 'M': [8, 16, 32], 'A': [2, 4, 8]}
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
@@ -89,7 +89,6 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--round-seconds', type=float, default=0.1, help='least time of the slowest in a round')
     parser.add_argument('--warmup', type=int, default=2, help='steps ahead of the rounds')
-    parser.add_argument('--optimizer', action='store_true', help='let the training step of models include AdamW')
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[128], help='images of the part models')
     parser.add_argument('--tokens', nargs='+', type=int, default=[8192],
                         help=f'tokens T, multiples of {TOKENS_PER_IMAGE}; scaling takes the first')
@@ -215,9 +214,8 @@ def print_setting(args: argparse.Namespace) -> None:
         f'{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, timm_ait '
         f'{timm_ait.__version__}, float32 products at {torch.get_float32_matmul_precision()} precision, fused '
         f"attention {'on' if use_fused_attn() else 'off'}. Layer: tokens of width {args.dim}, {args.heads} heads, "
-        f'{args.slots} slots of width {args.slot_dim}, k {args.bottleneck}. Training steps of models '
-        f"{'with' if args.optimizer else 'without'} the optimizer's. Medians of {args.rounds} interleaved rounds. "
-        'Ratios are to the first contender, of those that are compiled to the first that is.')
+        f'{args.slots} slots of width {args.slot_dim}, k {args.bottleneck}. Medians of {args.rounds} interleaved '
+        'rounds. Ratios are to the first contender, of those that are compiled to the first that is.')
 
 
 # Contenders. Each trains with the loss that it has in `own_loss`, or with `timm_ait.balance_loss`.
@@ -280,7 +278,7 @@ class PublishedWorkspace(nn.Module):
 
 
 def create_layers(args: argparse.Namespace, tokens: int, dtype: str) -> Dict[str, nn.Module]:
-    """Contenders for `tokens` tokens, each also compiled where asked for."""
+    """Contenders for `tokens` tokens."""
     torch.manual_seed(0)
     dim, bottleneck = args.dim, min(args.bottleneck, tokens)
     kwargs = dict(num_slots=args.slots, slot_dim=args.slot_dim, workspace_heads=args.heads, bottleneck=bottleneck)
@@ -293,7 +291,7 @@ def create_layers(args: argparse.Namespace, tokens: int, dtype: str) -> Dict[str
         PUBLISHED: lambda: PublishedWorkspace(args.published, **published).to(getattr(torch, dtype)),
         MLP: lambda: nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)),
     }
-    return with_compiled(args, {name: create[name]().to(args.device) for name in args.contenders})
+    return {name: create[name]().to(args.device) for name in args.contenders}
 
 
 def with_compiled(args: argparse.Namespace, modules: Dict[str, nn.Module]) -> Dict[str, nn.Module]:
@@ -312,94 +310,64 @@ def autocast(args: argparse.Namespace, dtype: str) -> torch.autocast:
     return torch.autocast(args.device.split(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
 
 
-def clear_grads(*tensors: torch.Tensor) -> None:
-    for x in tensors:
-        x.grad = None
-
-
-def evaluate(args: argparse.Namespace, dtype: str, module: nn.Module, x: torch.Tensor) -> None:
+def evaluate(args: argparse.Namespace, dtype: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(), autocast(args, dtype):
-        module(x)
+        return module(x)
 
 
-def train_layer(
-        args: argparse.Namespace,
-        dtype: str,
-        layer: nn.Module,
-        x: torch.Tensor,
-        cotangent: torch.Tensor,
-        backward: bool,
-) -> None:
+def train(args: argparse.Namespace, dtype: str, module: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> None:
     with autocast(args, dtype):
-        output = layer(x)
-    if backward:
-        loss = layer.own_loss if hasattr(layer, 'own_loss') else timm_ait.balance_loss(layer)
-        losses = (loss,) if loss.requires_grad else ()
-        torch.autograd.backward((output, *losses), (cotangent, *[torch.ones_like(x) for x in losses]))
-    if hasattr(layer, 'own_loss'):
-        layer.own_loss = None
-    clear_grads(x, *layer.parameters())
-
-
-def train_model(
-        args: argparse.Namespace,
-        dtype: str,
-        model: nn.Module,
-        optimizer: Optional[torch.optim.Optimizer],
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        backward: bool,
-) -> None:
-    with autocast(args, dtype):
-        loss = F.cross_entropy(model(images), labels)
-    if backward:
-        (loss + timm_ait.balance_loss(model)).backward()
-        if optimizer is not None:
-            optimizer.step()
-    clear_grads(*model.parameters())
+        output = module(x)
+    loss = module.own_loss if hasattr(module, 'own_loss') else timm_ait.balance_loss(module)
+    losses = (loss,) if loss.requires_grad else ()
+    torch.autograd.backward(
+        (output, *losses), (cotangent.to(output.dtype), *[torch.ones_like(loss) for loss in losses]))
+    if hasattr(module, 'own_loss'):
+        module.own_loss = None
+    for tensor in (x, *module.parameters()):
+        tensor.grad = None
 
 
 # Parts
 
+def measure_cases(
+        args: argparse.Namespace,
+        cases: Sequence[str],
+        size: str,
+        dtype: str,
+        modules: Dict[str, nn.Module],
+        x: torch.Tensor,
+) -> None:
+    modules = with_compiled(args, modules)
+    for case in cases:
+        for module in modules.values():
+            module.train(case == 'training step')
+        step = partial(evaluate, args, dtype)
+        if case == 'training step':
+            shape = evaluate(args, dtype, next(iter(modules.values())), x).shape
+            step = partial(train, args, dtype, cotangent=torch.randn(shape, device=x.device) / shape.numel())
+        measure(args, [case, size, dtype], {name: partial(step, module, x) for name, module in modules.items()})
+
+
 def measure_layers(args: argparse.Namespace, tokens: int, size: str) -> None:
+    shape = (tokens // TOKENS_PER_IMAGE, TOKENS_PER_IMAGE, args.dim)
     for dtype in args.dtype:
         layers = create_layers(args, tokens, dtype)
-        shape = (tokens // TOKENS_PER_IMAGE, TOKENS_PER_IMAGE, args.dim)
         x = torch.randn(shape, device=args.device, dtype=getattr(torch, dtype)).requires_grad_()
-        cotangent = torch.randn_like(x) / x.numel()
-        for case in args.case:
-            steps = {}
-            for name, layer in layers.items():
-                layer.train(case != 'evaluation')
-                if case == 'evaluation':
-                    steps[name] = partial(evaluate, args, dtype, layer, x.detach())
-                else:
-                    steps[name] = partial(train_layer, args, dtype, layer, x, cotangent, case == 'training step')
-            measure(args, [case, size, dtype], steps)
+        measure_cases(args, args.case, size, dtype, layers, x)
 
 
-def measure_models(args: argparse.Namespace, name: str, batch_size: int, cases: List[str]) -> None:
+def measure_models(args: argparse.Namespace, name: str, batch_size: int, cases: Sequence[str]) -> None:
     """A model beside the same model with plain MLPs."""
     for dtype in args.dtype:
         torch.manual_seed(0)
-        models = with_compiled(args, {
+        models = {
             f'{name}{suffix}': timm.create_model(name, num_classes=10, workspace=workspace).to(args.device)
             for suffix, workspace in ((', workspace=False', False), ('', True))
-        })
+        }
         input_size = next(iter(models.values())).pretrained_cfg['input_size']
         images = torch.randn(batch_size, *input_size, device=args.device)
-        labels = torch.randint(10, (batch_size,), device=args.device)
-        for case in cases:
-            steps = {}
-            for key, model in models.items():
-                model.train(case != 'evaluation')
-                if case == 'evaluation':
-                    steps[key] = partial(evaluate, args, dtype, model, images)
-                else:
-                    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4) if args.optimizer else None
-                    steps[key] = partial(
-                        train_model, args, dtype, model, optimizer, images, labels, case == 'training step')
-            measure(args, [case, f'batch {batch_size:,}', dtype], steps)
+        measure_cases(args, cases, f'batch {batch_size:,}', dtype, models, images)
 
 
 def measure_scaling(args: argparse.Namespace) -> None:

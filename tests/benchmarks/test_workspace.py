@@ -27,7 +27,7 @@ def test_layers_are_timed_beside_each_other(rows):
 
 
 def test_scaling_varies_one_size(rows):
-    found = rows('--part', 'scaling', '--sweep', 'k', '--case', 'training forward', '--contenders', 'timm_ait')
+    found = rows('--part', 'scaling', '--sweep', 'k', '--case', 'evaluation', '--contenders', 'timm_ait')
     assert [row[1] for row in found] == ['k 32', 'k 64', 'k 128']
 
 
