@@ -20,12 +20,11 @@ Question, 18 numbers, zero but for:
 Answer, one of ten: yes, no, rectangle, circle, or a count from 0 to 5 (`ANSWERS`).
 """
 from pathlib import Path
-from typing import Dict, NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
-from .sampling import uniforms
+from .sampling import chunks, uniforms
 
 __all__ = [
     'ANSWERS', 'COLOURS', 'IMAGE_SIZE', 'KINDS', 'NUM_TRAIN', 'NUM_VALIDATION', 'QUESTION_DIM', 'Scenes',
@@ -52,7 +51,6 @@ _RADIUS = 5
 _BACKGROUND = 255
 _MIDDLE = IMAGE_SIZE // 2
 _ATTEMPTS = 32
-_CHUNK = 500
 _YES, _RECTANGLE, _ZERO = ANSWERS.index('yes'), ANSWERS.index('rectangle'), ANSWERS.index('0')
 
 
@@ -199,22 +197,14 @@ def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np
 
 
 def write_sort_of_clevr(folder: Path, seed: int, num_train: int, num_validation: int) -> None:
-    """Write `train.npz` and `validation.npz` with images, questions and answers, as `SortOfClevr` reads them.
-
-    The validation images take the indices after those of the training images, so that no image is in both.
-    """
-    splits = {'train': (0, num_train), 'validation': (num_train, num_train + num_validation)}
-    with tqdm(total=num_train + num_validation, unit='image', desc='sort-of-clevr') as progress:
-        for split, (start, stop) in splits.items():
-            arrays: Dict[str, list] = {'images': [], 'questions': [], 'answers': []}
-            for first in range(start, stop, _CHUNK):
-                indices = np.arange(first, min(first + _CHUNK, stop))
-                objects = scenes(seed, indices)
-                questions, answers = ask(seed, indices, objects)
-                for name, array in zip(arrays, (draw(objects), questions, answers)):
-                    arrays[name].append(array)
-                progress.update(len(indices))
-            np.savez_compressed(folder / f'{split}.npz', **{k: np.concatenate(v) for k, v in arrays.items()})
+    """Write `train.npz` and `validation.npz` with images, questions and answers, as `SortOfClevr` reads them."""
+    parts = {'train': [], 'validation': []}
+    for split, indices in chunks(num_train, num_validation):
+        objects = scenes(seed, indices)
+        parts[split].append((draw(objects), *ask(seed, indices, objects)))
+    for split, arrays in parts.items():
+        images, questions, answers = map(np.concatenate, zip(*arrays))
+        np.savez_compressed(folder / f'{split}.npz', images=images, questions=questions, answers=answers)
 
 
 class SortOfClevr:
