@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import slot_statistics
-from timm_ait.ops.workspace import num_kept
 
 __all__ = [
     'analyse', 'attractors', 'collect_tokens', 'competition', 'fixed_points', 'observed', 'read_shares', 'read_weights',
-    'retrieval', 'workspaces', 'write_attention', 'write_scores',
+    'retrieval', 'workspaces', 'write_attention',
 ]
 
 _MAX_STARTS = 2048  # tokens of a batch that iterate to their fixed points, evenly spaced
@@ -133,25 +132,6 @@ def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str
 
 
 @torch.no_grad()
-def write_scores(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tensor:
-    """Scores q k / sqrt(D) of tokens for the slots that they compete for, (A, M, T); see `naive.attend`.
-
-    Args:
-        workspace: Layer that writes.
-        tokens: Normed tokens (T, E), or (B, N, E) for those of a batch.
-
-    Raises:
-        ValueError: The layer does not write.
-    """
-    if not workspace.writes:
-        raise ValueError('workspace: it has write=False, so no tokens compete for it')
-    slots, tokens = workspace.stored_memory(), tokens.flatten(0, -2).float()
-    queries, keys = (
-        F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
-        for x, projection in ((slots, workspace.q), (tokens, workspace.k)))
-    return queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
-
-
 def write_attention(
         workspace: GlobalWorkspace,
         tokens: torch.Tensor,
@@ -159,22 +139,24 @@ def write_attention(
 ) -> torch.Tensor:
     """Weights with which tokens would write into the slots, (A, M, T), zero where a token is not selected.
 
-    All tokens compete with each other.
-
     Args:
-        workspace: As `write_scores`.
-        tokens: As `write_scores`.
+        workspace: Layer that writes.
+        tokens: Normed tokens (T, E), or (B, N, E) for those of a batch, which all compete with each other.
         bottleneck: Tokens that each slot and head keep, a float is a share of T; by default the layer's own.
 
     Raises:
         ValueError: The layer does not write, or the bottleneck is not positive.
     """
+    if not workspace.writes:
+        raise ValueError('workspace: it has write=False, so no tokens compete for it')
     bottleneck = workspace.bottleneck if bottleneck is None else bottleneck
     if bottleneck <= 0 or (isinstance(bottleneck, float) and bottleneck > 1):
         raise ValueError(f'bottleneck must be a positive integer or a share in (0, 1], got {bottleneck!r}')
-    scores = write_scores(workspace, tokens)
-    kept = scores.topk(num_kept(bottleneck, scores.shape[-1]), dim=-1)
-    return torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
+    queries, keys = (
+        F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
+        for x, projection in (
+            (workspace.stored_memory(), workspace.q), (tokens.flatten(0, -2).float(), workspace.k)))
+    return naive.attend(queries, keys, keys, bottleneck)[1]
 
 
 def competition(attention: torch.Tensor) -> Dict[str, float]:
@@ -188,7 +170,6 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
         'overlap': Mean Jaccard index of the tokens that two slots of a head selected: 1 if all select the same.
         'chance_overlap': What the overlap is if each slot selects as many tokens at random, k / (2 T - k).
         'effective_tokens': Mean over slots and heads of exp(entropy of the weights), 1 to k.
-        'largest_weight': Mean over slots and heads of the largest weight.
     """
     selected = attention > 0
     num_slots, num_tokens = attention.shape[-2:]
@@ -203,7 +184,6 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
         'overlap': float(jaccard[..., others].mean()),
         'chance_overlap': kept / (2 * num_tokens - kept),
         'effective_tokens': float(torch.special.entr(attention).sum(dim=-1).exp().mean()),
-        'largest_weight': float(attention.amax(dim=-1).mean()),
     }
 
 
@@ -240,8 +220,7 @@ def fixed_points(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Repeat Hopfield retrieval until it converges.
 
-    Source: theorem 2 of `Hopfield Networks is All You Need`. After one step the state is p X, so the others need the
-    products of attractors alone: p <- softmax(beta p X X^T).
+    Source: theorem 2 of `Hopfield Networks is All You Need`.
 
     Args:
         state: Initial states (T, E).
@@ -253,19 +232,15 @@ def fixed_points(
     Returns:
         Final states (T, E), and the number of steps to convergence (T,), nan for states that did not converge.
     """
-    gram = attractors @ attractors.T
     limit = tolerance * float(attractors.norm(dim=-1).max())
-    weights = (beta * state @ attractors.T).softmax(dim=-1)
-    moves = (weights @ attractors - state).norm(dim=-1)
-    steps = torch.where(moves <= limit, 0., float('nan'))
-    for step in range(1, max_steps):
+    steps = state.new_full(state.shape[:1], float('nan'))
+    for step in range(max_steps):
+        previous, state = state, naive.retrieve(state, attractors, beta)
+        has_converged = (state - previous).norm(dim=-1) <= limit
+        steps = torch.where(steps.isnan() & has_converged, float(step), steps)
         if not steps.isnan().any():
             break
-        previous, weights = weights, (beta * weights @ gram).softmax(dim=-1)
-        change = weights - previous
-        moves = (change @ gram * change).sum(dim=-1).clamp_min(0.).sqrt()
-        steps = torch.where(steps.isnan() & (moves <= limit), float(step), steps)
-    return weights @ attractors, steps
+    return state, steps
 
 
 def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, float]:
@@ -277,9 +252,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
 
     Returns:
         'effective_slots': Mean over tokens of exp(entropy of the read weights), 1 to M.
-        'largest_read_weight': Mean over tokens.
-        'energy_before', 'energy_after': Mean over tokens, around one step (`naive.energy`).
-        'energy_rises': Share of tokens whose energy a step raises, beyond rounding: 0 in theory.
+        'energy_rises': Share of tokens whose energy (`naive.energy`) a step raises, beyond rounding: 0 in theory.
         'converged': Share of tokens that reach a fixed point within 100 steps.
         'steps': Mean steps to it, of those.
         'distance': Mean distance to it, relative to the norm of the token.
@@ -298,9 +271,6 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
         num_distinct += 1
     return {
         'effective_slots': float(torch.special.entr(weights).sum(dim=-1).exp().mean()),
-        'largest_read_weight': float(weights.amax(dim=-1).mean()),
-        'energy_before': float(before.mean()),
-        'energy_after': float(after.mean()),
         'energy_rises': float((after > before + 1e-5 * before.abs().clamp_min(1.)).double().mean()),
         'converged': float((~steps.isnan()).double().mean()),
         'steps': float(steps.nanmean()),
