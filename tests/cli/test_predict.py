@@ -82,7 +82,7 @@ class TestPredict:
         assert predict(images, '--model', model, '--topk', 2) == 0
         captured = capsys.readouterr()
         lines = captured.out.splitlines()
-        assert [line.split('  ')[0] for line in lines] == [str(file) for file in find_images([images])[0]]
+        assert [line.split('  ')[0] for line in lines] == [str(file) for file in find_images([images])]
         assert all(line.count('% ') == 2 for line in lines)
         assert '3/3' in captured.err
 
@@ -138,17 +138,14 @@ class TestSheet:
         assert [file.name for file in tmp_path.iterdir()] == ['sheet.png']
 
     @pytest.mark.parametrize('name, message', [
-        ('sheet.gif', 'ends in .png'),
-        ('nowhere/sheet.png', 'nowhere is not a folder'),
-        ('folder.png', 'name of a file'),
-    ])
+        ('sheet.gif', 'ends in .png'), ('folder.png', 'name of a file'), ('images/a.jpg/sheet.png', 'not a folder')])
     def test_bad_file(self, capsys, model, images, tmp_path, name, message):
         (tmp_path / 'folder.png').mkdir()
         error = error_of(capsys, images, '--model', model, '--sheet', tmp_path / name)
-        assert f'--sheet: {tmp_path / name}' in error and message in error
+        assert '--sheet' in error and str((tmp_path / name).parent) in error and message in error
 
     def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, images, tmp_path, monkeypatch):
-        def save(image, file, format):
+        def save(image, file):
             Path(file).write_bytes(b'half a file')
             raise OSError('disk full')
 

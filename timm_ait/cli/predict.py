@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import sys
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
@@ -13,15 +13,16 @@ import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from . import integer, one_line, quietly
+from . import integer, one_line, quietly, staged
 from .images import MAX_ASPECT_RATIO, MAX_PIXELS, add_arguments, find_images, image_reader, load_model
 from .labels import class_names, match_labels, read_labels
-from .sheet import MAX_TILES, Tile, contact_sheet, fit, save_sheet, sheet_file
+from .sheet import Tile, contact_sheet, fit, sheet_file
 
 __all__ = ['Prediction', 'add_parser', 'classify']
 
 _THUMBNAIL = 128  # pixels
-_COLOURS = {True: '#137333', False: '#c5221f'}
+_MAX_TILES = 1000  # a sheet of about 5000 px square
+_FRAMES = {True: '#137333', False: '#c5221f'}  # of right and wrong predictions
 
 
 class Prediction(NamedTuple):
@@ -86,29 +87,24 @@ def add_parser(commands) -> None:
     parser.set_defaults(main=functools.partial(quietly, _main, parser))
 
 
-def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    try:
-        files, problems = find_images(args.images)
-        labels = read_labels(args.labels) if args.labels else {}
-        if args.labels and labels.keys().isdisjoint(file.resolve() for file in files):
-            raise ValueError(
-                f'--labels {args.labels} has no label for any of the images; its files are relative to its own folder')
-        if args.sheet and len(files) > MAX_TILES:
-            raise ValueError(f'--sheet has room for {MAX_TILES} images, got {len(files)}')
-        model = load_model(args.model, args.device)
-        names, descriptions = class_names(model)
-        targets = match_labels(labels, names, descriptions)
-    except ValueError as e:
-        parser.error(str(e))
+def _main(args: argparse.Namespace) -> int:
+    files = find_images(args.images)
+    labels = read_labels(args.labels) if args.labels else {}
+    if args.labels and labels.keys().isdisjoint(file.resolve() for file in files):
+        raise ValueError(
+            f'--labels {args.labels} has no label for any of the images; its files are relative to its own folder')
+    if args.sheet and len(files) > _MAX_TILES:
+        raise ValueError(f'--sheet has room for {_MAX_TILES} images, got {len(files)}')
+    model = load_model(args.model, args.device)
+    names, descriptions = class_names(model)
+    targets = match_labels(labels, names, descriptions)
 
     def describe(index: int) -> Dict[str, Any]:
         return {'index': index, 'name': names[index], 'description': descriptions[index]}
 
     images, errors, tiles = [], [], []
-    failures = (Prediction(file, error=reason) for file, reason in problems)
     predictions = classify(model, files, args.topk, args.batch_size)
-    progress = tqdm(predictions, total=len(files), unit='image', file=sys.stderr, disable=not files)
-    for prediction in chain(failures, progress):
+    for prediction in tqdm(predictions, total=len(files), unit='image', file=sys.stderr):
         file = str(prediction.file)
         if prediction.error:
             errors.append({'file': file, 'error': prediction.error})
@@ -125,17 +121,21 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         })
         truth = '' if target is None else 'right' if correct else f'is {descriptions[target]}'
         if not args.json:
-            verdict = f'  wrong ({truth})' if correct is False else f'  {truth}' if truth else ''
-            _print(file + verdict + ''.join(f'  {p:.1%} {descriptions[index]}' for index, p in prediction.classes))
+            verdict = f'wrong ({truth})' if correct is False else truth
+            classes = (f'{probability:.1%} {descriptions[index]}' for index, probability in prediction.classes)
+            tqdm.write('  '.join(filter(None, [file, verdict, *classes])))
         if args.sheet:
             index, probability = prediction.classes[0]
             lines = [f'{probability:.0%} {descriptions[index]}', truth]
-            tiles.append(Tile(prediction.thumbnail, lines, _COLOURS.get(correct, 'black'), _COLOURS.get(correct)))
+            tiles.append(Tile(prediction.thumbnail, lines, frame=_FRAMES.get(correct)))
 
     if not images:
-        parser.error('IMAGE: none of the files could be classified, see above')
+        raise ValueError('IMAGE: none of the files could be classified, see above')
     if args.sheet:
-        save_sheet(contact_sheet(tiles, _THUMBNAIL), args.sheet)
+        columns = math.ceil(1.1 * math.sqrt(len(tiles)))
+        rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
+        with staged(args.sheet.parent) as folder:
+            contact_sheet(rows, _THUMBNAIL).save(folder / args.sheet.name)
     marks = [image['correct'] for image in images if image['correct'] is not None]
     accuracy = sum(marks) / len(marks) if marks else None
     if args.json:
@@ -143,11 +143,3 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     elif marks:
         print(f'top-1 accuracy {accuracy:.1%} ({sum(marks)} of {len(marks)} labelled images)')
     return 1 if errors else 0
-
-
-def _print(line: str) -> None:
-    # a file name may not be printable in the terminal's encoding
-    encoding = sys.stdout.encoding or 'utf-8'
-    line = line.encode(encoding, 'backslashreplace').decode(encoding)
-    # on a terminal the progress bar must be cleared first; elsewhere tqdm.write would only redraw it for every line
-    (tqdm.write if sys.stdout.isatty() else print)(line)
