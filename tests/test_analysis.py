@@ -176,7 +176,7 @@ class TestReadShares:
             torch.manual_seed(1)
             shares.append(analysis.read_shares(model, torch.randn(1, 3, 32, 32))[FIRST])
         assert shares[1]['residual_share'] == pytest.approx(2 * shares[0]['residual_share'], rel=0.05)
-        assert shares[1]['branch_share'] == pytest.approx(shares[0]['branch_share'], rel=0.05)
+        assert shares[1]['constant_share'] == pytest.approx(shares[0]['constant_share'], rel=0.05)
 
 
 class TestAnalyse:

@@ -26,8 +26,6 @@ __all__ = [
     'retrieval', 'workspaces', 'write_attention',
 ]
 
-_MAX_STARTS = 2048  # tokens of a batch that iterate to their fixed points, evenly spaced
-
 
 def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
     """Workspaces of a model by module name, in the order of its layers.
@@ -78,7 +76,6 @@ def read_shares(
 
     Returns:
         By layer, where it reads:
-        'branch_share': Norm of the reading relative to that of the layer's output, mean over tokens.
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
             mean over tokens; nan if the layer is not at the end of a block's MLP.
         'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal.
@@ -96,15 +93,14 @@ def read_shares(
         if workspace.retrieves:
             read = reads[name] = (output - (x if workspace.gated else normed.to(x.dtype))).float()
             energy = read.flatten(0, -2).square().sum(dim=-1).mean().clamp_min(1e-20)
-            shares[name] = {
-                'branch_share': _mean_ratio(read, output),
-                'residual_share': float('nan'),
-                'constant_share': float(read.flatten(0, -2).mean(dim=0).square().sum() / energy),
-            }
+            constant = float(read.flatten(0, -2).mean(dim=0).square().sum() / energy)
+            shares[name] = {'residual_share': float('nan'), 'constant_share': constant}
 
     def after_block(name: str, block: nn.Module, inputs: Any, output: torch.Tensor):
         read = reads.pop(name)
-        shares[name]['residual_share'] = _mean_ratio(block.ls2(read) if hasattr(block, 'ls2') else read, output)
+        read = block.ls2(read) if hasattr(block, 'ls2') else read
+        ratios = read.float().norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-20)
+        shares[name]['residual_share'] = float(ratios.mean())
 
     found, suffix = workspaces(model), '.mlp.workspace'
     blocks = {
@@ -113,12 +109,6 @@ def read_shares(
     with observed(model, found, after_workspace), observed(model, blocks, after_block):
         model(images, **kwargs)
     return shares
-
-
-def _mean_ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
-    """Norm of the part of each token relative to that of the whole, mean over tokens."""
-    part, whole = (x.float().norm(dim=-1).flatten() for x in (part, whole))
-    return float((part / whole.clamp_min(1e-20)).mean())
 
 
 def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, torch.Tensor]:
@@ -201,12 +191,7 @@ def attractors(workspace: GlobalWorkspace) -> torch.Tensor:
 
 
 def read_weights(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tensor:
-    """Weights softmax(beta xi X^T) with which tokens read the slots in the first step, (..., M).
-
-    Args:
-        workspace: Layer that reads.
-        tokens: Normed tokens, (..., E).
-    """
+    """Weights softmax(beta xi X^T) with which normed tokens (..., E) read the slots in the first step, (..., M)."""
     return (workspace.beta * tokens.float() @ attractors(workspace).T).softmax(dim=-1)
 
 
@@ -263,7 +248,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
     weights = read_weights(workspace, tokens)
     before = naive.energy(tokens, stored, beta)
     after = naive.energy(weights @ stored, stored, beta)
-    starts = tokens[::math.ceil(len(tokens) / _MAX_STARTS)]
+    starts = tokens[::math.ceil(len(tokens) / 2048)]
     ends, steps = fixed_points(starts, stored, beta)
     num_distinct, left = 0, ends
     while len(left):
@@ -293,8 +278,7 @@ def analyse(
 
     Returns:
         By layer, means over the batches: what `competition`, `retrieval` and `read_shares` return, as far as the layer
-        writes and reads; 'effective_rank' and 'mean_cosine' of its slots, and of the attractors lifted from them
-        ('attractor_…').
+        writes and reads; 'effective_rank' and 'mean_cosine' of its slots.
 
     Raises:
         ValueError: The model has no workspaces, or there are no batches.
@@ -319,7 +303,4 @@ def analyse(
             raise ValueError('batches: at least one is needed, got none')
         result[name] = {key: sum(f[key] for f in figures[name]) / len(figures[name]) for key in figures[name][0]}
         result[name].update(slot_statistics(workspace.stored_memory()))
-        if workspace.retrieves:
-            statistics = slot_statistics(attractors(workspace))
-            result[name].update({f'attractor_{key}': value for key, value in statistics.items()})
     return result

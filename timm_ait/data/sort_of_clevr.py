@@ -116,13 +116,9 @@ def draw(objects: Scenes) -> np.ndarray:
 
 
 def encode_questions(first: np.ndarray, second: np.ndarray, kind: np.ndarray, subtype: np.ndarray) -> np.ndarray:
-    """Questions (..., 18) uint8 of the indices of an object, a second object, a kind and one of the kind's questions.
+    """Questions (..., 18) uint8 of indices (...) of two `COLOURS`, one of `KINDS` and one of its three questions.
 
-    Args:
-        first: Index of `COLOURS` (...).
-        second: Index of `COLOURS` (...); of ternary questions alone.
-        kind: Index of `KINDS` (...).
-        subtype: Which of the kind's three questions (...).
+    The second colour counts in ternary questions alone.
     """
     objects, of_three = np.eye(len(COLOURS), dtype=np.uint8), np.eye(3, dtype=np.uint8)
     is_ternary = (kind == KINDS.index('ternary'))[..., None].astype(np.uint8)
@@ -242,11 +238,5 @@ class SortOfClevr:
         return self.answers.size
 
     def __getitem__(self, index: int) -> Tuple[np.ndarray, np.ndarray, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'index {index} is out of range for {len(self)} questions')
-        image, question = divmod(index % len(self), self.answers.shape[1])
-        return (
-            self.images[image],
-            self.questions[image, question].astype(np.float32),
-            int(self.answers[image, question]),
-        )
+        item = divmod(index, self.answers.shape[1])
+        return self.images[item[0]], self.questions[item].astype(np.float32), int(self.answers[item])

@@ -28,11 +28,6 @@ _MIN_DIFFERENCE = 0.1
 _ATTEMPTS = 16
 
 
-def _sides(vertices: np.ndarray) -> np.ndarray:
-    """Side lengths (..., 3) of triangles (..., 3, 2)."""
-    return np.linalg.norm(vertices - np.roll(vertices, 1, axis=-2), axis=-1)
-
-
 def _vertices(seed: int, indices: np.ndarray, equilateral: np.ndarray) -> np.ndarray:
     """Midpoints (n, 3, 2) of the clusters, by rejection."""
     low, high = _CLUSTER_RADIUS + 1., IMAGE_SIZE - 2. - _CLUSTER_RADIUS
@@ -49,7 +44,7 @@ def _vertices(seed: int, indices: np.ndarray, equilateral: np.ndarray) -> np.nda
         third = trial[..., 0, :] + np.stack([cos * x - sin * y, sin * x + cos * y], -1)
         regular = equilateral[missing][:, None]
         trial[..., 2, :] = np.where(regular[..., None], third, trial[..., 2, :])
-        sides = _sides(trial)
+        sides = np.linalg.norm(trial - np.roll(trial, 1, axis=-2), axis=-1)
         difference = (sides.max(-1) - sides.min(-1)) / sides.mean(-1)
         valid = (sides.min(-1) >= _MIN_SIDE) & (regular | (difference >= _MIN_DIFFERENCE))
         valid &= ((trial >= low) & (trial <= high)).all((-2, -1))
