@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import tempfile
+import textwrap
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Callable, Iterator
@@ -13,8 +14,7 @@ __all__ = ['integer', 'one_line', 'output_folder', 'quietly', 'staged']
 
 def one_line(error: BaseException) -> str:
     """Type and message of an exception on one line, shortened to about 400 characters."""
-    message = ' '.join(str(error).split())
-    message = message if len(message) <= 400 else f'{message[:400]} …'
+    message = textwrap.shorten(str(error), 400, placeholder=' …')
     return f'{type(error).__name__}: {message}' if message else type(error).__name__
 
 

@@ -7,8 +7,9 @@ import json
 import os
 import shlex
 import shutil
+import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -41,8 +42,6 @@ def export(
         onnx: bool = False,
 ) -> Dict[str, Any]:
     """Write config.json and model.safetensors of a model into a folder, as timm and transformers load them.
-
-    Other files in the folder stay. Both libraries load the weights in float32 unless told otherwise.
 
     Args:
         model: A timm model with its weights. It is converted to `dtype` in place.
@@ -109,15 +108,7 @@ def write_onnx(model: nn.Module, file: Path) -> None:
     """Write an image model in evaluation mode and float32 as ONNX, for any batch size.
 
     Its input is `image` (B, C, H, W), its output `logits` (B, num_classes). If onnxruntime is installed, its logits are
-    compared with the model's.
-
-    Args:
-        model: Image classifier. It is converted to float32 in place.
-        file: File to write.
-
-    Raises:
-        AssertionError: onnxruntime computes other logits.
-        Exception: Any error of `torch.onnx.export`.
+    compared with the model's, and an AssertionError raised where they differ. The model is converted in place.
     """
     model = model.float().eval()
     images = torch.randn(3, *resolve_model_data_config(model)['input_size'])
@@ -149,14 +140,6 @@ def _training_args(file: Path) -> Dict[str, Any]:
         checkpoint = torch.load(file, map_location='meta', weights_only=True)
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
-
-
-def _class_names(class_to_idx: Dict[str, int], num_classes: int) -> List[str]:
-    """Names by index from timm's class map."""
-    names = {index: str(name) for name, index in class_to_idx.items()}
-    if names.keys() != set(range(num_classes)):
-        raise ValueError(f'there are names for {len(names)} classes, the model has {num_classes}')
-    return [names[index] for index in range(num_classes)]
 
 
 class _ParseKwargs(ParseKwargs):
@@ -205,10 +188,6 @@ def _blame(argument: str) -> Iterator[None]:
 
 
 def _main(args: argparse.Namespace) -> int:
-    missing = [name for name in ('onnx', 'onnxscript') if args.onnx and not importlib.util.find_spec(name)]
-    if missing:
-        raise ValueError(f'--onnx needs other packages: pip install {" ".join(missing)}')
-
     checkpoint = Path(args.checkpoint)
     fine_tuned, trained = checkpoint.is_file(), {}
     if fine_tuned:
@@ -225,9 +204,11 @@ def _main(args: argparse.Namespace) -> int:
         data_dir = next(filter(os.path.isdir, filter(None, map(trained.get, ('data_dir', 'data')))), None)
     if data_dir:
         with _blame(f'--data-dir {data_dir}'):
-            dataset = create_dataset(
-                '', str(data_dir), trained.get('train_split') or 'train', class_map=trained.get('class_map') or '')
-            names = _class_names(dataset.reader.class_to_idx, model.num_classes)
+            split, class_map = trained.get('train_split') or 'train', trained.get('class_map') or ''
+            indices = create_dataset('', str(data_dir), split, class_map=class_map).reader.class_to_idx
+            names = sorted(indices, key=indices.get)
+            if len(names) != model.num_classes:
+                raise ValueError(f'there are names for {len(names)} classes, the model has {model.num_classes}')
     data_config = {key: trained[key] for key in _PREPROCESSING if trained.get(key)}
     with _blame(f'--out {args.out}, nothing was written'):
         config = export(model, args.out, getattr(torch, args.dtype), names, data_config, fine_tuned, args.onnx)
@@ -246,8 +227,7 @@ def _load_trained(args: argparse.Namespace, trained: Dict[str, Any]) -> nn.Modul
         'global_pool': trained.get('gp'),
         **((trained.get('model_kwargs') or {}) if args.model_kwargs is None else args.model_kwargs),
     }
-    given = ' '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)
-    with _blame(f'--model {name}, --num-classes and --model-kwargs ({given or "none"})'):
+    with _blame(f'--model {name}, --num-classes and --model-kwargs, together {arguments}'):
         model = create_model(name, **arguments)
     with _blame(f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
         # a pickle: torch's reader of tensors alone runs no code in it
@@ -269,13 +249,13 @@ def _load_pretrained(args: argparse.Namespace) -> nn.Module:
 
 def _report(model: nn.Module, config: Dict[str, Any], args: argparse.Namespace) -> None:
     """Print what was written, and a command to try it."""
-    num_classes, channels = config['num_classes'], config['pretrained_cfg']['input_size'][0]
+    num_classes, input_size = config['num_classes'], config['pretrained_cfg']['input_size']
     names = config.get('label_names') or ()
-    shown = ', '.join(list(names.values() if isinstance(names, dict) else names)[:5]) + ', …' * (len(names) > 5)
+    shown = textwrap.shorten(', '.join(names.values() if isinstance(names, dict) else names), 60, placeholder=' …')
     if not names:
         shown = "ImageNet's" if infer_imagenet_subset(config) else 'without names; --data-dir gives them'
     print(f'{args.out}: {config["architecture"]} in {args.dtype}' + (', model.onnx in float32' if args.onnx else ''))
     print(f'classes: {num_classes} ({shown})')
-    print('input: ' + ' x '.join(map(str, config['pretrained_cfg']['input_size'])))
-    if num_classes > 0 and channels in (1, 3) and not hasattr(model, 'question_embed'):
+    print('input: ' + ' x '.join(map(str, input_size)))
+    if num_classes > 0 and input_size[0] in (1, 3) and not hasattr(model, 'question_embed'):
         print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out}")}')

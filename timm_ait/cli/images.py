@@ -16,7 +16,9 @@ from timm.models import create_model
 
 from . import one_line
 
-__all__ = ['MAX_ASPECT_RATIO', 'MAX_PIXELS', 'add_arguments', 'find_images', 'image_reader', 'load_image', 'load_model']
+__all__ = [
+    'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'add_arguments', 'find_images', 'image_classifier', 'load_image', 'load_model',
+]
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
@@ -93,10 +95,6 @@ def _quiet() -> Iterator[None]:
 def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
     """Read the first frame of an image, turned upright by its EXIF orientation; of 16-bit images the upper 8 bits.
 
-    Args:
-        file: Image file.
-        mode: 'RGB' or 'L'.
-
     Raises:
         ValueError: The image is too large, which is checked before its pixels are read, or has 32-bit pixels, whose
             range is unknown.
@@ -120,25 +118,26 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         return image if image.mode == mode else image.convert(mode)
 
 
-def image_reader(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, torch.Tensor]]:
-    """Function that reads a file and returns the image and the model's input (C, H, W), by the model's data config."""
-    config = resolve_model_data_config(model)
+def image_classifier(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, torch.Tensor, torch.Tensor]]:
+    """Function of a file that returns the image, the model's input (1, C, H, W) and probabilities (num_classes,)."""
+    config, device = resolve_model_data_config(model), next(model.parameters()).device
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     transform = create_transform(**config, is_training=False)
 
-    def read(file: Path) -> Tuple[Image.Image, torch.Tensor]:
+    @torch.inference_mode()
+    def classify(file: Path) -> Tuple[Image.Image, torch.Tensor, torch.Tensor]:
         image = load_image(file, mode)
-        return image, transform(image)
+        x = transform(image).unsqueeze(0).to(device)
+        probabilities = model(x)[0].float().softmax(-1)
+        if probabilities.isnan().any():
+            raise ValueError("the model's output is not a number")
+        return image, x, probabilities
 
-    return read
+    return classify
 
 
 def load_model(name: str, device: Optional[str] = None) -> nn.Module:
-    """Load a pretrained image classifier in evaluation mode.
-
-    Args:
-        name: Any timm model, 'hf-hub:<user>/<model>' or 'local-dir:<folder>'.
-        device: Device, by default cuda if available, else cpu.
+    """Load a pretrained image classifier in evaluation mode, on cuda where it is available.
 
     Raises:
         ValueError: The device is not available, the model cannot be loaded, or it does not classify images.
