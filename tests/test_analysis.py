@@ -102,13 +102,12 @@ class TestWriteAttention:
     def test_is_the_softmax_of_the_largest_scores(self, model, images):
         tokens = analysis.collect_tokens(model, images)[FIRST]
         workspace = model.blocks[0].mlp.workspace
-        scores = analysis.write_scores(workspace, tokens)
         query = (workspace.q.weight @ workspace.stored_memory()[5])[16:32]
-        keys = tokens.flatten(0, 1) @ workspace.k.weight[16:32].T
-        torch.testing.assert_close(scores[1, 5], keys @ query / 4.)
-        attention = analysis.write_attention(workspace, tokens, 3)
-        best = scores.topk(3).indices
-        torch.testing.assert_close(attention.gather(-1, best), scores.gather(-1, best).softmax(dim=-1))
+        scores = tokens.flatten(0, 1) @ workspace.k.weight[16:32].T @ query / 4.
+        kept = scores.topk(3)
+        attention = analysis.write_attention(workspace, tokens, 3)[1, 5]
+        torch.testing.assert_close(attention[kept.indices], kept.values.softmax(dim=-1))
+        assert attention.count_nonzero() == 3
 
 
 class TestCompetition:
@@ -118,7 +117,6 @@ class TestCompetition:
         assert figures['coverage'] == 0.25
         assert figures['overlap'] == 1.
         assert figures['effective_tokens'] == pytest.approx(1.)
-        assert figures['largest_weight'] == 1.
 
     def test_slots_that_select_different_tokens(self):
         figures = analysis.competition(one_hot_attention(0, 1, 2, 3))
@@ -155,7 +153,6 @@ class TestRetrieval:
     def test_energy_never_rises(self, model, images):
         for name, tokens in analysis.collect_tokens(trained(model, images), images).items():
             figures = analysis.retrieval(model.get_submodule(name), tokens)
-            assert figures['energy_after'] < figures['energy_before']
             assert figures['energy_rises'] == 0.
 
     def test_of_sharp_attractors(self):
@@ -164,7 +161,6 @@ class TestRetrieval:
         torch.nn.init.zeros_(workspace.attractors.bias)
         figures = analysis.retrieval(workspace, torch.eye(4, 8))
         assert figures['effective_slots'] == pytest.approx(1.)
-        assert figures['largest_read_weight'] == pytest.approx(1.)
         assert figures['num_fixed_points'] == 4
         assert figures['converged'] == 1.
         assert figures['distance'] == pytest.approx(0., abs=1e-5)
@@ -180,7 +176,7 @@ class TestReadShares:
             torch.manual_seed(1)
             shares.append(analysis.read_shares(model, torch.randn(1, 3, 32, 32))[FIRST])
         assert shares[1]['residual_share'] == pytest.approx(2 * shares[0]['residual_share'], rel=0.05)
-        assert shares[1]['branch_share'] == pytest.approx(shares[0]['branch_share'], rel=0.05)
+        assert shares[1]['constant_share'] == pytest.approx(shares[0]['constant_share'], rel=0.05)
 
 
 class TestAnalyse:

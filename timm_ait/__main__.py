@@ -17,17 +17,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: Arguments without the program's name, by default those of the process.
-
-    Returns:
-        Exit code.
-
-    Raises:
-        SystemExit: The arguments are wrong (code 2), or the command exits.
-    """
+    """Run a command with arguments, by default those of the process; returns its exit code."""
     from timm_ait.cli import data, explain, export, predict, run
 
     parser = _Parser(prog='python -m timm_ait', description='Associative Transformer (AiT) for timm.')

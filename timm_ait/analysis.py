@@ -20,14 +20,11 @@ import torch.nn.functional as F
 from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import slot_statistics
-from timm_ait.ops.workspace import num_kept
 
 __all__ = [
     'analyse', 'attractors', 'collect_tokens', 'competition', 'fixed_points', 'observed', 'read_shares', 'read_weights',
-    'retrieval', 'workspaces', 'write_attention', 'write_scores',
+    'retrieval', 'workspaces', 'write_attention',
 ]
-
-_MAX_STARTS = 2048  # tokens of a batch that iterate to their fixed points, evenly spaced
 
 
 def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
@@ -79,7 +76,6 @@ def read_shares(
 
     Returns:
         By layer, where it reads:
-        'branch_share': Norm of the reading relative to that of the layer's output, mean over tokens.
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
             mean over tokens; nan if the layer is not at the end of a block's MLP.
         'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal.
@@ -97,15 +93,14 @@ def read_shares(
         if workspace.retrieves:
             read = reads[name] = (output - (x if workspace.gated else normed.to(x.dtype))).float()
             energy = read.flatten(0, -2).square().sum(dim=-1).mean().clamp_min(1e-20)
-            shares[name] = {
-                'branch_share': _mean_ratio(read, output),
-                'residual_share': float('nan'),
-                'constant_share': float(read.flatten(0, -2).mean(dim=0).square().sum() / energy),
-            }
+            constant = float(read.flatten(0, -2).mean(dim=0).square().sum() / energy)
+            shares[name] = {'residual_share': float('nan'), 'constant_share': constant}
 
     def after_block(name: str, block: nn.Module, inputs: Any, output: torch.Tensor):
         read = reads.pop(name)
-        shares[name]['residual_share'] = _mean_ratio(block.ls2(read) if hasattr(block, 'ls2') else read, output)
+        read = block.ls2(read) if hasattr(block, 'ls2') else read
+        ratios = read.float().norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-20)
+        shares[name]['residual_share'] = float(ratios.mean())
 
     found, suffix = workspaces(model), '.mlp.workspace'
     blocks = {
@@ -114,12 +109,6 @@ def read_shares(
     with observed(model, found, after_workspace), observed(model, blocks, after_block):
         model(images, **kwargs)
     return shares
-
-
-def _mean_ratio(part: torch.Tensor, whole: torch.Tensor) -> float:
-    """Norm of the part of each token relative to that of the whole, mean over tokens."""
-    part, whole = (x.float().norm(dim=-1).flatten() for x in (part, whole))
-    return float((part / whole.clamp_min(1e-20)).mean())
 
 
 def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, torch.Tensor]:
@@ -133,25 +122,6 @@ def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str
 
 
 @torch.no_grad()
-def write_scores(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tensor:
-    """Scores q k / sqrt(D) of tokens for the slots that they compete for, (A, M, T); see `naive.attend`.
-
-    Args:
-        workspace: Layer that writes.
-        tokens: Normed tokens (T, E), or (B, N, E) for those of a batch.
-
-    Raises:
-        ValueError: The layer does not write.
-    """
-    if not workspace.writes:
-        raise ValueError('workspace: it has write=False, so no tokens compete for it')
-    slots, tokens = workspace.stored_memory(), tokens.flatten(0, -2).float()
-    queries, keys = (
-        F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
-        for x, projection in ((slots, workspace.q), (tokens, workspace.k)))
-    return queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
-
-
 def write_attention(
         workspace: GlobalWorkspace,
         tokens: torch.Tensor,
@@ -159,22 +129,24 @@ def write_attention(
 ) -> torch.Tensor:
     """Weights with which tokens would write into the slots, (A, M, T), zero where a token is not selected.
 
-    All tokens compete with each other.
-
     Args:
-        workspace: As `write_scores`.
-        tokens: As `write_scores`.
+        workspace: Layer that writes.
+        tokens: Normed tokens (T, E), or (B, N, E) for those of a batch, which all compete with each other.
         bottleneck: Tokens that each slot and head keep, a float is a share of T; by default the layer's own.
 
     Raises:
         ValueError: The layer does not write, or the bottleneck is not positive.
     """
+    if not workspace.writes:
+        raise ValueError('workspace: it has write=False, so no tokens compete for it')
     bottleneck = workspace.bottleneck if bottleneck is None else bottleneck
     if bottleneck <= 0 or (isinstance(bottleneck, float) and bottleneck > 1):
         raise ValueError(f'bottleneck must be a positive integer or a share in (0, 1], got {bottleneck!r}')
-    scores = write_scores(workspace, tokens)
-    kept = scores.topk(num_kept(bottleneck, scores.shape[-1]), dim=-1)
-    return torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
+    queries, keys = (
+        F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
+        for x, projection in (
+            (workspace.stored_memory(), workspace.q), (tokens.flatten(0, -2).float(), workspace.k)))
+    return naive.attend(queries, keys, keys, bottleneck)[1]
 
 
 def competition(attention: torch.Tensor) -> Dict[str, float]:
@@ -188,7 +160,6 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
         'overlap': Mean Jaccard index of the tokens that two slots of a head selected: 1 if all select the same.
         'chance_overlap': What the overlap is if each slot selects as many tokens at random, k / (2 T - k).
         'effective_tokens': Mean over slots and heads of exp(entropy of the weights), 1 to k.
-        'largest_weight': Mean over slots and heads of the largest weight.
     """
     selected = attention > 0
     num_slots, num_tokens = attention.shape[-2:]
@@ -203,7 +174,6 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
         'overlap': float(jaccard[..., others].mean()),
         'chance_overlap': kept / (2 * num_tokens - kept),
         'effective_tokens': float(torch.special.entr(attention).sum(dim=-1).exp().mean()),
-        'largest_weight': float(attention.amax(dim=-1).mean()),
     }
 
 
@@ -221,12 +191,7 @@ def attractors(workspace: GlobalWorkspace) -> torch.Tensor:
 
 
 def read_weights(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tensor:
-    """Weights softmax(beta xi X^T) with which tokens read the slots in the first step, (..., M).
-
-    Args:
-        workspace: Layer that reads.
-        tokens: Normed tokens, (..., E).
-    """
+    """Weights softmax(beta xi X^T) with which normed tokens (..., E) read the slots in the first step, (..., M)."""
     return (workspace.beta * tokens.float() @ attractors(workspace).T).softmax(dim=-1)
 
 
@@ -240,8 +205,7 @@ def fixed_points(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Repeat Hopfield retrieval until it converges.
 
-    Source: theorem 2 of `Hopfield Networks is All You Need`. After one step the state is p X, so the others need the
-    products of attractors alone: p <- softmax(beta p X X^T).
+    Source: theorem 2 of `Hopfield Networks is All You Need`.
 
     Args:
         state: Initial states (T, E).
@@ -253,19 +217,15 @@ def fixed_points(
     Returns:
         Final states (T, E), and the number of steps to convergence (T,), nan for states that did not converge.
     """
-    gram = attractors @ attractors.T
     limit = tolerance * float(attractors.norm(dim=-1).max())
-    weights = (beta * state @ attractors.T).softmax(dim=-1)
-    moves = (weights @ attractors - state).norm(dim=-1)
-    steps = torch.where(moves <= limit, 0., float('nan'))
-    for step in range(1, max_steps):
+    steps = state.new_full(state.shape[:1], float('nan'))
+    for step in range(max_steps):
+        previous, state = state, naive.retrieve(state, attractors, beta)
+        has_converged = (state - previous).norm(dim=-1) <= limit
+        steps = torch.where(steps.isnan() & has_converged, float(step), steps)
         if not steps.isnan().any():
             break
-        previous, weights = weights, (beta * weights @ gram).softmax(dim=-1)
-        change = weights - previous
-        moves = (change @ gram * change).sum(dim=-1).clamp_min(0.).sqrt()
-        steps = torch.where(steps.isnan() & (moves <= limit), float(step), steps)
-    return weights @ attractors, steps
+    return state, steps
 
 
 def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, float]:
@@ -277,9 +237,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
 
     Returns:
         'effective_slots': Mean over tokens of exp(entropy of the read weights), 1 to M.
-        'largest_read_weight': Mean over tokens.
-        'energy_before', 'energy_after': Mean over tokens, around one step (`naive.energy`).
-        'energy_rises': Share of tokens whose energy a step raises, beyond rounding: 0 in theory.
+        'energy_rises': Share of tokens whose energy (`naive.energy`) a step raises, beyond rounding: 0 in theory.
         'converged': Share of tokens that reach a fixed point within 100 steps.
         'steps': Mean steps to it, of those.
         'distance': Mean distance to it, relative to the norm of the token.
@@ -290,7 +248,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
     weights = read_weights(workspace, tokens)
     before = naive.energy(tokens, stored, beta)
     after = naive.energy(weights @ stored, stored, beta)
-    starts = tokens[::math.ceil(len(tokens) / _MAX_STARTS)]
+    starts = tokens[::math.ceil(len(tokens) / 2048)]
     ends, steps = fixed_points(starts, stored, beta)
     num_distinct, left = 0, ends
     while len(left):
@@ -298,9 +256,6 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
         num_distinct += 1
     return {
         'effective_slots': float(torch.special.entr(weights).sum(dim=-1).exp().mean()),
-        'largest_read_weight': float(weights.amax(dim=-1).mean()),
-        'energy_before': float(before.mean()),
-        'energy_after': float(after.mean()),
         'energy_rises': float((after > before + 1e-5 * before.abs().clamp_min(1.)).double().mean()),
         'converged': float((~steps.isnan()).double().mean()),
         'steps': float(steps.nanmean()),
@@ -323,8 +278,7 @@ def analyse(
 
     Returns:
         By layer, means over the batches: what `competition`, `retrieval` and `read_shares` return, as far as the layer
-        writes and reads; 'effective_rank' and 'mean_cosine' of its slots, and of the attractors lifted from them
-        ('attractor_…').
+        writes and reads; 'effective_rank' and 'mean_cosine' of its slots.
 
     Raises:
         ValueError: The model has no workspaces, or there are no batches.
@@ -349,7 +303,4 @@ def analyse(
             raise ValueError('batches: at least one is needed, got none')
         result[name] = {key: sum(f[key] for f in figures[name]) / len(figures[name]) for key in figures[name][0]}
         result[name].update(slot_statistics(workspace.stored_memory()))
-        if workspace.retrieves:
-            statistics = slot_statistics(attractors(workspace))
-            result[name].update({f'attractor_{key}': value for key, value in statistics.items()})
     return result

@@ -9,8 +9,6 @@ import logging
 import sys
 from typing import Any, Callable, Dict
 
-import torch
-
 from timm.task import TrainingTask
 
 from timm_ait.layers.balance import balance_loss, record_balance_losses
@@ -23,14 +21,6 @@ _logger = logging.getLogger(__name__)
 
 # steps between two lines in the log, as timm's --log-interval
 _LOG_INTERVAL = 50
-
-
-def _log(task: TrainingTask, loss: torch.Tensor, balance: torch.Tensor) -> None:
-    """Say now and then what part of the loss is balance, since train.py reports one figure."""
-    step = getattr(task, '_num_balance_losses', 0)
-    task._num_balance_losses = step + 1
-    if task.verbose and step % _LOG_INTERVAL == 0:
-        _logger.info(f'Of the training loss {float(loss):#.4g}, {float(balance):#.4g} is the balance loss.')
 
 
 def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
@@ -47,7 +37,10 @@ def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) 
     is_added = any(loss is part for part in asked_for) or depends_on(loss, {part.grad_fn for part in asked_for})
     if not is_added:
         loss = loss + balance
-    _log(task, loss.detach(), balance.detach())
+    step = task._num_balance_losses = getattr(task, '_num_balance_losses', -1) + 1
+    if task.verbose and step % _LOG_INTERVAL == 0:  # since train.py reports one figure
+        whole, part = float(loss.detach()), float(balance.detach())
+        _logger.info(f'Of the training loss {whole:#.4g}, {part:#.4g} is the balance loss.')
     return {**result, 'loss': loss, 'balance_loss': balance.detach()}
 
 

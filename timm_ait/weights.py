@@ -47,11 +47,7 @@ def say_where_weights_are(
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
 ) -> Iterator[None]:
-    """If the weights of a registered model cannot be downloaded, say where else they are.
-
-    Raises:
-        RuntimeError: The download failed.
-    """
+    """If the weights of a registered model cannot be downloaded, a RuntimeError says where else they are."""
     try:
         yield
     except (OSError, HfHubHTTPError) as e:
@@ -85,10 +81,9 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
         RuntimeError: The weights do not match the model.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
+    adapted = ()
     if getattr(model, 'num_classes', None) != cfg.get('num_classes') or cfg.get('label_offset'):
         adapted = tuple(f'{name}.' for name in [*_names(cfg.get('classifier')), 'norm', 'fc_norm', 'attn_pool'])
-    else:
-        adapted = ()
     first_convs = [f'{name}.weight' for name in _names(cfg.get('first_conv'))]
 
     expected = model.state_dict()

@@ -71,15 +71,14 @@ class TestFiles:
 class TestNumbers:
 
     def test_are_those_of_the_analysis(self, model, image, out):
-        explain(image, '--model', model, '--out', out, '--bottleneck', '0.25')
+        explain(image, '--model', model, '--out', out)
         document = json.loads((out / 'image.json').read_text())
-        assert document['bottleneck'] == 0.25
         assert [layer['layer'] for layer in document['layers']] == [f'blocks.{i}.mlp.workspace' for i in range(3)]
         for layer in document['layers']:
             selected = np.array(layer['selected'])
             assert selected.shape == (8, 8, 8)
-            assert (selected.sum(axis=(1, 2)) == 4 * 16).all()  # four heads with a quarter of 64 tokens
-            assert layer['num_kept'] == 16
+            assert (selected.sum(axis=(1, 2)) == 4 * 6).all()  # four heads with a tenth of 64 tokens
+            assert layer['num_kept'] == 6
             assert np.array(layer['read_slot']).shape == np.array(layer['read_weight']).shape == (8, 8)
             assert sum(layer['read_share']) == pytest.approx(1.)
             assert 0. < layer['figures']['coverage'] <= 1.
@@ -108,14 +107,14 @@ class TestModels:
     def test_without_workspaces(self, capsys, image, out, tmp_path):
         name = save(timm.create_model('test_vit', num_classes=3), tmp_path / 'vit')
         error = error_of(capsys, image, '--model', name, '--out', out)
-        assert f'--model {name}' in error and 'no workspaces' in error
+        assert 'model' in error and 'no workspaces' in error
         assert not out.exists()
 
 
 class TestErrors:
 
     @pytest.mark.parametrize('option, value', [
-        ('--layers', '0'), ('--slots', '-1'), ('--bottleneck', '0'), ('--bottleneck', '1.5'), ('--device', 'toaster')])
+        ('--layers', '0'), ('--slots', '-1'), ('--device', 'toaster'), ('--out', __file__)])
     def test_option(self, capsys, model, image, out, option, value):
         error = error_of(capsys, image, '--model', model, '--out', out, option, value)
         assert option in error and value in error
@@ -158,6 +157,6 @@ def test_a_sheet_shows_where_a_slot_selects():
         selected = torch.zeros_like(layer.selected)
         selected[:, :2, :2] = layer.num_heads  # in the corner alone
         maps.append(layer._replace(selected=selected))
-    sheet = np.asarray(draw_sheet(Image.new('RGB', (64, 64), 'grey'), 'title', 'subtitle', maps, 3, 2)).astype(int)
-    top, left = 28 + 208 + 24 + 24, 28 + 250 + 16 + 208 + 16
+    sheet = np.asarray(draw_sheet(Image.new('RGB', (64, 64), 'grey'), ['title'], maps, 2)).astype(int)
+    top, left = 8 + 18 + 8, 2 * (208 + 2 * 8) + 8
     assert sheet[top + 10, left + 10].sum() > 2 * sheet[top + 180, left + 180].sum()

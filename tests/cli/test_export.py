@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import shlex
+import sys
 
 import pytest
 import torch
@@ -125,14 +126,9 @@ class TestTrainingArguments:
 
 class TestPretrained:
 
-    @pytest.mark.parametrize('source, options', [
-        (SMALLEST, ()),
-        (weights_dir() / SMALLEST, ()),
-        (weights_dir() / SMALLEST / 'model.safetensors', ()),
-        (weights_dir() / SMALLEST / 'model.safetensors', ('--model', 'ait_tiny_hybrid_75', '--num-classes', '10')),
-    ], ids=['name', 'folder', 'file', 'file and options'])
-    def test_keeps_its_names_tag_and_license(self, tmp_path, source, options):
-        config = run(source, tmp_path / 'out', *options)
+    @pytest.mark.parametrize('source', [SMALLEST, weights_dir() / SMALLEST], ids=['name', 'folder'])
+    def test_keeps_its_names_tag_and_license(self, tmp_path, source):
+        config = run(source, tmp_path / 'out')
         cfg = timm.get_pretrained_cfg(SMALLEST)
         assert config['label_names'] == list(cfg.label_names)
         assert (config['pretrained_cfg']['tag'], config['pretrained_cfg']['license']) == (cfg.tag, cfg.license)
@@ -145,7 +141,7 @@ class TestPretrained:
         torch.testing.assert_close(exported(images), expected(images))
 
     @pytest.mark.parametrize('options', [('--model', 'ait_base'), ('--num-classes', '3'), ('--no-ema',)], ids=' '.join)
-    def test_refuses_options_that_contradict_it(self, tmp_path, capsys, options):
+    def test_refuses_options_of_a_training(self, tmp_path, capsys, options):
         fails(capsys, options[0], SMALLEST, tmp_path / 'out', *options)
 
     @pytest.mark.parametrize('name', ['no_such_model', 'ait_small.no_such_tag', 'test_ait', 'local-dir:nowhere'])
@@ -160,11 +156,11 @@ class TestPretrained:
 class TestReport:
 
     def test_says_what_was_written(self, checkpoint, tmp_path, capsys):
-        (tmp_path / 'names.txt').write_text('rose\ndaisy\ntulip\n')
-        run(checkpoint, tmp_path / 'out', *TRAINED, '--class-map', tmp_path / 'names.txt')
+        write_classes(tmp_path / 'data/train', 'daisy', 'rose', 'tulip')
+        run(checkpoint, tmp_path / 'out', *TRAINED, '--data-dir', tmp_path / 'data')
         lines = capsys.readouterr().out.splitlines()
         assert lines[:3] == [
-            f'{tmp_path / "out"}: test_ait in float32', 'classes: 3 (rose, daisy, tulip)', 'input: 3 x 32 x 32']
+            f'{tmp_path / "out"}: test_ait in float32', 'classes: 3 (daisy, rose, tulip)', 'input: 3 x 32 x 32']
 
     def test_ends_with_a_command_that_works(self, checkpoint, tmp_path, capsys):
         run(checkpoint, tmp_path / 'my model', *TRAINED)
@@ -176,26 +172,12 @@ class TestReport:
 
 class TestClassNames:
 
-    def test_from_a_text_file(self, checkpoint, tmp_path):
-        (tmp_path / 'names.txt').write_text('rose\ndaisy\nä tulip\n\n', encoding='utf-8')
-        config = run(checkpoint, tmp_path / 'out', *TRAINED, '--class-map', tmp_path / 'names.txt')
-        assert config['label_names'] == ['rose', 'daisy', 'ä tulip'] == names_of(tmp_path / 'out')
-
     @pytest.mark.parametrize('split', ['train', 'training', '.'])
     def test_from_the_class_folders_in_timms_order(self, checkpoint, tmp_path, split):
         write_classes(tmp_path / 'data' / split, 'class10', 'Class9', 'class1')
         (tmp_path / 'data' / split / 'no images').mkdir()
         run(checkpoint, tmp_path / 'out', *TRAINED, '--data-dir', tmp_path / 'data')
         assert names_of(tmp_path / 'out') == ['class1', 'Class9', 'class10']
-
-    @pytest.mark.parametrize('text', ['rose\n', 'rose\ndaisy\ntulip\nlily\n', 'rose\n\ndaisy\ntulip\n', 'a\nb\na\nc\n'])
-    def test_names_of_other_classes_are_refused(self, checkpoint, tmp_path, capsys, text):
-        (tmp_path / 'names.txt').write_text(text)
-        fails(capsys, '--class-map', checkpoint, tmp_path / 'out', *TRAINED, '--class-map', tmp_path / 'names.txt')
-
-    @pytest.mark.parametrize('name', ['nowhere.txt', 'last.pth.tar', '.'])
-    def test_an_unreadable_class_map_is_refused(self, checkpoint, tmp_path, capsys, name):
-        fails(capsys, '--class-map', checkpoint, tmp_path / 'out', *TRAINED, '--class-map', tmp_path / name)
 
     @pytest.mark.parametrize('name', ['nowhere', '.', 'last.pth.tar'])
     def test_a_data_set_without_the_classes_is_refused(self, checkpoint, tmp_path, capsys, name):
@@ -267,8 +249,8 @@ class TestMistakes:
 
     @pytest.mark.parametrize('package', ['onnx', 'onnxscript'])
     def test_a_missing_package_is_named(self, capsys, checkpoint, tmp_path, monkeypatch, package):
-        monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == package else name)
-        fails(capsys, f'pip install {package}', checkpoint, tmp_path / 'out', *TRAINED, '--onnx')
+        monkeypatch.setitem(sys.modules, package, None)
+        fails(capsys, package, checkpoint, tmp_path / 'out', *TRAINED, '--onnx')
 
     def test_questions_have_no_onnx(self, capsys, train, tmp_path):
         fails(capsys, '--onnx', train(model_kwargs=dict(question_dim=3)), tmp_path / 'out', '--onnx')

@@ -22,7 +22,7 @@ def files_of(folder):
 class TestFindImages:
 
     def test_folders_are_searched_recursively_and_sorted(self, images):
-        assert find_images([images]) == (files_of(images), [])
+        assert find_images([images]) == files_of(images)
 
     def test_a_folder_without_images_is_named(self, images, tmp_path):
         (tmp_path / 'empty').mkdir()
@@ -33,7 +33,7 @@ class TestFindImages:
     def test_hidden_files_are_not_images(self, images, name):
         (images / name).parent.mkdir(exist_ok=True)
         (images / 'b.png').rename(images / name)
-        assert find_images([images]) == ([images / 'a.jpg', images / 'sub/c.bmp'], [])
+        assert find_images([images]) == [images / 'a.jpg', images / 'sub/c.bmp']
 
 
 class TestLinks:
@@ -41,41 +41,32 @@ class TestLinks:
     def test_links_to_folders_above_do_not_repeat_files(self, images):
         (images / 'sub/up').symlink_to('..')
         (images / 'sub/again').symlink_to('..')
-        assert find_images([images]) == (files_of(images), [])
+        assert find_images([images]) == files_of(images)
 
     def test_a_path_given_twice_is_read_once(self, images):
-        assert find_images([images / 'a.jpg', images, images / 'sub']) == (files_of(images), [])
-
-    def test_a_link_to_nothing_is_a_problem(self, images):
-        (images / 'c.png').symlink_to('nowhere')
-        files, problems = find_images([images])
-        assert files == files_of(images)
-        assert [file for file, _ in problems] == [images / 'c.png']
+        assert find_images([images / 'a.jpg', images, images / 'sub']) == files_of(images)
 
 
-class TestProblems:
+class TestUnreadable:
 
     @pytest.mark.timeout(60)
-    def test_a_pipe_is_not_read(self, images):
+    def test_a_pipe_is_left_out(self, images):
         os.mkfifo(images / 'x.png')
-        for path in (images, images / 'x.png'):
-            assert find_images([path])[1] == [(images / 'x.png', 'not a regular file')]
+        assert find_images([images]) == files_of(images)
 
-    def test_a_folder_that_cannot_be_listed(self, images, monkeypatch):
+    def test_links_to_nothing_and_formats_that_pillow_does_not_know_are_listed(self, images):
+        (images / 'c.png').symlink_to('nowhere')
+        (images / 'photo.HEIC').write_bytes(b'')
+        assert find_images([images]) == sorted([*files_of(images), images / 'c.png', images / 'photo.HEIC'])
+
+    def test_a_folder_that_cannot_be_searched_is_listed(self, images, monkeypatch):
         def listed(path, scandir=os.scandir):
             if os.fspath(path) == str(images / 'sub'):
                 raise PermissionError(13, 'Permission denied', str(path))
             return scandir(path)
 
         monkeypatch.setattr(os, 'scandir', listed)
-        assert find_images([images]) == (
-            [images / 'a.jpg', images / 'b.png'], [(images / 'sub', 'Permission denied')])
-
-    def test_a_format_that_pillow_does_not_read(self, images):
-        (images / 'photo.HEIC').write_bytes(b'')
-        files, problems = find_images([images])
-        assert files == files_of(images)
-        assert problems == [(images / 'photo.HEIC', 'the installed Pillow does not read .heic files')]
+        assert find_images([images]) == [images / 'a.jpg', images / 'b.png', images / 'sub']
 
 
 class TestLoadImage:

@@ -47,7 +47,7 @@ class TestReadLabels:
     @pytest.mark.parametrize('text, message', [
         ('name,class\na.png,cat\n', 'file and label'),
         ('', 'file and label'),
-        ('file,label\n,cat\n', 'line 2'),
+        ('label,file\ncat\n', 'line 2'),
         ('file,label\na.png,cat\na.png,dog\n', "'dog'"),
     ])
     def test_bad_contents(self, tmp_path, text, message):

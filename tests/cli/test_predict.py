@@ -82,16 +82,9 @@ class TestPredict:
         assert predict(images, '--model', model, '--topk', 2) == 0
         captured = capsys.readouterr()
         lines = captured.out.splitlines()
-        assert [line.split('  ')[0] for line in lines] == [str(file) for file in find_images([images])[0]]
+        assert [line.split('  ')[0] for line in lines] == [str(file) for file in find_images([images])]
         assert all(line.count('% ') == 2 for line in lines)
         assert '3/3' in captured.err
-
-    def test_the_batch_size_does_not_matter(self, capsys, model, images):
-        one, all_ = (predict_json(capsys, images, '--model', model, '--batch-size', n)[1] for n in (1, 3))
-        for a, b in zip(one['images'], all_['images'], strict=True):
-            assert a['file'] == b['file']
-            assert [p['probability'] for p in a['predictions']] == pytest.approx(
-                [p['probability'] for p in b['predictions']], rel=1e-4)
 
     def test_file_names_that_cannot_be_printed(self, capsys, model, images):
         file = os.fsdecode(b'\xff.png')
@@ -138,17 +131,14 @@ class TestSheet:
         assert [file.name for file in tmp_path.iterdir()] == ['sheet.png']
 
     @pytest.mark.parametrize('name, message', [
-        ('sheet.gif', 'ends in .png'),
-        ('nowhere/sheet.png', 'nowhere is not a folder'),
-        ('folder.png', 'name of a file'),
-    ])
+        ('sheet.gif', 'ends in .png'), ('folder.png', 'name of a file'), ('images/a.jpg/sheet.png', 'not a folder')])
     def test_bad_file(self, capsys, model, images, tmp_path, name, message):
         (tmp_path / 'folder.png').mkdir()
         error = error_of(capsys, images, '--model', model, '--sheet', tmp_path / name)
-        assert f'--sheet: {tmp_path / name}' in error and message in error
+        assert '--sheet' in error and str((tmp_path / name).parent) in error and message in error
 
     def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, images, tmp_path, monkeypatch):
-        def save(image, file, format):
+        def save(image, file):
             Path(file).write_bytes(b'half a file')
             raise OSError('disk full')
 
@@ -172,7 +162,7 @@ class TestErrors:
         assert code == 1
         assert len(document['images']) == 3
         assert [error['file'] for error in document['errors']] == [str(images / 'broken.png'), str(images / 'cut.bmp')]
-        assert f'{images / "broken.png"}: cannot be read' in captured.err
+        assert f'{images / "broken.png"}: cannot be classified' in captured.err
 
     @pytest.mark.parametrize('name, message', [
         ('no_such_model', 'Unknown model'),
@@ -196,10 +186,10 @@ class TestErrors:
         torch.nn.init.constant_(model.head.bias, float('nan'))
         save_for_hf(model, tmp_path / 'model', safe_serialization=True)
         error = error_of(capsys, images, '--model', f'local-dir:{tmp_path / "model"}')
-        assert f'{images / "a.jpg"}: the model\'s output is not a number' in error
+        assert str(images / 'a.jpg') in error and "the model's output is not a number" in error
 
     @pytest.mark.parametrize('option, value', [
-        ('--device', 'toaster'), ('--batch-size', '0'), ('--topk', '-1'), ('--topk', 'all'),
+        ('--device', 'toaster'), ('--topk', '-1'), ('--topk', 'all'),
     ])
     def test_option(self, capsys, model, images, option, value):
         error = error_of(capsys, images, '--model', model, option, value)
@@ -210,7 +200,7 @@ class TestCommandLine:
 
     @pytest.mark.slow
     def test_a_closed_pipe_ends_it_quietly(self, model, images):
-        command = f'{sys.executable} -m timm_ait predict {images} --model {model} --batch-size 1 | true'
+        command = f'{sys.executable} -m timm_ait predict {images} --model {model} | true'
         result = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert result.returncode == 0
         assert 'Error' not in result.stderr and 'Exception' not in result.stderr

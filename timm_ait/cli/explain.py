@@ -6,12 +6,12 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from tqdm import tqdm
 
 from timm.data import resolve_model_data_config
@@ -19,18 +19,18 @@ from timm.data import resolve_model_data_config
 from timm_ait.analysis import analyse, collect_tokens, read_weights, workspaces, write_attention
 from timm_ait.ops.workspace import num_kept
 
-from . import integer, one_line, output_folder, quietly, replacing
-from .images import add_arguments, find_images, image_reader, load_model
+from . import integer, one_line, output_folder, quietly, staged
+from .images import add_arguments, find_images, image_classifier, load_model
 from .labels import class_names
-from .sheet import fit, save_sheet, shorten
+from .sheet import Tile, contact_sheet, fit
 
 __all__ = [
     'LayerMaps', 'add_parser', 'describe', 'draw_heat', 'draw_read', 'draw_sheet', 'input_picture', 'layer_maps',
     'layer_name', 'read_legend', 'select_slots', 'smooth', 'token_grid',
 ]
 
-_PANEL, _TABLE, _GAP, _MARGIN, _LINE = 208, 250, 16, 28, 24  # pixels
-_INK, _GREY = '#16181d', '#565b66'
+_PANEL = 208  # pixels
+_BOTTLENECK = 0.1  # share of the picture's tokens that each slot and head select; that of training is for whole batches
 
 # of the slots that are read the most, told apart by the colour-blind (Okabe and Ito), and of all others
 _SLOT_COLOURS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#f0e442', '#b0b0b0')
@@ -65,12 +65,7 @@ def token_grid(num_tokens: int, num_prefix_tokens: int, height: int, width: int)
 
 
 def layer_maps(model: nn.Module, image: torch.Tensor, bottleneck: float) -> List[LayerMaps]:
-    """Maps of every layer for one picture, whose tokens compete among themselves.
-
-    Args:
-        model: Image model with workspaces.
-        image: (1, C, H, W), normalised as the model wants it.
-        bottleneck: Share of the tokens that each slot and head keep.
+    """Maps of every layer for one picture (1, C, H, W), normalised, whose tokens compete among themselves.
 
     Raises:
         ValueError: The model has no workspaces, or its tokens are not a grid.
@@ -99,14 +94,10 @@ def smooth(selected: torch.Tensor) -> torch.Tensor:
 
 
 def select_slots(selected: torch.Tensor, number: int) -> List[int]:
-    """Slots whose heads agree most on a region, each unlike those before it.
+    """Slots whose heads agree most on a region, each unlike those before it, from `LayerMaps.selected`.
 
     A slot's agreement is the sum of the squares of its smoothed map relative to the sum; it is multiplied by one minus
     the largest cosine with the maps of the slots before.
-
-    Args:
-        selected: In how many heads each slot selects each patch, (M, H, W).
-        number: How many slots, at most M.
     """
     maps = smooth(selected).flatten(1)
     agreement = maps.square().sum(dim=-1) / maps.sum(dim=-1).clamp_min(1e-6)
@@ -121,43 +112,31 @@ def select_slots(selected: torch.Tensor, number: int) -> List[int]:
     return chosen
 
 
-def _enlarge(maps: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Maps (n, H, W) in pixels, smooth; `size` is width and height."""
-    return F.interpolate(maps[None], size[::-1], mode='bicubic')[0]
-
-
 def _to_image(values: torch.Tensor) -> Image.Image:
     """Image of values from 0 to 1, (H, W) or (H, W, 3)."""
     return Image.fromarray((values.clamp(0., 1.) * 255.).round().byte().numpy())
 
 
-def _heat(values: torch.Tensor) -> Image.Image:
-    """Colours of values from 0 to 1, (H, W)."""
-    return ImageOps.colorize(_to_image(values), '#1a0a50', '#fff5a0', '#d8354f', midpoint=115)
-
-
 def draw_heat(picture: Image.Image, heat: torch.Tensor) -> Image.Image:
     """A value of each patch, (H, W), 0 to 1, over the picture: in how many heads a slot selects it, for instance."""
-    heat = _enlarge(heat[None], picture.size)[0].clamp(0., 1.)
+    heat = F.interpolate(heat[None, None], picture.size[::-1], mode='bicubic')[0, 0].clamp(0., 1.)
     grey = picture.convert('L').point(lambda value: 0.7 * value).convert('RGB')
-    return Image.composite(_heat(heat), grey, _to_image(0.15 + 0.8 * heat ** 0.6))
+    colours = ImageOps.colorize(_to_image(heat), '#1a0a50', '#fff5a0', '#d8354f', midpoint=115)
+    return Image.composite(colours, grey, _to_image(0.15 + 0.8 * heat ** 0.6))
 
 
 def read_legend(read: torch.Tensor) -> List[Tuple[int, float, str]]:
-    """Slots, the share of patches that read each most, and their colours, the most read first; grey from the eighth.
-
-    Args:
-        read: Weights with which each patch reads the slots, (M, H, W).
-    """
-    shares = _shares_of_patches(read)
-    order = shares.argsort(descending=True, stable=True).tolist()
-    return [(slot, float(shares[slot]), _SLOT_COLOURS[min(i, len(_SLOT_COLOURS) - 1)]) for i, slot in enumerate(order)]
+    """Slots, the share of patches that read each most, and their colours, the most read first; grey from the eighth."""
+    counts = read.argmax(dim=0).flatten().bincount(minlength=len(read))
+    order = counts.argsort(descending=True, stable=True).tolist()
+    shares = (counts / read[0].numel()).tolist()
+    return [(slot, shares[slot], _SLOT_COLOURS[min(i, len(_SLOT_COLOURS) - 1)]) for i, slot in enumerate(order)]
 
 
 def draw_read(picture: Image.Image, read: torch.Tensor) -> Image.Image:
     """Which slot each patch reads most in the colours of `read_legend`, the fainter the less, over the picture."""
     colours = [colour for _, _, colour in sorted(read_legend(read))]
-    weights = _enlarge(read, picture.size).clamp_min(0.)
+    weights = F.interpolate(read[None], picture.size[::-1], mode='bicubic')[0].clamp_min(0.)
     largest = weights.amax(dim=0)
     shares = (weights / largest) ** 8  # the largest weight decides, with smooth borders
     rgb = torch.tensor([ImageColor.getrgb(colour) for colour in colours]) / 255.
@@ -165,11 +144,6 @@ def draw_read(picture: Image.Image, read: torch.Tensor) -> Image.Image:
     certainty = ((largest - 1. / len(read)) / (1. - 1. / len(read) + 1e-6)).clamp(0., 1.)
     grey = picture.convert('L').convert('RGB')
     return Image.composite(_to_image(mixed), grey, _to_image(0.3 + 0.55 * certainty.sqrt()))
-
-
-def _shares_of_patches(read: torch.Tensor) -> torch.Tensor:
-    """Share of the patches that read each slot most, (M,), from weights (M, H, W)."""
-    return read.argmax(dim=0).flatten().bincount(minlength=len(read)).float() / read[0].numel()
 
 
 def layer_name(layer: LayerMaps) -> str:
@@ -181,9 +155,8 @@ def describe(layer: LayerMaps) -> List[Tuple[str, str]]:
     """Names and values of a layer's figures."""
     figures, rows = layer.figures, []
     if layer.read is not None:
-        kind = 'branch' if math.isnan(figures['residual_share']) else 'residual'
         rows += [
-            (f'read / {kind}{" stream" * (kind == "residual")}', f'{figures[f"{kind}_share"]:.2%}'),
+            ('read / residual stream', f'{figures["residual_share"]:.2%}'),
             ('… same for all tokens', f'{figures["constant_share"]:.0%}'),
             ('slots a token reads', f'{figures["effective_slots"]:.1f} of {len(layer.read)}'),
         ]
@@ -196,116 +169,46 @@ def describe(layer: LayerMaps) -> List[Tuple[str, str]]:
     return rows
 
 
-def draw_sheet(
-        picture: Image.Image,
-        title: str,
-        subtitle: str,
-        layers: Sequence[LayerMaps],
-        num_layers: int,
-        num_slots: int,
-) -> Image.Image:
-    """Draw the picture, and a row of maps for each layer.
-
-    Args:
-        picture: As the model sees it.
-        title: First line.
-        subtitle: Second line.
-        layers: Maps to draw, at least one.
-        num_layers: Number of layers there are.
-        num_slots: Slots to draw of each layer.
-    """
+def draw_sheet(picture: Image.Image, title: Sequence[str], layers: Sequence[LayerMaps], num_slots: int) -> Image.Image:
+    """Draw a row for each layer: the picture with figures, the slot that each patch reads, what slots would write."""
     picture = fit(picture, _PANEL)
-    slots = {layer.name: select_slots(layer.selected, num_slots) for layer in layers if layer.selected is not None}
-    heat = {layer.name: smooth(layer.selected[slots[layer.name]]) for layer in layers if layer.name in slots}
-    most = max((float(maps.max()) for maps in heat.values()), default=1.)
-    num_maps = max(map(len, slots.values()), default=2)  # two for the texts at least
-    columns = [_MARGIN, *(_MARGIN + _TABLE + _GAP + i * (_PANEL + _GAP) for i in range(max(num_maps, 2) + 1))]
-    header_height, row_height = max(picture.height, 7 * _LINE) + _LINE, max(picture.height + 68, 8 * _LINE)
-    height = 2 * _MARGIN + header_height + len(layers) * row_height - _LINE
-    sheet = Image.new('RGB', (columns[-1] + _PANEL + _MARGIN, height), 'white')
-    draw = ImageDraw.Draw(sheet)
-
-    def text(x: int, y: int, text: str, size: int = 16, colour: str = _GREY, anchor: str = 'la') -> float:
-        """Draw a line of text; returns where it ends."""
-        font = ImageFont.load_default(size)
-        text = shorten(text, font, sheet.width - x)
-        draw.text((x, y), text, colour, font, anchor)
-        return x + font.getlength(text)
-
-    sheet.paste(picture, (columns[0], _MARGIN))
-    x, y = columns[1], _MARGIN
-    text(x, y - 6, title, 28, _INK)
-    text(x, y + 30, subtitle, 20, _INK)
-    lines = [f'{len(layers)} of {num_layers} layers.']
-    if any(layer.read is not None for layer in layers):
-        lines.append('Left: the slot each patch reads most, fainter for smaller weights; grey are all but the first 7.')
-    if slots:
-        lines += [
-            'Right: what slots would write (evaluation itself does not). In each head a slot selects its best '
-            f'{layers[0].num_kept} tokens of',
-            'this picture. Drawn are the slots whose heads agree most on a region, each unlike those before it.',
-        ]
-    for i, line in enumerate(lines):
-        text(x, y + 64 + i * _LINE, line)
-    if slots:
-        y += 70 + len(lines) * _LINE
-        sheet.paste(_heat(torch.linspace(0., 1., _PANEL).expand(14, -1)), (x, y))
-        text(columns[2], y - 4, f'selected by 0 to {most:.1f} of {layers[0].num_heads} heads, smoothed')
-
-    for row, layer in enumerate(layers):
-        y = _MARGIN + header_height + row * row_height
-        top = y + _LINE
-        text(columns[0], y - 5, layer_name(layer), 22, _INK)
-        for i, (name, value) in enumerate(describe(layer), start=1):
-            text(columns[0], y + 4 + i * _LINE, name)
-            text(columns[0] + _TABLE - _GAP, y + 4 + i * _LINE, value, 16, _INK, 'ra')
+    rows = []
+    for layer in layers:
+        figures = [layer_name(layer), *(f'{name}: {value}' for name, value in describe(layer))]
+        row = [Tile(picture, figures)]
         if layer.read is not None:
-            text(columns[1], y, 'slot that the patch reads', 16, _INK)
-            sheet.paste(draw_read(picture, layer.read), (columns[1], top))
-            x, y = columns[1], top + picture.height + 7
-            for slot, share, colour in read_legend(layer.read)[:3]:
-                if share > 0:
-                    draw.rounded_rectangle((x, y + 2, x + 12, y + 14), 3, colour)
-                    x = math.ceil(text(x + 17, y, f'{slot}: {share:.0%}', 15)) + 10
-        for x, slot, map_ in zip(columns[2:], slots.get(layer.name, ()), heat.get(layer.name, ())):
-            text(x, top - _LINE, f'slot {slot} would write', 16, _INK)
-            sheet.paste(draw_heat(picture, map_ / most), (x, top))
-    return sheet
+            legend = [(slot, share, colour) for slot, share, colour in read_legend(layer.read)[:3] if share > 0.]
+            lines = [f'slot {slot} read by {share:.0%}' for slot, share, _ in legend]
+            row.append(Tile(draw_read(picture, layer.read), lines, [colour for _, _, colour in legend]))
+        if layer.selected is not None:
+            slots = select_slots(layer.selected, num_slots)
+            heat = smooth(layer.selected[slots])
+            most = heat.max().clamp_min(1e-6)
+            figures.append(f'brightest: {most:.1f} of {layer.num_heads} heads')
+            row += [
+                Tile(draw_heat(picture, map_ / most), [f'slot {slot} would write']) for slot, map_ in zip(slots, heat)]
+        rows.append(row)
+    return contact_sheet(rows, _PANEL, title)
 
 
 def input_picture(image: torch.Tensor, config: Dict[str, Any]) -> Image.Image:
     """A model's input (C, H, W) as a picture, without the normalisation of its data config."""
     mean, std = (torch.tensor(config[key]) for key in ('mean', 'std'))
-    return _to_image(image.expand(3, -1, -1).permute(1, 2, 0) * std + mean)
+    return _to_image(image.cpu().expand(3, -1, -1).permute(1, 2, 0) * std + mean)
 
 
 def _numbers(layer: LayerMaps, num_slots: int) -> Dict[str, Any]:
     """A layer as JSON has it: nan is null."""
-    result: Dict[str, Any] = {
-        'layer': layer.name,
-        'figures': {key: None if math.isnan(value) else round(value, 6) for key, value in layer.figures.items()},
-    }
+    figures = {key: None if math.isnan(value) else value for key, value in layer.figures.items()}
+    result = {'layer': layer.name, 'num_heads': layer.num_heads, 'num_kept': layer.num_kept, 'figures': figures}
     if layer.selected is not None:
-        result.update({
-            'num_heads': layer.num_heads,
-            'num_kept': layer.num_kept,
-            'drawn_slots': select_slots(layer.selected, num_slots),
-            'selected': layer.selected.tolist(),
-        })
+        result['drawn_slots'] = select_slots(layer.selected, num_slots)
+        result['selected'] = layer.selected.tolist()
     if layer.read is not None:
-        result.update({
-            'read_slot': layer.read.argmax(dim=0).tolist(),
-            'read_weight': [[round(weight, 6) for weight in row] for row in layer.read.amax(dim=0).tolist()],
-            'read_share': _shares_of_patches(layer.read).tolist(),
-        })
+        result['read_slot'] = layer.read.argmax(dim=0).tolist()
+        result['read_weight'] = layer.read.amax(dim=0).tolist()
+        result['read_share'] = [share for _, share, _ in sorted(read_legend(layer.read))]
     return result
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0. < value <= 1.:
-        raise argparse.ArgumentTypeError(f'{value} is not a share in (0, 1]')
-    return value
 
 
 def add_parser(commands) -> None:
@@ -317,77 +220,54 @@ def add_parser(commands) -> None:
                     'which are named, 2 if nothing could be done.',
     )
     add_arguments(parser, 'classifier with workspaces')
-    parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER',
-                        help='folder for sheets and numbers')
+    parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER', help='folder to write to')
     parser.add_argument('--layers', type=integer(1), default=4, metavar='N',
                         help='layers to draw, evenly spaced from the first to the last (default: %(default)s)')
     parser.add_argument('--slots', type=integer(1), default=5, metavar='N',
-                        help='slots to draw of each layer, those whose heads agree most, each unlike those before it '
-                             '(default: %(default)s)')
-    parser.add_argument('--bottleneck', type=_share, default=0.1, metavar='SHARE',
-                        help="share of the picture's tokens that each slot and head select; the bottleneck of training "
-                             'is for the tokens of a whole batch (default: %(default)s)')
+                        help='slots to draw of each layer, whose heads agree most (default: %(default)s)')
     parser.set_defaults(main=functools.partial(quietly, _main, parser))
 
 
-def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    try:
-        files, problems = find_images(args.images)
-        model = load_model(args.model, args.device)
+def _main(args: argparse.Namespace) -> int:
+    files = find_images(args.images)
+    model = load_model(args.model, args.device)
+    workspaces(model)  # raises an error if it has none
+    classify, stems = image_classifier(model), set()
+    for file in tqdm(files, unit='image', file=sys.stderr):
         try:
-            workspaces(model)
-        except ValueError as e:
-            raise ValueError(f'--model {args.model}: {e}') from e
-    except ValueError as e:
-        parser.error(str(e))
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    for file, reason in problems:
-        print(f'{file}: {reason}', file=sys.stderr)
-    read, stems = image_reader(model), set()
-    for file in tqdm(files, unit='image', file=sys.stderr, disable=not files):
-        try:
-            sheet, numbers = _explain(model, file, read(file)[1], args)
+            sheet, numbers = _explain(model, classify, file, args)
         except Exception as e:  # Pillow raises many kinds of errors on damaged files
             tqdm.write(f'{file}: cannot be explained ({one_line(e)})', file=sys.stderr)
             continue
         names = itertools.chain([file.stem], (f'{file.stem}-{i}' for i in itertools.count(2)))
         stem = next(name for name in names if name not in stems)
         stems.add(stem)
-        save_sheet(sheet, args.out / f'{stem}.png')
-        with replacing(args.out / f'{stem}.json') as temporary:
-            temporary.write_text(json.dumps(numbers))
+        with staged(args.out) as folder:
+            sheet.save(folder / f'{stem}.png')
+            (folder / f'{stem}.json').write_text(json.dumps(numbers))
         tqdm.write(str(args.out / f'{stem}.png'))
     if not stems:
-        parser.error('IMAGE: none of the files could be explained, the reasons are above')
-    return 0 if len(stems) == len(files) + len(problems) else 1
+        raise ValueError('IMAGE: none of the files could be explained, the reasons are above')
+    return 0 if len(stems) == len(files) else 1
 
 
-def _explain(
-        model: nn.Module,
-        file: Path,
-        image: torch.Tensor,
-        args: argparse.Namespace,
-) -> Tuple[Image.Image, Dict[str, Any]]:
-    """Sheet and numbers of an image file, whose input to the model is (C, H, W)."""
-    batch = image.unsqueeze(0).to(next(model.parameters()).device)
-    with torch.inference_mode():
-        probability, index = (x.item() for x in model(batch).float().softmax(dim=-1)[0].max(dim=-1))
+def _explain(model: nn.Module, classify: Callable, file: Path, args: argparse.Namespace) -> Tuple[Image.Image, Dict]:
+    """Sheet and numbers of an image file."""
+    _, image, probabilities = classify(file)
+    probability, index = (x.item() for x in probabilities.max(dim=-1))
     description = class_names(model)[1][index]
-    maps = layer_maps(model, batch, args.bottleneck)
+    maps = layer_maps(model, image, _BOTTLENECK)
     drawn = torch.linspace(len(maps) - 1, 0, min(args.layers, len(maps))).round().int().sort().values
-    sheet = draw_sheet(
-        input_picture(image, resolve_model_data_config(model)),
-        file.name,
-        f'{args.model.rpartition("/")[2]}: {probability:.0%} {description}',
-        [maps[i] for i in drawn],
-        len(maps),
-        args.slots,
-    )
-    return sheet, {
+    title = [
+        f'{file.name}: {probability:.0%} {description}, says {args.model.rpartition("/")[2]}',
+        f'{len(drawn)} of {len(maps)} layers: the slot that each patch reads most, and what slots would write, '
+        f'{maps[0].num_kept} tokens a head',
+    ]
+    picture = input_picture(image[0], resolve_model_data_config(model))
+    return draw_sheet(picture, title, [maps[i] for i in drawn], args.slots), {
         'file': str(file),
         'model': args.model,
         'prediction': {'index': index, 'description': description, 'probability': probability},
-        'bottleneck': args.bottleneck,
+        'bottleneck': _BOTTLENECK,
         'layers': [_numbers(layer, args.slots) for layer in maps],
     }

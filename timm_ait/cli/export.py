@@ -7,22 +7,20 @@ import json
 import os
 import shlex
 import shutil
-import tempfile
+import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
 import torch.nn as nn
 
 from timm.data import create_dataset, infer_imagenet_subset, resolve_model_data_config
-from timm.data.readers.class_map import load_class_map
 from timm.models import create_model, load_checkpoint, save_for_hf
 from timm.utils import ParseKwargs
 
 from timm_ait.layers import GlobalWorkspace
 
-from . import integer, nearest_folder, one_line, output_folder, quietly
-from .images import answers_questions
+from . import integer, one_line, output_folder, quietly, staged
 
 __all__ = ['add_parser', 'export', 'write_onnx']
 
@@ -44,8 +42,6 @@ def export(
         onnx: bool = False,
 ) -> Dict[str, Any]:
     """Write config.json and model.safetensors of a model into a folder, as timm and transformers load them.
-
-    Other files in the folder stay. Both libraries load the weights in float32 unless told otherwise.
 
     Args:
         model: A timm model with its weights. It is converted to `dtype` in place.
@@ -72,18 +68,14 @@ def export(
         if not tensor.isfinite().all():
             raise ValueError(f'{name} has values that are not finite in {dtype}')
 
-    # written to a temporary folder first, so that an interruption leaves no half-written files
-    with tempfile.TemporaryDirectory(dir=nearest_folder(folder)) as staging:
+    with staged(folder) as staging:
         save_for_hf(model, staging, safe_serialization=True, data_config=data_config)
-        config_file = Path(staging, 'config.json')
+        config_file = staging / 'config.json'
         config = _complete(json.loads(config_file.read_text()), label_names, fine_tuned)
         config_file.write_text(json.dumps(config, indent=2))
-        shutil.copymode(config_file, Path(staging, 'model.safetensors'))  # safetensors makes its file private
+        shutil.copymode(config_file, staging / 'model.safetensors')  # safetensors makes its file private
         if onnx:
-            write_onnx(model, Path(staging, 'model.onnx'))
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in Path(staging).iterdir():
-            os.replace(file, folder / file.name)
+            write_onnx(model, staging / 'model.onnx')
     return config
 
 
@@ -116,15 +108,7 @@ def write_onnx(model: nn.Module, file: Path) -> None:
     """Write an image model in evaluation mode and float32 as ONNX, for any batch size.
 
     Its input is `image` (B, C, H, W), its output `logits` (B, num_classes). If onnxruntime is installed, its logits are
-    compared with the model's.
-
-    Args:
-        model: Image classifier. It is converted to float32 in place.
-        file: File to write.
-
-    Raises:
-        AssertionError: onnxruntime computes other logits.
-        Exception: Any error of `torch.onnx.export`.
+    compared with the model's, and an AssertionError raised where they differ. The model is converted in place.
     """
     model = model.float().eval()
     images = torch.randn(3, *resolve_model_data_config(model)['input_size'])
@@ -158,23 +142,6 @@ def _training_args(file: Path) -> Dict[str, Any]:
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
-def _in_hub_layout(checkpoint: Path) -> Optional[Path]:
-    """The checkpoint itself or its folder, if in Hub layout; else None."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    is_weights = checkpoint.is_dir() or checkpoint.name == 'model.safetensors'
-    return folder if is_weights and (folder / 'config.json').is_file() else None
-
-
-def _class_names(class_to_idx: Dict[Any, int], num_classes: int) -> List[str]:
-    """Names by index from timm's class map."""
-    names = {index: str(name) for name, index in class_to_idx.items() if name != ''}
-    if len(names) != num_classes:
-        raise ValueError(f'there are names for {len(names)} classes, the model has {num_classes}')
-    if names.keys() != set(range(num_classes)):
-        raise ValueError(f'the names must be of the classes 0 to {num_classes - 1}')
-    return [names[index] for index in range(num_classes)]
-
-
 class _ParseKwargs(ParseKwargs):
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -201,11 +168,8 @@ def add_parser(commands) -> None:
     parser.add_argument('--num-classes', type=integer(0), metavar='N', help='number of classes')
     parser.add_argument('--model-kwargs', nargs='*', action=_ParseKwargs, metavar='KEY=VALUE',
                         help='further arguments of the model, as given to train.py')
-    names = parser.add_mutually_exclusive_group()
-    names.add_argument('--class-map', type=Path, metavar='FILE',
-                       help="names of the classes, in timm's format: a .txt file with a name in each line, or a .pkl")
-    names.add_argument('--data-dir', type=Path, metavar='FOLDER',
-                       help='data set that was trained on: its class folders are the names of the classes')
+    parser.add_argument('--data-dir', type=Path, metavar='FOLDER',
+                        help='data set that was trained on: its class folders are the names of the classes')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'),
                         help='precision on disk (default: %(default)s)')
     parser.add_argument('--no-ema', action='store_true', help='use the last weights even if there are averaged ones')
@@ -216,104 +180,82 @@ def add_parser(commands) -> None:
 
 
 @contextlib.contextmanager
-def _blame(parser: argparse.ArgumentParser, argument: str) -> Iterator[None]:
+def _blame(argument: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:  # readers of files and models raise many kinds of errors
-        parser.error(f'{argument}: {one_line(e)}')
+        raise ValueError(f'{argument}: {one_line(e)}') from e
 
 
-def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    if args.data_dir and not args.data_dir.is_dir():
-        parser.error(f'--data-dir: there is no folder {args.data_dir}')
-    missing = [name for name in ('onnx', 'onnxscript') if args.onnx and not importlib.util.find_spec(name)]
-    if missing:
-        parser.error(f'--onnx needs other packages: pip install {" ".join(missing)}')
-
+def _main(args: argparse.Namespace) -> int:
     checkpoint = Path(args.checkpoint)
-    fine_tuned = checkpoint.is_file() and not _in_hub_layout(checkpoint)
-    trained = {}
+    fine_tuned, trained = checkpoint.is_file(), {}
     if fine_tuned:
-        with _blame(parser, f'CHECKPOINT {checkpoint} cannot be read'):
+        with _blame(f'CHECKPOINT {checkpoint} cannot be read'):
             trained = _training_args(checkpoint)
-        model = _load_trained(parser, args, trained)
+        model = _load_trained(args, trained)
     else:
-        model = _load_pretrained(parser, args)
-    if args.onnx and answers_questions(model):
-        parser.error(f'--onnx is for image models, {checkpoint} answers questions about images')
+        model = _load_pretrained(args)
+    if args.onnx and hasattr(model, 'question_embed'):
+        raise ValueError(f'--onnx is for image models, {checkpoint} answers questions about images')
 
-    names, data_dir = None, args.data_dir or _data_dir(trained)
-    if args.class_map:
-        with _blame(parser, f'--class-map {args.class_map}'):
-            names = _class_names(load_class_map(str(args.class_map)), model.num_classes)
-    elif data_dir:
-        with _blame(parser, f'--data-dir {data_dir}'):
-            dataset = create_dataset(
-                '', str(data_dir), trained.get('train_split') or 'train', class_map=trained.get('class_map') or '')
-            names = _class_names(dataset.reader.class_to_idx, model.num_classes)
+    names, data_dir = None, args.data_dir
+    if not data_dir and not trained.get('dataset'):  # that of the training, if it still exists
+        data_dir = next(filter(os.path.isdir, filter(None, map(trained.get, ('data_dir', 'data')))), None)
+    if data_dir:
+        with _blame(f'--data-dir {data_dir}'):
+            split, class_map = trained.get('train_split') or 'train', trained.get('class_map') or ''
+            indices = create_dataset('', str(data_dir), split, class_map=class_map).reader.class_to_idx
+            names = sorted(indices, key=indices.get)
+            if len(names) != model.num_classes:
+                raise ValueError(f'there are names for {len(names)} classes, the model has {model.num_classes}')
     data_config = {key: trained[key] for key in _PREPROCESSING if trained.get(key)}
-    with _blame(parser, f'--out {args.out}, nothing was written'):
+    with _blame(f'--out {args.out}, nothing was written'):
         config = export(model, args.out, getattr(torch, args.dtype), names, data_config, fine_tuned, args.onnx)
     _report(model, config, args)
     return 0
 
 
-def _load_trained(parser: argparse.ArgumentParser, args: argparse.Namespace, trained: Dict[str, Any]) -> nn.Module:
+def _load_trained(args: argparse.Namespace, trained: Dict[str, Any]) -> nn.Module:
     """Model with the weights of a training."""
     name = args.model or trained.get('model')
     if not name:
-        parser.error(f'--model is needed: {args.checkpoint} does not contain the name of its model')
+        raise ValueError(f'--model is needed: {args.checkpoint} does not contain the name of its model')
     arguments = {
         'num_classes': trained.get('num_classes') if args.num_classes is None else args.num_classes,
         'in_chans': trained['input_size'][0] if trained.get('input_size') else trained.get('in_chans'),
         'global_pool': trained.get('gp'),
         **((trained.get('model_kwargs') or {}) if args.model_kwargs is None else args.model_kwargs),
     }
-    given = ' '.join(f'{key}={value}' for key, value in arguments.items() if value is not None)
-    with _blame(parser, f'--model {name}, --num-classes and --model-kwargs ({given or "none"})'):
+    with _blame(f'--model {name}, --num-classes and --model-kwargs, together {arguments}'):
         model = create_model(name, **arguments)
-    with _blame(parser, f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
+    with _blame(f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
         # a pickle: torch's reader of tensors alone runs no code in it
         load_checkpoint(model, args.checkpoint, use_ema=not args.no_ema, weights_only=True)
     return model
 
 
-def _load_pretrained(parser: argparse.ArgumentParser, args: argparse.Namespace) -> nn.Module:
+def _load_pretrained(args: argparse.Namespace) -> nn.Module:
     """Pretrained model, by its name or from a folder in Hub layout."""
-    folder = _in_hub_layout(Path(args.checkpoint))
-    problem = 'cannot be loaded' if folder else 'is no file, folder in Hub layout or pretrained model'
-    with _blame(parser, f'CHECKPOINT {args.checkpoint} {problem}'):
-        model = create_model(
-            f'local-dir:{folder}' if folder else args.checkpoint, pretrained=True, **(args.model_kwargs or {}))
-    architecture = model.pretrained_cfg['architecture']
-    if args.model and args.model.partition('.')[0] != architecture:
-        parser.error(f'--model {args.model}: {args.checkpoint} is of {architecture}')
-    if args.num_classes not in (None, model.num_classes):
-        parser.error(f'--num-classes {args.num_classes}: {args.checkpoint} has {model.num_classes} classes')
-    if args.no_ema:
-        parser.error(f'--no-ema is for checkpoints of train.py, {args.checkpoint} has one set of weights')
-    return model
-
-
-def _data_dir(trained: Dict[str, Any]) -> Optional[Path]:
-    """Folder of images that was trained on, if it still exists."""
-    folder = trained.get('data_dir') or trained.get('data')
-    return Path(folder) if folder and os.path.isdir(folder) and not trained.get('dataset') else None
+    for option in ('model', 'num_classes', 'no_ema'):
+        if getattr(args, option):
+            raise ValueError(f'--{option.replace("_", "-")} is for checkpoints of train.py, {args.checkpoint} is none')
+    is_folder = Path(args.checkpoint, 'config.json').is_file()
+    problem = 'cannot be loaded' if is_folder else 'is no file, folder in Hub layout or pretrained model'
+    with _blame(f'CHECKPOINT {args.checkpoint} {problem}'):
+        return create_model(
+            f'local-dir:{args.checkpoint}' if is_folder else args.checkpoint, True, **(args.model_kwargs or {}))
 
 
 def _report(model: nn.Module, config: Dict[str, Any], args: argparse.Namespace) -> None:
     """Print what was written, and a command to try it."""
-    names, num_classes = config.get('label_names'), config['num_classes']
-    if names is not None:
-        names = list(names.values() if isinstance(names, dict) else names)
-        shown = ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
-    elif infer_imagenet_subset(config):
-        shown = "ImageNet's"
-    else:
-        shown = 'without names; --class-map or --data-dir gives them'
-    channels, height, width = config['pretrained_cfg']['input_size']
+    num_classes, input_size = config['num_classes'], config['pretrained_cfg']['input_size']
+    names = config.get('label_names') or ()
+    shown = textwrap.shorten(', '.join(names.values() if isinstance(names, dict) else names), 60, placeholder=' …')
+    if not names:
+        shown = "ImageNet's" if infer_imagenet_subset(config) else 'without names; --data-dir gives them'
     print(f'{args.out}: {config["architecture"]} in {args.dtype}' + (', model.onnx in float32' if args.onnx else ''))
     print(f'classes: {num_classes} ({shown})')
-    print(f'input: {channels} x {height} x {width}')
-    if num_classes > 0 and channels in (1, 3) and not answers_questions(model):
+    print('input: ' + ' x '.join(map(str, input_size)))
+    if num_classes > 0 and input_size[0] in (1, 3) and not hasattr(model, 'question_embed'):
         print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out}")}')

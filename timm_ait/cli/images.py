@@ -17,91 +17,65 @@ from timm.models import create_model
 from . import one_line
 
 __all__ = [
-    'MAX_ASPECT_RATIO',
-    'MAX_PIXELS',
-    'add_arguments',
-    'answers_questions',
-    'find_images',
-    'image_reader',
-    'load_image',
-    'load_model',
+    'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'add_arguments', 'find_images', 'image_classifier', 'load_image', 'load_model',
 ]
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
 
-# images that not every Pillow reads: files with these extensions are reported where it does not, others are ignored
-_KNOWN_FORMATS = set('.heic .heif .hif .avif .jxl .jp2 .webp .svg .exr .hdr .raw .dng .cr2 .cr3 .nef .arw .orf .raf '
-                     '.rw2'.split())
-
-Problem = Tuple[Path, str]
+# formats of photographs that not every Pillow reads: in folders they are named where it does not, others are ignored
+_PHOTOGRAPHS = set('.heic .heif .hif .avif .jxl .jp2 .webp .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2'.split())
 
 
 def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
     """Arguments for `find_images` and `load_model`."""
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE',
-                        help='image, or folder to search for images; hidden files are left out, images that the '
-                             f'installed Pillow cannot read (perhaps {" ".join(sorted(_KNOWN_FORMATS))}) are reported')
+                        help='image, or folder to search for images; hidden files are left out')
     parser.add_argument('--model', default='ait_small', metavar='NAME',
                         help=f'{models}: a timm model, hf-hub:<user>/<model> or local-dir:<folder> '
                              '(default: %(default)s)')
     parser.add_argument('--device', help='device to run on (default: cuda if available, else cpu)')
 
 
-def find_images(paths: Sequence[Path]) -> Tuple[List[Path], List[Problem]]:
+def find_images(paths: Sequence[Path]) -> List[Path]:
     """List the given files, and the files in the given folders that have the extension of an image.
 
     Folders are searched recursively, links are followed, and each file is listed once. Hidden files and folders and
-    the `__MACOSX` of archives are skipped unless they are given themselves.
-
-    Args:
-        paths: Files and folders.
-
-    Returns:
-        The files, sorted within a folder; and the paths that cannot be read, with the reason.
+    the `__MACOSX` of archives are skipped unless they are given themselves. What cannot be read is listed too: links
+    to nothing, folders that cannot be searched, and formats that the installed Pillow does not know.
 
     Raises:
         ValueError: A path does not exist, or a folder has no images.
     """
-    missing = [str(path) for path in paths if not os.path.exists(path)]
+    missing = [str(path) for path in paths if not path.exists()]
     if missing:
         raise ValueError(f'IMAGE: there is no file or folder {", ".join(missing)}')
 
-    readable = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
-    files, problems, seen = [], [], set()
+    known = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    files = {}
     for path in paths:
-        found = [path]
-        if os.path.isdir(path):
-            found, unreadable = _search(path, readable | _KNOWN_FORMATS)
-            if not found and not unreadable:
-                raise ValueError(f'IMAGE: the folder {path} has no files with the extension of an image format')
-            problems += unreadable
+        found = _search(path, known | _PHOTOGRAPHS) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f'IMAGE: the folder {path} has no files with the extension of an image format')
         for file in found:
-            real, extension = os.path.realpath(file), file.suffix.lower()
-            if real in seen:
-                continue
-            seen.add(real)
-            if not os.path.isfile(file):
-                problems.append((file, 'not a regular file' if os.path.exists(file) else 'a broken link'))
-            elif file != path and extension not in readable:
-                problems.append((file, f'the installed Pillow does not read {extension} files'))
-            else:
-                files.append(file)
-    return files, problems
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
 
 
-def _search(root: Path, extensions: Set[str]) -> Tuple[List[Path], List[Problem]]:
-    """Files below a folder with these extensions, sorted, and the folders that cannot be listed."""
-    files, problems, visited = [], [], set()
+def _search(root: Path, extensions: Set[str]) -> List[Path]:
+    """Files below a folder with these extensions, and the folders that cannot be listed, sorted."""
+    found, visited = [], set()
     for folder, subfolders, names in os.walk(
-            root, onerror=lambda e: problems.append((Path(e.filename), e.strerror)), followlinks=True):
+            root, onerror=lambda e: found.append(Path(e.filename)), followlinks=True):
         if os.path.realpath(folder) in visited:  # a link to a folder above
             subfolders.clear()
             continue
         visited.add(os.path.realpath(folder))
         subfolders[:] = [name for name in subfolders if not name.startswith('.') and name != '__MACOSX']
-        files += [Path(folder, name) for name in names if not name.startswith('.')]
-    return sorted(file for file in files if file.suffix.lower() in extensions), problems
+        files = (Path(folder, name) for name in names if not name.startswith('.'))
+        # whoever reads a pipe may wait forever
+        found += [file for file in files if file.suffix.lower() in extensions and not file.is_fifo()]
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -120,10 +94,6 @@ def _quiet() -> Iterator[None]:
 
 def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
     """Read the first frame of an image, turned upright by its EXIF orientation; of 16-bit images the upper 8 bits.
-
-    Args:
-        file: Image file.
-        mode: 'RGB' or 'L'.
 
     Raises:
         ValueError: The image is too large, which is checked before its pixels are read, or has 32-bit pixels, whose
@@ -148,29 +118,26 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         return image if image.mode == mode else image.convert(mode)
 
 
-def image_reader(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, torch.Tensor]]:
-    """Function that reads a file and returns the image and the model's input (C, H, W).
-
-    Args:
-        model: Model whose data config gives the transforms.
-    """
-    config = resolve_model_data_config(model)
+def image_classifier(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, torch.Tensor, torch.Tensor]]:
+    """Function of a file that returns the image, the model's input (1, C, H, W) and probabilities (num_classes,)."""
+    config, device = resolve_model_data_config(model), next(model.parameters()).device
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     transform = create_transform(**config, is_training=False)
 
-    def read(file: Path) -> Tuple[Image.Image, torch.Tensor]:
+    @torch.inference_mode()
+    def classify(file: Path) -> Tuple[Image.Image, torch.Tensor, torch.Tensor]:
         image = load_image(file, mode)
-        return image, transform(image)
+        x = transform(image).unsqueeze(0).to(device)
+        probabilities = model(x)[0].float().softmax(-1)
+        if probabilities.isnan().any():
+            raise ValueError("the model's output is not a number")
+        return image, x, probabilities
 
-    return read
+    return classify
 
 
 def load_model(name: str, device: Optional[str] = None) -> nn.Module:
-    """Load a pretrained image classifier in evaluation mode.
-
-    Args:
-        name: Any timm model, 'hf-hub:<user>/<model>' or 'local-dir:<folder>'.
-        device: Device, by default cuda if available, else cpu.
+    """Load a pretrained image classifier in evaluation mode, on cuda where it is available.
 
     Raises:
         ValueError: The device is not available, the model cannot be loaded, or it does not classify images.
@@ -191,11 +158,6 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
     channels = resolve_model_data_config(model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'--model {name} takes {channels} channels, images have 1 or 3')
-    if answers_questions(model):
+    if hasattr(model, 'question_embed'):
         raise ValueError(f'--model {name} answers questions about images; call it as model(images, question=…)')
     return model.to(device).eval()
-
-
-def answers_questions(model: nn.Module) -> bool:
-    """Whether a model takes a question besides an image."""
-    return any('question_embed.' in key for key in model.state_dict())

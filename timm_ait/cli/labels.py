@@ -12,14 +12,10 @@ __all__ = ['class_names', 'match_labels', 'read_labels']
 
 
 def read_labels(file: Path) -> Dict[Path, str]:
-    """Read a CSV file with the columns `file`, relative to the CSV file's folder, and `label`.
-
-    Returns:
-        Labels by resolved path; images without a label are left out.
+    """Labels by resolved path, from a CSV file with the columns `file`, relative to its own folder, and `label`.
 
     Raises:
-        ValueError: The file cannot be read, a column is missing, or a line has a label but no file, or a second label
-            of the same image.
+        ValueError: The file cannot be read, a column is missing, a label has no file, or an image has two labels.
     """
     labels = {}
     try:

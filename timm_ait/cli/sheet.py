@@ -1,26 +1,23 @@
-""" Contact sheets: images in a grid with lines of text under them. """
-import math
-import os
+""" Contact sheets: rows of images with lines of text under them. """
 from argparse import ArgumentTypeError
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from . import replacing
+from . import output_folder
 
-__all__ = ['MAX_TILES', 'Tile', 'contact_sheet', 'fit', 'save_sheet', 'sheet_file', 'shorten']
+__all__ = ['Tile', 'contact_sheet', 'fit', 'sheet_file']
 
-_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}
-MAX_TILES = 1000  # a sheet of about 5000 px square
 _MARGIN, _LINE = 8, 18  # pixels
 
 
 class Tile(NamedTuple):
-    """ An image of a contact sheet, the lines under it and their colour, and that of its frame if it has one. """
+    """ An image of a contact sheet, the lines under it, the colours of squares before them, and that of its frame. """
     image: Image.Image
     lines: Sequence[str]
-    colour: str = 'black'
+    squares: Sequence[str] = ()
     frame: Optional[str] = None
 
 
@@ -30,51 +27,49 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.).convert('RGB')
 
 
-def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, cut where it would be longer than `width` pixels."""
-    while font.getlength(text) > width:
-        text = text[:-2] + '…'
-    return text
-
-
-def contact_sheet(tiles: Sequence[Tile], size: int = 128) -> Image.Image:
-    """Draw tiles in a grid that is about square.
+def contact_sheet(rows: Sequence[Sequence[Tile]], size: int, title: Sequence[str] = ()) -> Image.Image:
+    """Draw rows of tiles. Lines that are too long are cut.
 
     Args:
-        tiles: At least one; their images have sides of at most `size`.
+        rows: At least one; the images have sides of at most `size`.
         size: Width and height of an image's place, in pixels.
+        title: Lines above all.
     """
     font = ImageFont.load_default(14)
-    width = size + 2 * _MARGIN
-    height = width + _LINE * max(len(tile.lines) for tile in tiles)
-    columns = min(len(tiles), math.ceil(math.sqrt(len(tiles) * height / width)))
-    sheet = Image.new('RGB', (columns * width, math.ceil(len(tiles) / columns) * height), 'white')
+    width, top = size + 2 * _MARGIN, _MARGIN + _LINE * len(title)
+    heights = [width + _LINE * max(len(tile.lines) for tile in row) for row in rows]
+    sheet = Image.new('RGB', (width * max(map(len, rows)), top + sum(heights)), 'white')
     draw = ImageDraw.Draw(sheet)
-    for i, tile in enumerate(tiles):
-        x, y = i % columns * width + _MARGIN, i // columns * height + _MARGIN
-        w, h = tile.image.size
-        left, top = x + (size - w) // 2, y + (size - h) // 2
-        sheet.paste(tile.image, (left, top))
-        if tile.frame:
-            draw.rectangle((left - 3, top - 3, left + w + 2, top + h + 2), outline=tile.frame, width=3)
-        for row, text in enumerate(tile.lines):
-            draw.text((x, y + size + 5 + row * _LINE), shorten(text, font, size), tile.colour, font)
+
+    def write(x: int, y: int, text: str, room: int) -> None:
+        while font.getlength(text) > room:
+            text = text[:-2] + '…'
+        draw.text((x, y), text, 'black', font)
+
+    for i, text in enumerate(title):
+        write(_MARGIN, i * _LINE + 3, text, sheet.width - 2 * _MARGIN)
+    for row, height in zip(rows, heights):
+        for i, (image, lines, squares, frame) in enumerate(row):
+            x, y = i * width + _MARGIN, top + size + 5
+            left, above = x + (size - image.width) // 2, top + (size - image.height) // 2
+            sheet.paste(image, (left, above))
+            if frame:
+                box = (left - 3, above - 3, left + image.width + 2, above + image.height + 2)
+                draw.rectangle(box, outline=frame, width=3)
+            for text, square in zip_longest(lines, squares):
+                if square:
+                    draw.rectangle((x, y + 3, x + 10, y + 13), square)
+                indent = 16 if square else 0
+                write(x + indent, y, text, size - indent)
+                y += _LINE
+        top += height
     return sheet
 
 
 def sheet_file(text: str) -> Path:
-    """Type of an argument: a PNG or JPEG file in a folder that can be written to."""
+    """Type of an argument: a PNG or JPEG file in a folder that can be written to or created."""
     file = Path(text)
-    if file.suffix.lower() not in _FORMATS:
-        raise ArgumentTypeError(f'{file}: give a name that ends in .png or .jpg')
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ArgumentTypeError(f'{file}: {file.parent} is not a folder that can be written to')
-    if file.is_dir():
-        raise ArgumentTypeError(f'{file}: this is a folder, give the name of a file')
+    if file.suffix.lower() not in ('.png', '.jpg', '.jpeg') or file.is_dir():
+        raise ArgumentTypeError(f'{file}: give the name of a file that ends in .png or .jpg')
+    output_folder(str(file.parent))
     return file
-
-
-def save_sheet(image: Image.Image, file: Path) -> None:
-    """Write a sheet; a failure leaves the file as it was."""
-    with replacing(file) as temporary:
-        image.save(temporary, format=_FORMATS[file.suffix.lower()])

@@ -20,12 +20,11 @@ Question, 18 numbers, zero but for:
 Answer, one of ten: yes, no, rectangle, circle, or a count from 0 to 5 (`ANSWERS`).
 """
 from pathlib import Path
-from typing import Dict, NamedTuple, Sequence, Tuple
+from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
-from tqdm import tqdm
 
-from .sampling import uniforms
+from .sampling import chunks, uniforms
 
 __all__ = [
     'ANSWERS', 'COLOURS', 'IMAGE_SIZE', 'KINDS', 'NUM_TRAIN', 'NUM_VALIDATION', 'QUESTION_DIM', 'Scenes',
@@ -52,7 +51,6 @@ _RADIUS = 5
 _BACKGROUND = 255
 _MIDDLE = IMAGE_SIZE // 2
 _ATTEMPTS = 32
-_CHUNK = 500
 _YES, _RECTANGLE, _ZERO = ANSWERS.index('yes'), ANSWERS.index('rectangle'), ANSWERS.index('0')
 
 
@@ -118,13 +116,9 @@ def draw(objects: Scenes) -> np.ndarray:
 
 
 def encode_questions(first: np.ndarray, second: np.ndarray, kind: np.ndarray, subtype: np.ndarray) -> np.ndarray:
-    """Questions (..., 18) uint8 of the indices of an object, a second object, a kind and one of the kind's questions.
+    """Questions (..., 18) uint8 of indices (...) of two `COLOURS`, one of `KINDS` and one of its three questions.
 
-    Args:
-        first: Index of `COLOURS` (...).
-        second: Index of `COLOURS` (...); of ternary questions alone.
-        kind: Index of `KINDS` (...).
-        subtype: Which of the kind's three questions (...).
+    The second colour counts in ternary questions alone.
     """
     objects, of_three = np.eye(len(COLOURS), dtype=np.uint8), np.eye(3, dtype=np.uint8)
     is_ternary = (kind == KINDS.index('ternary'))[..., None].astype(np.uint8)
@@ -199,22 +193,14 @@ def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np
 
 
 def write_sort_of_clevr(folder: Path, seed: int, num_train: int, num_validation: int) -> None:
-    """Write `train.npz` and `validation.npz` with images, questions and answers, as `SortOfClevr` reads them.
-
-    The validation images take the indices after those of the training images, so that no image is in both.
-    """
-    splits = {'train': (0, num_train), 'validation': (num_train, num_train + num_validation)}
-    with tqdm(total=num_train + num_validation, unit='image', desc='sort-of-clevr') as progress:
-        for split, (start, stop) in splits.items():
-            arrays: Dict[str, list] = {'images': [], 'questions': [], 'answers': []}
-            for first in range(start, stop, _CHUNK):
-                indices = np.arange(first, min(first + _CHUNK, stop))
-                objects = scenes(seed, indices)
-                questions, answers = ask(seed, indices, objects)
-                for name, array in zip(arrays, (draw(objects), questions, answers)):
-                    arrays[name].append(array)
-                progress.update(len(indices))
-            np.savez_compressed(folder / f'{split}.npz', **{k: np.concatenate(v) for k, v in arrays.items()})
+    """Write `train.npz` and `validation.npz` with images, questions and answers, as `SortOfClevr` reads them."""
+    parts = {'train': [], 'validation': []}
+    for split, indices in chunks(num_train, num_validation):
+        objects = scenes(seed, indices)
+        parts[split].append((draw(objects), *ask(seed, indices, objects)))
+    for split, arrays in parts.items():
+        images, questions, answers = map(np.concatenate, zip(*arrays))
+        np.savez_compressed(folder / f'{split}.npz', images=images, questions=questions, answers=answers)
 
 
 class SortOfClevr:
@@ -252,11 +238,5 @@ class SortOfClevr:
         return self.answers.size
 
     def __getitem__(self, index: int) -> Tuple[np.ndarray, np.ndarray, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'index {index} is out of range for {len(self)} questions')
-        image, question = divmod(index % len(self), self.answers.shape[1])
-        return (
-            self.images[image],
-            self.questions[image, question].astype(np.float32),
-            int(self.answers[image, question]),
-        )
+        item = divmod(index, self.answers.shape[1])
+        return self.images[item[0]], self.questions[item].astype(np.float32), int(self.answers[item])

@@ -7,13 +7,12 @@ are equilateral (up to the rounding of dots to pixels), and in the others the lo
 least a tenth of their mean, so that rounding never makes a label wrong.
 """
 from pathlib import Path
-from typing import Iterator, Tuple
+from typing import Tuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from .sampling import uniforms
+from .sampling import chunks, uniforms
 
 __all__ = ['IMAGE_SIZE', 'NUM_TRAIN', 'NUM_VALIDATION', 'CLASSES', 'triangles', 'write_triangle']
 
@@ -27,12 +26,6 @@ _CLUSTER_RADIUS = 3.
 _MIN_SIDE = 14.
 _MIN_DIFFERENCE = 0.1
 _ATTEMPTS = 16
-_CHUNK = 1000
-
-
-def _sides(vertices: np.ndarray) -> np.ndarray:
-    """Side lengths (..., 3) of triangles (..., 3, 2)."""
-    return np.linalg.norm(vertices - np.roll(vertices, 1, axis=-2), axis=-1)
 
 
 def _vertices(seed: int, indices: np.ndarray, equilateral: np.ndarray) -> np.ndarray:
@@ -51,7 +44,7 @@ def _vertices(seed: int, indices: np.ndarray, equilateral: np.ndarray) -> np.nda
         third = trial[..., 0, :] + np.stack([cos * x - sin * y, sin * x + cos * y], -1)
         regular = equilateral[missing][:, None]
         trial[..., 2, :] = np.where(regular[..., None], third, trial[..., 2, :])
-        sides = _sides(trial)
+        sides = np.linalg.norm(trial - np.roll(trial, 1, axis=-2), axis=-1)
         difference = (sides.max(-1) - sides.min(-1)) / sides.mean(-1)
         valid = (sides.min(-1) >= _MIN_SIDE) & (regular | (difference >= _MIN_DIFFERENCE))
         valid &= ((trial >= low) & (trial <= high)).all((-2, -1))
@@ -87,23 +80,12 @@ def triangles(seed: int, indices: np.ndarray) -> Tuple[np.ndarray, np.ndarray, n
     return images, labels, vertices
 
 
-def _chunks(start: int, stop: int) -> Iterator[np.ndarray]:
-    for first in range(start, stop, _CHUNK):
-        yield np.arange(first, min(first + _CHUNK, stop))
-
-
 def write_triangle(folder: Path, seed: int, num_train: int, num_validation: int) -> None:
-    """Write an ImageFolder of PNG files, `train/<class>/00000.png` and `validation/<class>/50000.png`.
-
-    The validation samples take the indices after those of the training samples, so that no sample is in both.
-    """
-    splits = {'train': (0, num_train), 'validation': (num_train, num_train + num_validation)}
-    with tqdm(total=num_train + num_validation, unit='image', desc='triangle') as progress:
-        for split, (start, stop) in splits.items():
-            for name in CLASSES:
-                (folder / split / name).mkdir(parents=True)
-            for indices in _chunks(start, stop):
-                images, labels, _ = triangles(seed, indices)
-                for index, image, label in zip(indices, images, labels):
-                    Image.fromarray(image).save(folder / split / CLASSES[label] / f'{index:05d}.png')
-                progress.update(len(indices))
+    """Write an ImageFolder of PNG files, `train/<class>/00000.png` and `validation/<class>/50000.png`."""
+    for split in ('train', 'validation'):
+        for name in CLASSES:
+            (folder / split / name).mkdir(parents=True)
+    for split, indices in chunks(num_train, num_validation):
+        images, labels, _ = triangles(seed, indices)
+        for index, image, label in zip(indices, images, labels):
+            Image.fromarray(image).save(folder / split / CLASSES[label] / f'{index:05d}.png')
