@@ -11,12 +11,23 @@ from pathlib import Path
 
 __all__ = ['add_parser']
 
+_EPILOG = """\
+Other Python processes that the script starts do not import timm_ait. In a script of your own whose workers create
+models, write `import timm_ait`. timm's bulk_runner.py starts one process a model: let each be another `run`,
+
+  python -m timm_ait run bulk_runner.py --model-list 'ait_*' --sort-key infer_samples_per_sec \\
+      -m 1 timm_ait run benchmark.py --bench inference
+"""
+
+
 def add_parser(commands) -> None:
     parser = commands.add_parser(
         'run',
         help="run a script, such as timm's validate.py, with this package's models registered",
         description='Run a script as python would, with timm_ait imported first. All arguments after the script are '
-                    "the script's. Other Python processes that the script starts do not import timm_ait.",
+                    "the script's.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     # argparse's REMAINDER after a positional loses a `--` that follows it, PARSER does not
     parser.add_argument('command', nargs=argparse.PARSER, metavar='SCRIPT.py', help='script and its arguments')
