@@ -7,14 +7,8 @@ import timm
 import timm_ait
 from timm_ait import analysis
 from timm_ait.layers import GlobalWorkspace
-from timm_ait.ops import naive
 
 FIRST = 'blocks.0.mlp.workspace'
-
-
-def one_hot_attention(*selected, num_tokens=4):
-    """One head whose slots give all their weight to one token each, (1, M, T)."""
-    return F.one_hot(torch.tensor([selected]), num_tokens).float()
 
 
 @pytest.fixture
@@ -82,10 +76,6 @@ class TestWriteAttention:
         model.train()(images)
         # what training measures in the same forward
         assert analysis.competition(attention)['coverage'] == pytest.approx(float(workspace.coverage))
-        balance = sum(
-            naive.balance_loss(analysis.write_attention(model.get_submodule(name), x))
-            for name, x in analysis.collect_tokens(model.eval(), images).items())
-        assert balance > 0
 
     @pytest.mark.parametrize('bottleneck, kept', [(3, 3), (0.25, 16), (1000, 64), (1e-6, 1), (None, 16)])
     def test_keeps_the_bottleneck(self, model, images, bottleneck, kept):
@@ -112,16 +102,11 @@ class TestWriteAttention:
 
 class TestCompetition:
 
-    def test_slots_that_select_the_same_token(self):
-        figures = analysis.competition(one_hot_attention(2, 2, 2))
-        assert figures['coverage'] == 0.25
-        assert figures['overlap'] == 1.
+    @pytest.mark.parametrize('selected, coverage, overlap', [((2, 2, 2), 0.25, 1.), ((0, 1, 2, 3), 1., 0.)])
+    def test_of_slots_that_give_all_their_weight_to_one_of_four_tokens(self, selected, coverage, overlap):
+        figures = analysis.competition(F.one_hot(torch.tensor([selected]), 4).float())
+        assert (figures['coverage'], figures['overlap']) == (coverage, overlap)
         assert figures['effective_tokens'] == pytest.approx(1.)
-
-    def test_slots_that_select_different_tokens(self):
-        figures = analysis.competition(one_hot_attention(0, 1, 2, 3))
-        assert figures['coverage'] == 1.
-        assert figures['overlap'] == 0.
 
 
 class TestFixedPoints:
@@ -133,12 +118,9 @@ class TestFixedPoints:
         torch.testing.assert_close(end, patterns[2:3], atol=1e-4, rtol=0.)
         assert steps.tolist() == [1.]
 
-    def test_agrees_with_repeated_retrieval(self):
-        state, patterns = torch.randn(20, 16).double(), torch.randn(6, 16).double()
-        end, _ = analysis.fixed_points(state, patterns, 0.3, max_steps=4, tolerance=0.)
-        for _ in range(4):
-            state = naive.retrieve(state, patterns, 0.3)
-        torch.testing.assert_close(end, state)
+    def test_takes_no_more_steps_than_it_may(self):
+        end, steps = analysis.fixed_points(torch.randn(20, 16), torch.randn(6, 16), 0.3, max_steps=4, tolerance=0.)
+        assert steps.isnan().all() and end.shape == (20, 16)
 
 
 class TestRetrieval:

@@ -173,13 +173,12 @@ class TestErrors:
         error = error_of(capsys, images, '--model', name)
         assert f'--model {name}' in error and message in error and 'local-dir:' in error
 
-    def test_model_without_a_classifier(self, capsys, images, tmp_path):
-        save_for_hf(timm.create_model('test_ait', num_classes=0), tmp_path / 'model', safe_serialization=True)
-        assert 'no classifier' in error_of(capsys, images, '--model', f'local-dir:{tmp_path / "model"}')
-
-    def test_model_that_answers_questions(self, capsys, images, tmp_path):
-        save_for_hf(timm.create_model('test_ait', question_dim=3), tmp_path / 'model', safe_serialization=True)
-        assert 'answers questions' in error_of(capsys, images, '--model', f'local-dir:{tmp_path / "model"}')
+    @pytest.mark.parametrize('kwargs, message', [
+        (dict(num_classes=0), 'no classifier'), (dict(in_chans=2), '2 channels'),
+        (dict(question_dim=3), 'answers questions')])
+    def test_model_that_does_not_classify_images(self, capsys, images, tmp_path, kwargs, message):
+        save_for_hf(timm.create_model('test_ait', **kwargs), tmp_path / 'model', safe_serialization=True)
+        assert message in error_of(capsys, images, '--model', f'local-dir:{tmp_path / "model"}')
 
     def test_model_output_that_is_not_a_number(self, capsys, images, tmp_path):
         model = timm.create_model('test_ait')

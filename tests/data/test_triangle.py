@@ -33,22 +33,13 @@ class TestTriangle:
         assert not np.array_equal(triangles(4, np.array([40]))[0], alone)
 
     def test_the_folder_is_what_train_py_takes(self, tmp_path):
-        write_triangle(tmp_path / 'triangle', 0, 30, 12)
-        sizes = {}
-        for split in ('train', 'validation'):
-            dataset = create_dataset('', str(tmp_path / 'triangle'), split=split)
-            assert dataset.reader.class_to_idx == {'equilateral': 0, 'other': 1}
-            sizes[split] = len(dataset)
-            assert dataset[0][0].size == (64, 64)
-        assert sizes == {'train': 30, 'validation': 12}
-
-    def test_splits_do_not_overlap(self, tmp_path):
-        write_triangle(tmp_path / 'triangle', 0, 30, 12)
-        names = {split: {f.name for f in (tmp_path / 'triangle' / split).rglob('*.png')}
-                 for split in ('train', 'validation')}
-        assert not names['train'] & names['validation']
+        write_triangle(tmp_path, 0, 30, 12)
         images, labels, _ = triangles(0, np.arange(42))
-        for file in (tmp_path / 'triangle').rglob('*.png'):
-            index = int(file.stem)
-            assert np.array_equal(np.asarray(Image.open(file)), images[index])
-            assert file.parent.name == CLASSES[labels[index]]
+        for split, indices in (('train', range(30)), ('validation', range(30, 42))):
+            dataset = create_dataset('', str(tmp_path), split=split)
+            assert dataset.reader.class_to_idx == {name: i for i, name in enumerate(CLASSES)}
+            files = {int(file.stem): file for file in (tmp_path / split).rglob('*.png')}
+            assert sorted(files) == list(indices) and len(dataset) == len(indices)
+            for index, file in files.items():
+                assert np.array_equal(np.asarray(Image.open(file)), images[index])
+                assert file.parent.name == CLASSES[labels[index]]

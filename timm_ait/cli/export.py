@@ -200,8 +200,9 @@ def _main(args: argparse.Namespace) -> int:
         raise ValueError(f'--onnx is for image models, {checkpoint} answers questions about images')
 
     names, data_dir = None, args.data_dir
-    if not data_dir and not trained.get('dataset'):  # that of the training, if it still exists
-        data_dir = next(filter(os.path.isdir, filter(None, map(trained.get, ('data_dir', 'data')))), None)
+    trained_on = trained.get('data_dir') or trained.get('data') or ''
+    if not data_dir and not trained.get('dataset') and os.path.isdir(trained_on):
+        data_dir = trained_on
     if data_dir:
         with _blame(f'--data-dir {data_dir}'):
             split, class_map = trained.get('train_split') or 'train', trained.get('class_map') or ''
