@@ -7,14 +7,14 @@ and are tested against it.
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
 from fractions import Fraction
-from typing import Callable, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 
 __all__ = [
     'WriteWeights', 'attend', 'balance_loss', 'energy', 'num_kept', 'polar', 'read', 'retrieve', 'update_memory',
-    'write', 'write_and_read',
+    'write',
 ]
 
 
@@ -173,42 +173,6 @@ def read(
     for _ in range(num_steps):
         state = retrieve(state, attractors, beta)
     return (tokens if residual is None else residual) + (state if gate is None else gate * state)
-
-
-def write_and_read(
-        tokens: torch.Tensor,
-        memory: torch.Tensor,
-        weights: WriteWeights,
-        num_heads: int,
-        bottleneck: Union[int, float],
-        lift: Callable[[torch.Tensor], torch.Tensor],
-        momentum: float = 0.9,
-        rule: str = 'orthogonal',
-        beta: float = 1.,
-        num_steps: int = 1,
-        residual: Optional[torch.Tensor] = None,
-        gate: Optional[torch.Tensor] = None,
-        token_mask: Optional[torch.Tensor] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A training step of the layer: tokens write, then read what was written.
-
-    Args:
-        tokens: Normed tokens, (T, E).
-        memory: Memory before the write (M, D); this and all up to the bottleneck as `write`.
-        lift: From the memory (M, D) to the attractors (M, E).
-        momentum: As `update_memory`.
-        rule: As `update_memory`.
-        beta: As `read`; this and all up to the gate.
-        token_mask: As `write`.
-
-    Returns:
-        Output (T, E), memory after the write (M, D), the candidate it was averaged with (M, D), unweighted balance loss
-        (scalar) and coverage (scalar).
-    """
-    candidate, balance, coverage = write(tokens, memory, weights, num_heads, bottleneck, token_mask)
-    written = update_memory(memory, candidate, momentum, rule)
-    output = read(tokens, lift(written), beta, num_steps, residual, gate)
-    return output, written, candidate, balance, coverage
 
 
 def energy(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:

@@ -1,4 +1,4 @@
-""" A training step of the workspace, and its read, in few passes over the tokens.
+""" The write and the read of the workspace, in few passes over the tokens.
 
 The key projection folds into the A * M queries, so no keys are made; tokens are pooled before the value projection, so
 no values are made; residual and gate are part of the last product. Scores, top-k, pooling and read are one function of
@@ -6,15 +6,14 @@ plain PyTorch operators, which `torch.compile` takes whole.
 
 Source: the equations of `naive.py`, whose functions have the same names and arguments.
 """
-from typing import Callable, Optional, Protocol, Tuple, Union
+from typing import Optional, Protocol, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 
-from .memory import update_memory
 from .naive import WriteWeights, num_kept
 
-__all__ = ['Ranks', 'num_kept', 'read', 'write', 'write_and_read']
+__all__ = ['Ranks', 'num_kept', 'read', 'write']
 
 
 class Ranks(Protocol):
@@ -169,26 +168,3 @@ def read(
         state = F.linear(state, keys).softmax(dim=-1) @ attractors.to(tokens.dtype)
     association = F.linear(state, keys).softmax(dim=-1)
     return torch.addmm(tokens if residual is None else residual, association, values)
-
-
-def write_and_read(
-        tokens: torch.Tensor,
-        memory: torch.Tensor,
-        weights: WriteWeights,
-        num_heads: int,
-        bottleneck: Union[int, float],
-        lift: Callable[[torch.Tensor], torch.Tensor],
-        momentum: float = 0.9,
-        rule: str = 'orthogonal',
-        beta: float = 1.,
-        num_steps: int = 1,
-        residual: Optional[torch.Tensor] = None,
-        gate: Optional[torch.Tensor] = None,
-        token_mask: Optional[torch.Tensor] = None,
-        ranks: Optional[Ranks] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `naive.write_and_read`, with ranks as `write`."""
-    candidate, balance, coverage = write(tokens, memory, weights, num_heads, bottleneck, token_mask, ranks)
-    written = update_memory(memory, candidate, momentum, rule)
-    output = read(tokens, lift(written), beta, num_steps, residual, gate)
-    return output, written, candidate, balance, coverage
