@@ -24,7 +24,11 @@ from .step import StepwiseMemory
 
 __all__ = ['GlobalWorkspace', 'WorkspaceMlp']
 
-MEMORY_INITS = ('normal', 'uniform', 'identity')
+MEMORY_INITS = {
+    'normal': nn.init.normal_,
+    'uniform': lambda memory: nn.init.uniform_(memory, -1., 1.),
+    'identity': nn.init.eye_,
+}
 MEMORY_UPDATES = ('orthogonal', 'normalize')
 
 
@@ -141,7 +145,7 @@ class GlobalWorkspace(StepwiseMemory):
             check_at_least(1, bottleneck=bottleneck)
         check_number('beta', beta, 0., float('inf'), low_open=True)
         check_number('memory_momentum', memory_momentum, 0., 1.)
-        check_choice('memory_init', memory_init, MEMORY_INITS)
+        check_choice('memory_init', memory_init, tuple(MEMORY_INITS))
         if memory_init == 'identity' and num_slots > slot_dim:
             raise ValueError(
                 f"memory_init='identity' needs num_slots <= slot_dim, got {num_slots} slots of width {slot_dim}.")
@@ -196,13 +200,7 @@ class GlobalWorkspace(StepwiseMemory):
             module.reset_parameters()
         if self.gate is not None:
             nn.init.zeros_(self.gate)
-        memory = torch.empty_like(self.memory, dtype=torch.float32)
-        if self.memory_init == 'normal':
-            nn.init.normal_(memory)
-        elif self.memory_init == 'uniform':
-            nn.init.uniform_(memory, -1., 1.)
-        else:
-            nn.init.eye_(memory)
+        memory = MEMORY_INITS[self.memory_init](torch.empty_like(self.memory, dtype=torch.float32))
         self.memory.copy_(project_memory(memory, self.memory_update))
         self.end_step()
 

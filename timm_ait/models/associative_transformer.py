@@ -58,13 +58,7 @@ class AssociativeBlock(Block):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
-        """Update tokens.
-
-        Args:
-            x: (B, N, E).
-            attn_mask: Boolean or additive mask that broadcasts to (B, heads, N, N).
-            is_causal: Attend to earlier tokens only.
-        """
+        """Update the tokens x (B, N, E); a mask broadcasts to (B, heads, N, N)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
@@ -211,8 +205,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_associative_transformer = partial(
-    build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn)
+_create_ait = partial(build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn)
 
 # the paper's input, 32 px images in 64 patches, and its classifier ('flat') or average pooling ('avg')
 _PAPER = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
@@ -222,29 +215,28 @@ _PAPER = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 def ait_small(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 32 px, patch 4. """
     model_args = dict(_PAPER, embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer('ait_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_small_patch32_64(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 64 px, patch 32: the paper's for Triangle. """
     model_args = dict(_PAPER, img_size=64, patch_size=32, global_pool='avg', embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer(
-        'ait_small_patch32_64', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small_patch32_64', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_medium(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Medium, 6 blocks, 32 px, patch 4. """
     model_args = dict(_PAPER, embed_dim=768, depth=6, num_heads=12)
-    return _create_associative_transformer('ait_medium', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_medium', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_base(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Base, 12 blocks, 32 px, patch 4. """
     model_args = dict(_PAPER, embed_dim=768, depth=12, num_heads=12)
-    return _create_associative_transformer('ait_base', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 # images of 224 px in 196 patches, otherwise the same
@@ -255,24 +247,21 @@ _IMAGENET = dict(img_size=224, patch_size=16, class_token=False, global_pool='av
 def ait_small_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer(
-        'ait_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_medium_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Medium, 6 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=6, num_heads=12)
-    return _create_associative_transformer(
-        'ait_medium_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_medium_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_base_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Base, 12 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=12, num_heads=12)
-    return _create_associative_transformer(
-        'ait_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 # Sort-of-CLEVR: images of 75 px and questions of 18 numbers, answered at the question's token
@@ -283,8 +272,7 @@ _SORT_OF_CLEVR = dict(img_size=75, question_dim=18, global_pool='token')
 def ait_small_patch15_75(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small for questions, 2 blocks, 75 px, patch 15. """
     model_args = dict(_SORT_OF_CLEVR, patch_size=15, embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer(
-        'ait_small_patch15_75', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small_patch15_75', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -302,7 +290,7 @@ def ait_tiny_hybrid_75(pretrained: bool = False, **kwargs) -> AssociativeTransfo
     embed_layer = partial(HybridEmbed, backbone=stem, proj=False)
     model_args = dict(
         _SORT_OF_CLEVR, embed_layer=embed_layer, patch_size=1, embed_dim=128, depth=4, num_heads=4)
-    return _create_associative_transformer('ait_tiny_hybrid_75', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_tiny_hybrid_75', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -311,4 +299,4 @@ def test_ait(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     model_args = dict(
         _PAPER, global_pool='avg', embed_dim=64, depth=3, num_heads=2,
         num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
-    return _create_associative_transformer('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))

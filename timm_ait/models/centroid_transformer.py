@@ -49,25 +49,17 @@ class CentroidAttention(Attention):
 
     def forward(self, centroids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Step (B, M, C) of the centroids (B, M, C) towards the tokens x (B, N, C), both normed."""
-        B, M, _ = centroids.shape
-        N = x.shape[1]
         C = self.attn_dim
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(centroids, weight[:C], None if bias is None else bias[:C])
         kv = F.linear(x, weight[C:], None if bias is None else bias[C:])
-        q = q.reshape(B, M, self.num_heads, self.head_dim).transpose(1, 2)
-        k, v = kv.reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
 
         sim = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-2)
-        sim = self.attn_drop(sim)
-        x = (sim @ v) * (M / N)
-
-        x = x.transpose(1, 2).reshape(B, M, C)
-        x = self.norm(x)
-        x = self.proj(x)
-        x = self.proj_drop(x)
-        return x
+        x = (self.attn_drop(sim) @ v) * (centroids.shape[1] / x.shape[1])
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
 
 
 class CentroidBlock(MasklessBlock, Block):
@@ -99,17 +91,12 @@ class CentroidBlock(MasklessBlock, Block):
         self.num_prefix_tokens = num_prefix_tokens
         self.pool_size = pool_size
 
-    def init_centroids(self, x: torch.Tensor) -> torch.Tensor:
-        """Centroids (B, P + M, C) before the first step, of P prefix tokens and a grid of tokens, x (B, P + N, C)."""
-        B, _, C = x.shape
-        prefix, x = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
-        x = x.transpose(1, 2).reshape(B, C, self.grid_size[0], self.grid_size[1])
-        x = F.avg_pool2d(x, self.pool_size, ceil_mode=True)
-        return torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1)
-
     def update(self, x: torch.Tensor) -> torch.Tensor:
-        """Centroids (B, P + M, C) of tokens x (B, P + N, C)."""
-        centroids = self.init_centroids(x)
+        """Centroids (B, P + M, C) of P prefix tokens and a grid of tokens, x (B, P + N, C)."""
+        prefix, grid = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
+        grid = grid.transpose(1, 2).unflatten(2, (self.grid_size[0], self.grid_size[1]))
+        means = F.avg_pool2d(grid, self.pool_size, ceil_mode=True)
+        centroids = torch.cat([prefix, means.flatten(2).transpose(1, 2)], dim=1)
         centroids = centroids + self.drop_path1(self.ls1(self.attn(self.norm1(centroids), self.norm1(x))))
         return centroids + self.drop_path2(self.ls2(self.mlp(self.norm2(centroids))))
 
@@ -205,8 +192,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_centroid_transformer = partial(
-    build_vit, CentroidTransformer, QuestionCentroidTransformer, checkpoint_filter_fn)
+_create_centroid = partial(build_vit, CentroidTransformer, QuestionCentroidTransformer, checkpoint_filter_fn)
 
 # 32 px images in 64 patches, 16 centroids, average pooling
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
@@ -216,21 +202,18 @@ _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 def centroid_transformer_small(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer, 1 block before and 1 after the centroid block, 32 px, patch 4. """
     model_args = dict(_CIFAR, embed_dim=640, depth=3, num_heads=10, centroid_index=1)
-    return _create_centroid_transformer(
-        'centroid_transformer_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_centroid('centroid_transformer_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def centroid_transformer_base(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer, 6 blocks before and 5 after the centroid block, 32 px, patch 4. """
     model_args = dict(_CIFAR, embed_dim=768, depth=12, num_heads=12, centroid_index=6)
-    return _create_centroid_transformer(
-        'centroid_transformer_base', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_centroid('centroid_transformer_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_centroid_transformer(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer for unit tests. """
     model_args = dict(_CIFAR, embed_dim=64, depth=3, num_heads=2, centroid_index=1)
-    return _create_centroid_transformer(
-        'test_centroid_transformer', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_centroid('test_centroid_transformer', pretrained=pretrained, **dict(model_args, **kwargs))

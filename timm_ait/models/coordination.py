@@ -23,6 +23,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers.cross_attention import attend
 
 from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
@@ -94,17 +95,12 @@ class SharedWorkspace(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        """
+        """As timm's `Attention`, whose `num_heads` are those of the broadcast; W_1 has a bias with `proj_bias`.
+
         Args:
-            dim: Token width E.
-            num_heads: Heads of the broadcast.
             slot_dim: Slot width D.
             slot_heads: Heads of the write.
             bottleneck: Tokens k that write into a slot, for each head.
-            qkv_bias: Add a bias to queries, keys and values.
-            proj_bias: Add a bias to the output projection and to W_1.
-            attn_drop: Dropout rate of the attention weights, of write and broadcast.
-            proj_drop: Dropout rate after the output projection.
 
         Raises:
             ValueError: A width is no multiple of its number of heads, or a number is not a positive integer.
@@ -147,15 +143,9 @@ class SharedWorkspace(nn.Module):
 
     def broadcast(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """What the tokens x (B, N, E) read from the memory (B, M, D), of the shape of x."""
-        q = self.read_q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.read_kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.fused_attn:
-            x = nn.functional.scaled_dot_product_attention(
-                q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        else:
-            weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-            x = self.attn_drop(weights) @ v
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        dropout = self.attn_drop.p if self.training else 0.
+        x = attend(self.read_q(x), self.read_kv(memory), self.num_heads, self.scale, self.fused_attn, dropout)
+        return self.proj_drop(self.proj(x))
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """What the normed tokens x (B, N, E) read after they have written, and the memory (B, M, D) then."""
@@ -233,16 +223,10 @@ class Coordination(VisionTransformer):
             qk_norm=False, scale_attn_norm=False, attn_layer=None, block_fn=None, no_embed_class=True,
         )
         check_at_least(1, num_slots=num_slots)
+        sizes = dict(num_slots=num_slots, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
 
         def block_fn(**block_kwargs) -> nn.Module:
-            return CoordinationBlock(
-                num_slots=num_slots,
-                slot_dim=slot_dim,
-                slot_heads=slot_heads,
-                bottleneck=bottleneck,
-                num_prefix_tokens=self.num_prefix_tokens,
-                **block_kwargs,
-            )
+            return CoordinationBlock(num_prefix_tokens=self.num_prefix_tokens, **sizes, **block_kwargs)
 
         super().__init__(block_fn=block_fn, no_embed_class=True, **kwargs)
         memory = LearnedSlots(
