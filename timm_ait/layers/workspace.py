@@ -4,7 +4,7 @@ Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import contextlib
 import math
-from typing import Any, ContextManager, Dict, Optional, Union
+from typing import Any, Dict, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -30,10 +30,6 @@ MEMORY_INITS = {
     'identity': nn.init.eye_,
 }
 MEMORY_UPDATES = ('orthogonal', 'normalize')
-
-
-def _without_autocast(x: torch.Tensor) -> ContextManager:
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 class Projection(nn.Module):
@@ -79,9 +75,6 @@ class GlobalWorkspace(StepwiseMemory):
     writes: Final[bool]
     retrieves: Final[bool]
     gated: Final[bool]
-    beta: Final[float]
-    retrieval_steps: Final[int]
-    dim: Final[int]
 
     def __init__(
             self,
@@ -258,7 +251,7 @@ class GlobalWorkspace(StepwiseMemory):
             mask = torch.zeros(1, dtype=torch.bool, device=x.device)
         # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
         dtype = torch.promote_types(self.memory.dtype, torch.float32)
-        with _without_autocast(x):
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             # a copy, since backward needs the memory before the write
             memory = self.memory.to(dtype, copy=True)
             weights = WriteWeights(*[parameter.to(dtype) for parameter in (

@@ -14,6 +14,7 @@ Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `DINOv2: Learning Robust Visual Features without Supervision` - https://arxiv.org/abs/2304.07193
 """
 import dataclasses
+from functools import partial
 from typing import Dict
 
 import torch
@@ -54,10 +55,8 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_ait_vit(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
-    kwargs.setdefault('gated', True)
-    return build_vit(
-        AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn, variant, pretrained, **kwargs)
+_create_ait_vit = partial(
+    build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn, gated=True)
 
 
 @register_model

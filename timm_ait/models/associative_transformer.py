@@ -34,11 +34,7 @@ __all__ = ['AssociativeTransformer']
 @torch.fx.wrap
 @register_notrace_function
 def attended_tokens(attn_mask: Optional[torch.Tensor], batch_size: int) -> Optional[torch.Tensor]:
-    """Tokens (B, N) that at least one token may attend to; None for all.
-
-    Args:
-        attn_mask: Boolean or additive mask that broadcasts to (B, heads, N, N).
-        batch_size: Number of images B.
+    """Tokens (B, N) that at least one may attend to, by a boolean or additive mask for (B, heads, N, N); None for all.
     """
     if attn_mask is None:
         return None
@@ -61,8 +57,7 @@ class AssociativeBlock(Block):
         """Update the tokens x (B, N, E); a mask broadcasts to (B, heads, N, N)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
-        return x
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
 
 
 class AttentionFreeBlock(AssociativeBlock):

@@ -78,14 +78,7 @@ class CentroidBlock(MasklessBlock, Block):
             pool_size: int = 2,
             **kwargs,
     ) -> None:
-        """
-        Args:
-            *args: As `Block`.
-            grid_size: Height and width of the token grid.
-            num_prefix_tokens: Tokens before those of the grid.
-            pool_size: Side of the square of tokens that a centroid starts from.
-            **kwargs: As `Block`.
-        """
+        """As `Block`, for a grid of tokens of this height and width after the prefix tokens."""
         super().__init__(*args, **{**kwargs, 'attn_layer': CentroidAttention})
         self.grid_size = grid_size
         self.num_prefix_tokens = num_prefix_tokens
@@ -108,13 +101,7 @@ class CentroidTransformer(VisionTransformer):
     question, in the class token, is a centroid of its own, and so competes for the image's tokens.
     """
 
-    def __init__(
-            self,
-            *args,
-            centroid_index: int = 6,
-            centroid_pool: int = 2,
-            **kwargs,
-    ) -> None:
+    def __init__(self, *args, centroid_index: int = 6, centroid_pool: int = 2, **kwargs) -> None:
         """
         Args:
             *args: As `VisionTransformer`.

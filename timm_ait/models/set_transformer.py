@@ -122,13 +122,7 @@ class SetTransformer(VisionTransformer):
     element of the set.
     """
 
-    def __init__(
-            self,
-            *args,
-            num_inducing: int = 32,
-            act_layer: Optional[LayerType] = None,
-            **kwargs,
-    ) -> None:
+    def __init__(self, *args, num_inducing: int = 32, act_layer: Optional[LayerType] = None, **kwargs) -> None:
         """
         Args:
             *args: As `VisionTransformer`. As `global_pool`, 'map' pools by multihead attention (PMA), the paper's

@@ -139,13 +139,10 @@ _polar_backward.register_autograd(_double_backward, setup_context=_save)
 
 
 def polar(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearest matrix with orthonormal rows (M <= D) or columns (M > D).
+    """Nearest matrix with orthonormal rows (M <= D) or columns (M > D), (M, D), in float32 or float64.
 
     Whatever the matrix, the result is orthonormal to 1e-4, also where the nearest one is not unique. A matrix that is
     not finite has a result of nan.
-
-    Args:
-        matrix: (M, D), float32 or float64.
     """
     return _polar(matrix) if matrix.shape[0] <= matrix.shape[1] else _polar(matrix.T).T
 

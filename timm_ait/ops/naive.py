@@ -6,6 +6,7 @@ and are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
+import math
 from fractions import Fraction
 from typing import NamedTuple, Optional, Tuple, Union
 
@@ -51,13 +52,7 @@ def attend(
         values: torch.Tensor,
         bottleneck: Union[int, float],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Bottleneck attention: each query attends to the k tokens it scores highest.
-
-    Args:
-        queries: Slot queries, (A, M, D).
-        keys: Token keys, (A, T, D).
-        values: Token values, (A, T, D).
-        bottleneck: As `num_kept`.
+    """Bottleneck attention: each query (A, M, D) attends to the k tokens it scores highest, by keys (A, T, D).
 
     Returns:
         Pooled values (A, M, D) and attention (A, M, T), zero outside the kept tokens.
@@ -95,13 +90,9 @@ def update_memory(
         momentum: float = 0.9,
         rule: str = 'orthogonal',
 ) -> torch.Tensor:
-    """Moving average of the memory, put back where its slots have unit norm, (M, D).
+    """Moving average of the memory before a write and what it proposes, put back where slots have unit norm, (M, D).
 
-    Args:
-        memory: Memory before the write, (M, D).
-        candidate: What the write proposes, (M, D).
-        momentum: Weight of the memory before the write.
-        rule: 'orthogonal' keeps the slots orthonormal, 'normalize' (the published rule) only their norms at one.
+    The rule 'orthogonal' keeps the slots orthonormal, 'normalize' (the published one) only their norms at one.
     """
     memory = momentum * memory + (1. - momentum) * candidate
     if rule == 'orthogonal':
@@ -177,10 +168,9 @@ def read(
 
 def energy(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:
     """Energy of each token, (T,); a retrieval step never raises it."""
-    num_slots = attractors.shape[0]
     return (
         -torch.logsumexp(beta * state @ attractors.T, dim=-1) / beta
         + 0.5 * state.square().sum(dim=-1)
-        + torch.log(torch.tensor(float(num_slots))) / beta
+        + math.log(len(attractors)) / beta
         + 0.5 * attractors.square().sum(dim=-1).max()
     )
