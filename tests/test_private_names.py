@@ -5,7 +5,6 @@ import torch
 
 import timm
 from timm.models._features import feature_take_indices
-from timm.models._input import get_pretrained_grid_size
 
 
 def test_an_export_is_known():
@@ -29,12 +28,6 @@ def test_timm_saves_what_a_model_was_created_with():
 
 def test_timm_resolves_indices_of_intermediates():
     assert feature_take_indices(4, 2) == ([2, 3], 3)
-
-
-def test_timm_knows_the_grid_of_a_checkpoint():
-    model = timm.create_model('test_vit')
-    assert get_pretrained_grid_size(model, torch.empty(64, 3, 16, 16), 100) == (10, 10)
-    assert get_pretrained_grid_size(model, torch.empty(64, 3, 16, 16), 99) is None
 
 
 def test_tensors_of_a_transform_are_known():

@@ -7,7 +7,7 @@ import timm
 
 from tests.layers import written_by
 from tests.models import images, make_model
-from timm_ait import AssociativeTransformer, balance_loss, memory_statistics
+from timm_ait import balance_loss, memory_statistics
 
 make_model = partial(make_model, 'test_ait')
 
@@ -162,11 +162,6 @@ class TestAblations:
     def test_without_workspaces_and_attention_tokens_would_not_meet(self):
         with pytest.raises(ValueError, match='attention.*workspace'):
             self.make(workspace=False, attention=False)
-
-    @pytest.mark.parametrize('workspace', [None, {}, dict(num_slots=4), 'no'])
-    def test_workspace_is_a_switch(self, workspace):
-        with pytest.raises(ValueError, match='workspace'):
-            AssociativeTransformer(32, 8, 3, 5, 'avg', class_token=False, workspace=workspace)
 
     @pytest.mark.parametrize('name, value', [('qk_norm', True), ('attn_drop_rate', 0.1), ('attn_layer', 'diff')])
     def test_without_attention_its_arguments_are_refused(self, name, value):

@@ -54,8 +54,7 @@ def reference_model(model, x, question=None):
         if i == model.centroid_index:
             tokens = x
             x = reference_centroids(x, question is not None, model.patch_embed.grid_size, model.centroid_pool)
-            for _ in range(block.num_steps):
-                x = x + reference_attention(block.attn, block.norm1(x), block.norm1(tokens), 'centroids')
+            x = x + reference_attention(block.attn, block.norm1(x), block.norm1(tokens), 'centroids')
         else:
             x = x + reference_attention(block.attn, block.norm1(x), block.norm1(x), 'tokens')
         hidden = F.gelu(linear(block.mlp.fc1.weight, block.mlp.fc1.bias, block.norm2(x)))
@@ -97,7 +96,6 @@ class TestEquations:
     @pytest.mark.parametrize('kwargs', [
         dict(),
         dict(question_dim=5),
-        dict(centroid_steps=3),
         dict(centroid_index=0),
         dict(img_size=(28, 20), question_dim=5),
         dict(centroid_pool=3),
@@ -145,7 +143,7 @@ class TestLikeAnyTimmViT:
         make_model().load_state_dict(vit.state_dict())
 
     @pytest.mark.parametrize('name, value', [
-        ('centroid_index', -1), ('centroid_index', 3), ('centroid_pool', 0), ('centroid_steps', 0.5),
+        ('centroid_index', -1), ('centroid_index', 3), ('centroid_pool', 0),
         ('patch_drop_rate', 0.5), ('dynamic_img_size', True), ('attn_layer', 'diff'),
     ])
     def test_a_bad_argument_is_named(self, name, value):

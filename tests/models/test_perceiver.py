@@ -9,8 +9,6 @@ from timm.layers import set_fused_attn
 from tests.models import images, make_model
 from tests.models.equations import Equations, assert_same, randomize
 
-SHARING = ['after_first', 'all', 'none']
-
 make_model = partial(make_model, 'test_perceiver')
 
 
@@ -38,14 +36,14 @@ class PerceiverEquations(Equations):
         q, k, v = self.linear(f'{name}.attn.qkv', self.layer_norm(f'{name}.norm1', x)).chunk(3, -1)
         return self.dense(name, x + self.linear(f'{name}.attn.proj', self.attention(q, k, v, self.num_heads)))
 
-    def classify(self, x, depth, cross_attns, latent_transformers, question=None):
-        """`cross_attns` and `latent_transformers` name the module of each iteration by its number."""
+    def classify(self, x, depth, num_iterations, question=None):
+        """The first cross-attention has weights of its own, the others share theirs; so do all latent transformers."""
         tokens = self.tokens(x, question)
         x = self.p['blocks.0.latents'].repeat(len(tokens), 1, 1)
-        for cross_attn, latent_transformer in zip(cross_attns, latent_transformers, strict=True):
-            x = self.cross_attend(f'blocks.0.cross_attns.{cross_attn}', x, tokens)
+        for iteration in range(num_iterations):
+            x = self.cross_attend(f'blocks.0.cross_attns.{min(iteration, 1)}', x, tokens)
             for i in range(depth):
-                x = self.self_attend(f'blocks.0.latent_transformers.{latent_transformer}.{i}', x)
+                x = self.self_attend(f'blocks.0.latent_transformers.0.{i}', x)
         return self.linear('head', x.mean(1, keepdim=True))[:, 0]
 
 
@@ -53,16 +51,11 @@ class TestEquations:
 
     @pytest.mark.parametrize('fused', [True, False])
     @pytest.mark.parametrize('question_dim', [0, 5])
-    @pytest.mark.parametrize('share_weights, cross_attns, latent_transformers', [
-        ('after_first', (0, 1, 1), (0, 0, 0)),
-        ('all', (0, 0, 0), (0, 0, 0)),
-        ('none', (0, 1, 2), (0, 1, 2)),
-    ])
-    def test_outputs_and_gradients_are_those_of_the_paper(
-            self, fused, question_dim, share_weights, cross_attns, latent_transformers):
+    @pytest.mark.parametrize('num_iterations', [1, 3])
+    def test_outputs_and_gradients_are_those_of_the_paper(self, fused, question_dim, num_iterations):
         set_fused_attn(fused)
         try:
-            model = make_model(num_heads=4, question_dim=question_dim, share_weights=share_weights)
+            model = make_model(num_heads=4, question_dim=question_dim, num_iterations=num_iterations)
         finally:
             set_fused_attn(True)
         model = randomize(model)
@@ -71,16 +64,8 @@ class TestEquations:
         asked = {'question': question} if question_dim else {}
 
         actual = model(x, **asked)
-        expected = PerceiverEquations(model, num_heads=4).classify(x, 2, cross_attns, latent_transformers, question)
+        expected = PerceiverEquations(model, num_heads=4).classify(x, 2, num_iterations, question)
         assert_same(actual, expected, [x, *model.parameters()])
-
-    @pytest.mark.parametrize('share_weights, num_cross_attns, num_latent_transformers', [
-        ('after_first', 2, 1), ('all', 1, 1), ('none', 4, 4)])
-    def test_shared_weights_count_once(self, share_weights, num_cross_attns, num_latent_transformers):
-        model = make_model(share_weights=share_weights, num_iterations=4)
-        assert len(model.blocks[0].cross_attns) == num_cross_attns
-        assert len(model.blocks[0].latent_transformers) == num_latent_transformers
-        assert len(make_model(share_weights=share_weights, num_iterations=1).blocks[0].cross_attns) == 1
 
 
 class TestIntermediates:
@@ -89,13 +74,12 @@ class TestIntermediates:
         with pytest.raises(RuntimeError, match='features_only is not implemented for Perceiver'):
             make_model(features_only=True)
 
-    @pytest.mark.parametrize('share_weights', SHARING)
-    def test_intermediates_are_those_of_models_with_fewer_iterations(self, share_weights):
-        model, x = make_model(share_weights=share_weights).eval(), images(2)
+    def test_intermediates_are_those_of_models_with_fewer_iterations(self):
+        model, x = make_model().eval(), images(2)
         final, intermediates = model.forward_intermediates(x)
         assert torch.equal(final, model.forward_features(x))
         for i, latents in enumerate(intermediates):
-            fewer = make_model(share_weights=share_weights, num_iterations=i + 1).eval()
+            fewer = make_model(num_iterations=i + 1).eval()
             state = model.state_dict()
             fewer.load_state_dict({name: state[name] for name in fewer.state_dict()})
             torch.testing.assert_close(latents, fewer.forward_features(x))
@@ -110,11 +94,9 @@ class TestIntermediates:
 class TestModel:
 
     @pytest.mark.parametrize('kwargs, message', [
-        (dict(num_cross_heads=3), 'must be a multiple of num_heads, got num_heads=3'),
         (dict(depth=0), 'depth must be an integer of at least 1, got 0'),
         (dict(num_latents=0), 'num_latents must be an integer of at least 1, got 0'),
         (dict(num_iterations=0), 'num_iterations must be an integer of at least 1, got 0'),
-        (dict(share_weights=True), 'share_weights must be one of .* got True'),
         (dict(global_pool='token'), "global_pool must be one of .* got 'token'"),
     ])
     def test_a_bad_argument_is_named(self, kwargs, message):

@@ -3,7 +3,8 @@ from typing import Dict, List
 
 import torch
 
-from timm_ait.ops.naive import WriteWeights
+from timm_ait.ops import memory as lean_memory
+from timm_ait.ops import naive
 
 
 def make_step(
@@ -28,7 +29,7 @@ def make_step(
     return dict(
         tokens=randn(num_tokens, dim).to(dtype),
         memory=torch.linalg.qr(randn(max(num_slots, slot_dim), max(num_slots, slot_dim)))[0][:num_slots, :slot_dim],
-        weights=WriteWeights(
+        weights=naive.WriteWeights(
             query=randn(inner, slot_dim) * 2,
             key=randn(inner, dim) / dim ** 0.5,
             value=randn(inner, dim) / dim ** 0.5,
@@ -59,10 +60,38 @@ def floats(step: Dict) -> List[torch.Tensor]:
     return found
 
 
-def run(function, step: Dict, dtype: torch.dtype = None):
+def write_and_read(
+        ops,
+        tokens,
+        memory,
+        weights,
+        num_heads,
+        bottleneck,
+        lift,
+        momentum=0.9,
+        rule='orthogonal',
+        beta=1.,
+        num_steps=1,
+        residual=None,
+        gate=None,
+        token_mask=None,
+):
+    """A training step of the layer, by `ops.naive` or `ops.workspace`: tokens write, then read what was written.
+
+    Returns:
+        Output (T, E), memory after the write and the candidate it was averaged with (M, D), balance loss and coverage.
+    """
+    candidate, balance, coverage = ops.write(tokens, memory, weights, num_heads, bottleneck, token_mask)
+    update_memory = naive.update_memory if ops is naive else lean_memory.update_memory
+    written = update_memory(memory, candidate, momentum, rule)
+    output = ops.read(tokens, lift(written), beta, num_steps, residual, gate)
+    return output, written, candidate, balance, coverage
+
+
+def run(ops, step: Dict, dtype: torch.dtype = None):
     """Results of a step, and gradients of its floating point tensors, zero where there are none."""
     step = map_floats(step, lambda x: x.detach().to(dtype or x.dtype).clone().requires_grad_())
-    output, written, candidate, balance, coverage = function(**step)
+    output, written, candidate, balance, coverage = write_and_read(ops, **step)
     direction = torch.linspace(-1., 1., output.numel(), dtype=torch.float64).view_as(output).to(output.dtype)
     ((output * direction).sum() + 0.1 * balance).backward()
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in floats(step)]

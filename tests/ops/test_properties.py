@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops import run
+from tests.ops import run, write_and_read
 from timm_ait.ops import memory, naive, workspace
 
 DTYPES = (torch.float32, torch.float64)
@@ -66,7 +66,7 @@ class TestStep:
         if not scores_are_distinct(step):
             step['bottleneck'] = len(step['tokens'])
         (results, grads), (expected, expected_grads) = (
-            run(module.write_and_read, step) for module in (workspace, naive))
+            run(ops, step) for ops in (workspace, naive))
         for actual, wanted in zip(results + grads, expected + expected_grads):
             scale = wanted.abs().max().clamp_min(1.) if wanted.numel() else 1.
             torch.testing.assert_close(actual / scale, wanted / scale, **TOLERANCE[step['tokens'].dtype])
@@ -79,8 +79,8 @@ class TestStep:
         shuffled = {
             **step,
             **{name: step[name][order] for name in ('tokens', 'residual', 'token_mask') if step[name] is not None}}
-        output, *others = workspace.write_and_read(**step)
-        shuffled_output, *shuffled_others = workspace.write_and_read(**shuffled)
+        output, *others = write_and_read(workspace, **step)
+        shuffled_output, *shuffled_others = write_and_read(workspace, **shuffled)
         torch.testing.assert_close([shuffled_output, *shuffled_others], [output[order], *others])
 
     @few
@@ -88,7 +88,7 @@ class TestStep:
     def test_a_bottleneck_of_all_tokens_or_more_keeps_all(self, step, more):
         num_tokens = len(step['tokens'])
         every, beyond = (
-            workspace.write_and_read(**{**step, 'bottleneck': k}) for k in (num_tokens, num_tokens + more))
+            write_and_read(workspace, **{**step, 'bottleneck': k}) for k in (num_tokens, num_tokens + more))
         assert all(torch.equal(a, b) for a, b in zip(every, beyond))
         valid = num_tokens if step['token_mask'] is None else int(step['token_mask'].sum())
         assert float(every[4]) == pytest.approx(float(valid > 0))
@@ -96,7 +96,7 @@ class TestStep:
     @few
     @given(steps())
     def test_the_balance_loss_is_not_negative_and_coverage_is_a_share(self, step):
-        _, _, _, balance, coverage = workspace.write_and_read(**step)
+        _, _, _, balance, coverage = write_and_read(workspace, **step)
         assert balance >= 0. and 0. <= coverage <= 1.
 
 

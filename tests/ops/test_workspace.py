@@ -4,7 +4,7 @@ import inspect
 import pytest
 import torch
 
-from tests.ops import make_step, map_floats, run
+from tests.ops import make_step, map_floats, run, write_and_read
 from timm_ait.ops import naive, workspace
 
 # tokens, width, slots, slot width, heads, bottleneck
@@ -39,8 +39,8 @@ TOLERANCE = {
 
 
 def assert_is_naive(step, tolerance):
-    results, grads = run(workspace.write_and_read, step)
-    expected, expected_grads = run(naive.write_and_read, step, torch.float64)
+    results, grads = run(workspace, step)
+    expected, expected_grads = run(naive, step, torch.float64)
     for actual, wanted in zip(results + grads, expected + expected_grads):
         scale = wanted.abs().max().clamp_min(1e-2)
         torch.testing.assert_close(actual.double() / scale, wanted / scale, **tolerance)
@@ -62,31 +62,31 @@ def test_so_they_are_with_every_option(kind, dtype):
 def test_tokens_of_half_precision_differ_by_rounding(dtype):
     # every token is kept, since rounding the scores may change which ones are
     step = make_step(40, bottleneck=40, dtype=dtype)
-    assert workspace.write_and_read(**step)[0].dtype == dtype
+    assert write_and_read(workspace, **step)[0].dtype == dtype
     assert_is_naive(step, TOLERANCE[dtype])
 
 
 def test_a_large_channel_in_many_tokens_does_not_overflow_half_precision():
     step = make_step(8192, bottleneck=4096, dtype=torch.float16)
     step['tokens'][:, 3] = 40.
-    assert all(result.isfinite().all() for result in workspace.write_and_read(**step))
+    assert all(result.isfinite().all() for result in write_and_read(workspace, **step))
 
 
 @pytest.mark.parametrize('padding', [float('nan'), float('inf'), 1e30])
 def test_masked_tokens_may_be_anything(padding):
     mask = torch.arange(64) % 3 > 0
     step = make_step(token_mask=mask)
-    expected = workspace.write_and_read(**step)
+    expected = write_and_read(workspace, **step)
     step['tokens'] = step['tokens'].masked_fill(~mask.unsqueeze(-1), padding)
-    output, *others = workspace.write_and_read(**step)
+    output, *others = write_and_read(workspace, **step)
     torch.testing.assert_close([output[mask], *others], [expected[0][mask], *expected[1:]])
 
 
 def test_a_tie_keeps_exactly_k_tokens():
     step = make_step(bottleneck=5)
     step['tokens'] = step['tokens'][:1].expand(64, -1)
-    assert workspace.write_and_read(**step)[4] <= 5 * 8 * 4 / 64
-    torch.testing.assert_close(workspace.write_and_read(**step)[1], naive.write_and_read(**step)[1])
+    assert write_and_read(workspace, **step)[4] <= 5 * 8 * 4 / 64
+    torch.testing.assert_close(write_and_read(workspace, **step)[1], write_and_read(naive, **step)[1])
 
 
 def test_gradients_of_gradients_are_those_of_finite_differences():
@@ -95,7 +95,7 @@ def test_gradients_of_gradients_are_those_of_finite_differences():
 
     def outputs(tokens, memory, query):
         weights = step['weights']._replace(query=query)
-        return workspace.write_and_read(**{**step, 'tokens': tokens, 'memory': memory, 'weights': weights})[:4:3]
+        return write_and_read(workspace, **{**step, 'tokens': tokens, 'memory': memory, 'weights': weights})[:4:3]
 
     inputs = [x.clone().requires_grad_() for x in (step['tokens'], step['memory'], step['weights'].query)]
     assert torch.autograd.gradcheck(outputs, inputs) and torch.autograd.gradgradcheck(outputs, inputs, atol=1e-3)
@@ -109,7 +109,7 @@ def test_number_of_tokens_kept(bottleneck, num_tokens, k):
         assert workspace.num_kept(bottleneck, torch.tensor(num_tokens).clamp_min(1)) == k
 
 
-@pytest.mark.parametrize('name', ['write', 'read', 'write_and_read'])
+@pytest.mark.parametrize('name', ['write', 'read'])
 def test_arguments_are_those_of_naive(name):
     ours, theirs = (list(inspect.signature(getattr(module, name)).parameters) for module in (workspace, naive))
     assert [argument for argument in ours if argument != 'ranks'] == theirs

@@ -1,9 +1,9 @@
 """ Arguments: checks that name the argument, its value and what would do, and which are whose. """
 import inspect
 import math
-from typing import Any, Dict, FrozenSet, Tuple
+from typing import Any, Dict, Tuple
 
-__all__ = ['check_at_least', 'check_choice', 'check_number', 'options', 'split_kwargs']
+__all__ = ['check_at_least', 'check_choice', 'check_number', 'split_kwargs']
 
 
 def check_at_least(minimum: int, **values) -> None:
@@ -27,12 +27,8 @@ def check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:
         raise ValueError(f'{name} must be one of {choices}, got {value!r}.')
 
 
-def options(cls: type) -> FrozenSet[str]:
-    """Arguments of a layer's constructor but for `dim`, `device` and `dtype`."""
-    return frozenset(inspect.signature(cls).parameters) - {'dim', 'device', 'dtype'}
-
-
 def split_kwargs(cls: type, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Split keyword arguments into the options of a layer and the others."""
-    of_layer = {name: value for name, value in kwargs.items() if name in options(cls)}
+    """Split keyword arguments into those of a layer, but for `dim`, `device` and `dtype`, and the others."""
+    options = inspect.signature(cls).parameters.keys() - {'dim', 'device', 'dtype'}
+    of_layer = {name: value for name, value in kwargs.items() if name in options}
     return of_layer, {name: value for name, value in kwargs.items() if name not in of_layer}

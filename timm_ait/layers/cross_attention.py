@@ -7,7 +7,25 @@ import torch.nn.functional as F
 
 from timm.layers import use_fused_attn
 
-__all__ = ['CrossAttention']
+__all__ = ['CrossAttention', 'attend']
+
+
+def attend(
+        queries: torch.Tensor,
+        keys_values: torch.Tensor,
+        num_heads: int,
+        scale: float,
+        fused: bool,
+        dropout: float,
+) -> torch.Tensor:
+    """Multihead attention of queries (B, M, C) to keys and values side by side (B, N, 2 * C), (B, M, C)."""
+    q = queries.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    k, v = keys_values.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    if fused:
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    else:
+        x = F.dropout(((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1), dropout) @ v
+    return x.transpose(1, 2).flatten(2)
 
 
 class CrossAttention(nn.Module):
@@ -25,27 +43,19 @@ class CrossAttention(nn.Module):
             proj_drop: float = 0.,
             device=None,
             dtype=None,
+            **unused,
     ) -> None:
-        """
-        Args:
-            dim: Width C of both sets' tokens.
-            num_heads: Number of heads.
-            scale: Factor of the scores before the softmax; None is one over the root of the head width.
-            qkv_bias: Biases in the projections of queries, keys and values.
-            proj_bias: Bias in the output projection.
-            attn_drop: Dropout rate of the attention weights.
-            proj_drop: Dropout rate after the output projection.
+        """As `Attention`, without norms. `scale` multiplies the scores; None is one over the root of the head width.
 
         Raises:
             ValueError: `dim` is not a multiple of `num_heads`.
         """
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        if num_heads < 1 or dim % num_heads:
+        if dim % num_heads:
             raise ValueError(f'The width, {dim}, must be a multiple of num_heads, got num_heads={num_heads}.')
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim ** -0.5 if scale is None else scale
+        self.scale = (dim // num_heads) ** -0.5 if scale is None else scale
         self.fused_attn = use_fused_attn()
 
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
@@ -56,25 +66,6 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """What the tokens x (B, M, C) read from those of the context (B, N, C), of the shape of x."""
-        B, M, C = x.shape
-        N = context.shape[1]
-        q = self.q(x).reshape(B, M, self.num_heads, self.head_dim).transpose(1, 2)
-        kv = self.kv(context).reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        k, v = kv.unbind(0)
-
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(
-                q, k, v,
-                dropout_p=self.attn_drop.p if self.training else 0.,
-                scale=self.scale,
-            )
-        else:
-            attn = (q * self.scale) @ k.transpose(-2, -1)
-            attn = attn.softmax(dim=-1)
-            attn = self.attn_drop(attn)
-            x = attn @ v
-
-        x = x.transpose(1, 2).reshape(B, M, C)
-        x = self.proj(x)
-        x = self.proj_drop(x)
-        return x
+        dropout = self.attn_drop.p if self.training else 0.
+        x = attend(self.q(x), self.kv(context), self.num_heads, self.scale, self.fused_attn, dropout)
+        return self.proj_drop(self.proj(x))

@@ -20,15 +20,7 @@ class PublishedWorkspace(GlobalWorkspace):
     """
 
     def __init__(self, dim: int, bottleneck: Union[int, float] = 512, **kwargs) -> None:
-        """
-        Args:
-            dim: Token width E.
-            bottleneck: As `GlobalWorkspace`, by default the published number of tokens.
-            **kwargs: As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`.
-
-        Raises:
-            ValueError: An argument is out of its range.
-        """
+        """As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`, which are the published ones."""
         super().__init__(dim, bottleneck=bottleneck, memory_update='normalize', differentiable_write=False, **kwargs)
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
@@ -65,37 +57,35 @@ def convert_published_workspace(state_dict: Dict[str, torch.Tensor], workspace_h
         workspace_heads: Number of write heads of the published layer.
 
     Raises:
-        ValueError: A key is unknown or missing, the heads do not divide the projection, or the momentum (which the
-            published code stores as `memoryupdate.beta`) is not 0.9.
+        ValueError: A key is unknown, the heads do not divide the projection, or the momentum (which the published code
+            stores as `memoryupdate.beta`) is not 0.9.
     """
     names = {
-        'fc1.weight': 'fc1.weight',
-        'fc1.bias': 'fc1.bias',
-        'fc2.weight': 'fc2.weight',
-        'fc2.bias': 'fc2.bias',
-        'norm.weight': 'workspace.norm.weight',
-        'norm.bias': 'workspace.norm.bias',
-        'fc3.weight': 'workspace.attractors.weight',
-        'fc3.bias': 'workspace.attractors.bias',
-        'memoryupdate.memory': 'workspace.memory',
-        'memoryupdate.mha.w_qs.weight': 'workspace.q.weight',
-        'memoryupdate.mha.w_ks.weight': 'workspace.k.weight',
-        'memoryupdate.mha.w_vs.weight': 'workspace.v.weight',
-        'memoryupdate.mha.fc.weight': 'workspace.proj.weight',
-        'memoryupdate.mha.layer_norm.weight': 'workspace.slot_norm.weight',
-        'memoryupdate.mha.layer_norm.bias': 'workspace.slot_norm.bias',
+        'fc1': 'fc1',
+        'fc2': 'fc2',
+        'norm': 'workspace.norm',
+        'fc3': 'workspace.attractors',
+        'memoryupdate': 'workspace',
+        'memoryupdate.mha.w_qs': 'workspace.q',
+        'memoryupdate.mha.w_ks': 'workspace.k',
+        'memoryupdate.mha.w_vs': 'workspace.v',
+        'memoryupdate.mha.fc': 'workspace.proj',
+        'memoryupdate.mha.layer_norm': 'workspace.slot_norm',
     }
-    state_dict = dict(state_dict)
-    momentum = state_dict.pop('memoryupdate.beta', torch.tensor(0.9))
-    if not math.isclose(float(momentum), 0.9, rel_tol=1e-6):
-        raise ValueError(f"state_dict['memoryupdate.beta'] must be 0.9, the published momentum, got {float(momentum)}.")
-    missing, unknown = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
-    if missing or unknown:
-        raise ValueError(
-            f'state_dict is not that of a published layer: missing keys {missing}, unknown keys {unknown}.')
-    output = state_dict['memoryupdate.mha.fc.weight']
-    if workspace_heads < 1 or output.shape[1] % workspace_heads:
-        raise ValueError(
-            f'workspace_heads must divide {output.shape[1]}, the width of the heads together, got {workspace_heads}.')
-    state_dict['memoryupdate.mha.fc.weight'] = output.unflatten(1, (-1, workspace_heads)).transpose(1, 2).flatten(1)
-    return {names[key]: value for key, value in state_dict.items()}
+    converted = {}
+    for key, value in state_dict.items():
+        module, _, name = key.rpartition('.')
+        if module not in names:
+            raise ValueError(f'state_dict is not that of a published layer: unknown key {key!r}.')
+        if key == 'memoryupdate.beta':
+            if not math.isclose(float(value), 0.9, rel_tol=1e-6):
+                raise ValueError(f'{key} must be 0.9, the published momentum, got {float(value)}.')
+            continue
+        if module == 'memoryupdate.mha.fc':
+            if workspace_heads < 1 or value.shape[1] % workspace_heads:
+                raise ValueError(
+                    f'workspace_heads must divide {value.shape[1]}, the width of the heads together, got '
+                    f'{workspace_heads}.')
+            value = value.unflatten(1, (-1, workspace_heads)).transpose(1, 2).flatten(1)
+        converted[f'{names[module]}.{name}'] = value
+    return converted

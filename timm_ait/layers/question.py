@@ -12,24 +12,13 @@ class QuestionEmbed(nn.Module):
     """Linear embedding of a question vector into a token."""
 
     def __init__(self, question_dim: int, embed_dim: int, device=None, dtype=None) -> None:
-        """
-        Args:
-            question_dim: Width Q of the question vector.
-            embed_dim: Token width E.
-        """
+        """From question vectors of width Q = `question_dim` to tokens of width E = `embed_dim`."""
         super().__init__()
         self.question_dim = question_dim
         self.proj = nn.Linear(question_dim, embed_dim, device=device, dtype=dtype)
 
     def forward(self, question: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Embed one question per image.
-
-        Args:
-            question: (B, Q) of any real dtype.
-            batch_size: Number of images B.
-
-        Returns:
-            Question tokens (B, 1, E).
+        """Tokens (B, 1, E) of questions (B, Q), of any real dtype, about a batch of B images.
 
         Raises:
             ValueError: The question has another shape.

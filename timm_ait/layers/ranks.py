@@ -27,7 +27,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 class ProcessGroups:
-    """The ranks of one group, or of the dimensions of a mesh: what `ops.workspace.Ranks` asks for."""
+    """The ranks of one group, or of the dimensions of a mesh, and what they exchange."""
 
     def __init__(self, groups: Tuple['dist.ProcessGroup', ...]) -> None:
         self.groups = groups
@@ -40,11 +40,13 @@ class ProcessGroups:
         return rank
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """What all give, added up. So is the gradient, since every rank's loss depends on what each of them gives."""
         for group in self.groups:
             x = _AllReduce.apply(x, group)
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """What all give, of one shape (R, n), side by side, without gradient."""
         for group in self.groups:
             gathered = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
             dist.all_gather(gathered, x.contiguous(), group=group)

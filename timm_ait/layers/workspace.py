@@ -3,7 +3,8 @@
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import contextlib
-from typing import Any, ContextManager, Dict, Optional, Tuple, Type, Union
+import math
+from typing import Any, Dict, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -17,19 +18,36 @@ from timm_ait.ops.memory import add_written_, project_memory, slot_statistics, u
 from timm_ait.ops.naive import WriteWeights
 from timm_ait.ops.workspace import read, write
 
-from ._arguments import check_at_least, check_choice, check_number
-from .projection import Projection
+from ._arguments import check_at_least, check_choice, check_number, split_kwargs
 from .ranks import ranks_of
 from .step import StepwiseMemory
 
 __all__ = ['GlobalWorkspace', 'WorkspaceMlp']
 
-MEMORY_INITS = ('normal', 'uniform', 'identity')
+MEMORY_INITS = {
+    'normal': nn.init.normal_,
+    'uniform': lambda memory: nn.init.uniform_(memory, -1., 1.),
+    'identity': nn.init.eye_,
+}
 MEMORY_UPDATES = ('orthogonal', 'normalize')
 
 
-def _without_autocast(x: torch.Tensor) -> ContextManager:
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+class Projection(nn.Module):
+    """Weight of a linear map that an operator applies; calling it gives the weight, through whatever parametrises it.
+
+    Not an `nn.Linear`, which LoRA or quantisation would replace by one that is never called.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
 
 
 @register_notrace_module  # its write depends on the number of tokens, which symbolic tracing cannot know
@@ -48,9 +66,6 @@ class GlobalWorkspace(StepwiseMemory):
     only read. In your own training loop, add `timm_ait.balance_loss(model)` to the loss, and create the optimizer after
     the workspaces.
 
-    What is fused into what: the key projection into the queries, pooling before the values, one norm for scores, pool
-    and read, residual and gate in the last product; top-k and read are one function that `torch.compile` takes whole.
-
     Shapes: x is (B, N, E) or any (..., E), the memory (M, D) with M = num_slots, D = slot_dim.
 
     Source: section 3 of the paper. Differences from its published implementation: the gradient flows through the write
@@ -60,9 +75,6 @@ class GlobalWorkspace(StepwiseMemory):
     writes: Final[bool]
     retrieves: Final[bool]
     gated: Final[bool]
-    beta: Final[float]
-    retrieval_steps: Final[int]
-    dim: Final[int]
 
     def __init__(
             self,
@@ -126,7 +138,7 @@ class GlobalWorkspace(StepwiseMemory):
             check_at_least(1, bottleneck=bottleneck)
         check_number('beta', beta, 0., float('inf'), low_open=True)
         check_number('memory_momentum', memory_momentum, 0., 1.)
-        check_choice('memory_init', memory_init, MEMORY_INITS)
+        check_choice('memory_init', memory_init, tuple(MEMORY_INITS))
         if memory_init == 'identity' and num_slots > slot_dim:
             raise ValueError(
                 f"memory_init='identity' needs num_slots <= slot_dim, got {num_slots} slots of width {slot_dim}.")
@@ -181,13 +193,7 @@ class GlobalWorkspace(StepwiseMemory):
             module.reset_parameters()
         if self.gate is not None:
             nn.init.zeros_(self.gate)
-        memory = torch.empty_like(self.memory, dtype=torch.float32)
-        if self.memory_init == 'normal':
-            nn.init.normal_(memory)
-        elif self.memory_init == 'uniform':
-            nn.init.uniform_(memory, -1., 1.)
-        else:
-            nn.init.eye_(memory)
+        memory = MEMORY_INITS[self.memory_init](torch.empty_like(self.memory, dtype=torch.float32))
         self.memory.copy_(project_memory(memory, self.memory_update))
         self.end_step()
 
@@ -214,16 +220,11 @@ class GlobalWorkspace(StepwiseMemory):
             raise ValueError(f'The tokens are {x.shape[-1]} wide, this workspace takes tokens of width {self.dim}.')
         if self.training and self.writes:
             if torch.jit.is_scripting():
-                raise RuntimeError('TorchScript does not support workspaces in training mode: call model.eval().')
+                raise RuntimeError(
+                    'TorchScript does not support workspaces in training mode: call model.eval(), or drop '
+                    '--torchscript.')
             return self._write_and_read(x, token_mask)
         return self._read(x)
-
-    def __prepare_scriptable__(self) -> 'GlobalWorkspace':
-        if self.training and self.writes:
-            raise RuntimeError(
-                'torch.jit.script does not support workspaces in training mode: call model.eval() first, or train '
-                'without TorchScript (train.py: drop --torchscript).')
-        return self
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         if not self.retrieves:
@@ -250,7 +251,7 @@ class GlobalWorkspace(StepwiseMemory):
             mask = torch.zeros(1, dtype=torch.bool, device=x.device)
         # the memory accumulates small steps: at least float32, whatever the model or autocast computes in
         dtype = torch.promote_types(self.memory.dtype, torch.float32)
-        with _without_autocast(x):
+        with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             # a copy, since backward needs the memory before the write
             memory = self.memory.to(dtype, copy=True)
             weights = WriteWeights(*[parameter.to(dtype) for parameter in (
@@ -308,36 +309,19 @@ class WorkspaceMlp(Mlp):
             in_features: int,
             hidden_features: Optional[int] = None,
             out_features: Optional[int] = None,
-            act_layer: Type[nn.Module] = nn.GELU,
-            norm_layer: Optional[Type[nn.Module]] = None,
-            bias: Union[bool, Tuple[bool, bool]] = True,
-            drop: Union[float, Tuple[float, float]] = 0.,
             device=None,
             dtype=None,
-            **workspace_kwargs,
+            **kwargs,
     ) -> None:
         """
         Args:
             in_features: Input width.
             hidden_features: Hidden width, the input width if None.
             out_features: Output and token width E, the input width if None.
-            act_layer: Activation layer.
-            norm_layer: Norm of the hidden layer.
-            bias: Use biases.
-            drop: Dropout rate.
-            **workspace_kwargs: Arguments of `GlobalWorkspace`.
+            **kwargs: Arguments of timm's `Mlp` and of `GlobalWorkspace`.
         """
-        super().__init__(
-            in_features,
-            hidden_features,
-            out_features,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
-            bias=bias,
-            drop=drop,
-            device=device,
-            dtype=dtype,
-        )
+        workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
+        super().__init__(in_features, hidden_features, out_features, device=device, dtype=dtype, **kwargs)
         self.workspace = GlobalWorkspace(out_features or in_features, device=device, dtype=dtype, **workspace_kwargs)
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:

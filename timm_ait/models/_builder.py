@@ -1,9 +1,9 @@
-""" Configuration and construction of the models, and checks of their arguments. """
-import difflib
+""" What the families share: configuration, construction, and what of a ViT they do not support. """
 import inspect
-from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Optional, Tuple, Type
 
 import torch
+import torch.nn as nn
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg
@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.weights import check_weights, say_where_weights_are
 
-__all__ = ['build_vit', 'cifar_cfg', 'check_arguments', 'reject_masks', 'check_known']
+__all__ = ['MasklessBlock', 'build_vit', 'cifar_cfg', 'reject_arguments', 'reject_masks']
 
 
 def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -43,19 +43,9 @@ def build_vit(
         question_dim: int = 0,
         **kwargs,
 ) -> VisionTransformer:
-    """Build a registered model. Its checkpoint filter rejects weights of another architecture.
+    """Build a registered model, with `question_dim` that which takes questions of this width.
 
-    Args:
-        model_cls: Class of the model.
-        question_cls: Class of the same model with questions.
-        filter_fn: Checkpoint filter.
-        variant: Name of the registered model.
-        pretrained: Load pretrained weights.
-        question_dim: Width Q of the question vector that `forward` takes; 0 for none.
-        **kwargs: Arguments of the class and of `build_model_with_cfg`.
-
-    Raises:
-        ValueError: An argument is out of its range.
+    Its checkpoint filter rejects weights of another architecture.
     """
     check_at_least(0, question_dim=question_dim)
     if question_dim:
@@ -71,45 +61,14 @@ def build_vit(
         )
 
 
-def check_known(kwargs: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raise a TypeError that names the first unknown argument, the nearest valid one, and where all are listed."""
-    for name in kwargs:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f' Did you mean {nearest[0]}?' if nearest else ''
-            raise TypeError(f'Unknown argument {name!r}.{hint} The arguments are listed in help({where}).')
-
-
-def check_arguments(
-        model: VisionTransformer,
-        args: Tuple[Any, ...],
-        kwargs: Dict[str, Any],
-        reason: str,
-        also: Iterable[str] = (),
-        **fixed,
-) -> Dict[str, Any]:
-    """Check the arguments of a ViT, and remove those that this model fixes.
-
-    Args:
-        model: The model under construction.
-        args: Positional arguments, in the order of `VisionTransformer`.
-        kwargs: Keyword arguments.
-        reason: Why some arguments are fixed.
-        also: Further valid names, beside the arguments of the model's classes.
-        **fixed: The only supported value of each fixed argument.
-
-    Returns:
-        The other arguments, by name.
+def reject_arguments(args: Tuple[Any, ...], kwargs: Dict[str, Any], reason: str, **supported) -> Dict[str, Any]:
+    """Arguments of a `VisionTransformer` by name, without those of which a model supports a single value.
 
     Raises:
-        TypeError: An argument is unknown.
-        ValueError: A fixed argument has another value.
+        ValueError: One of these has another value.
     """
     kwargs = {**inspect.signature(VisionTransformer).bind_partial(*args).arguments, **kwargs}
-    classes = [cls for cls in type(model).__mro__ if issubclass(cls, VisionTransformer)]
-    known = {name for cls in classes for name in inspect.signature(cls).parameters}
-    check_known(kwargs, {*known, *also} - {'args', 'kwargs'}, f'{classes[0].__module__}.{classes[0].__name__}')
-    for name, value in fixed.items():
+    for name, value in supported.items():
         given = kwargs.pop(name, value)
         if given != value and (given or value):  # None, 0 and False are all off
             raise ValueError(f'{name}={given!r} is not supported: {reason}.')
@@ -117,11 +76,20 @@ def check_arguments(
 
 
 def reject_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
-    """Reject masks in a block without self-attention.
-
-    Raises:
-        ValueError: A mask is given.
-    """
+    """Raise a ValueError if there is a mask, in a block without self-attention."""
     # in symbolic tracing both are proxies of unknown value
     if isinstance(attn_mask, torch.Tensor) or (isinstance(is_causal, bool) and is_causal):
         raise ValueError('attn_mask and is_causal are not supported: some blocks of this model have no self-attention.')
+
+
+class MasklessBlock(nn.Module):
+    """Base of blocks without self-attention: what a ViT calls, with an error if there is a mask."""
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        reject_masks(attn_mask, is_causal)
+        return self.update(x)

@@ -8,7 +8,6 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers import QuestionEmbed
-from timm_ait.layers._arguments import check_at_least
 
 __all__ = ['QuestionViT']
 
@@ -20,16 +19,7 @@ class QuestionViT(VisionTransformer):
     """
 
     def __init__(self, *args, question_dim: int, **kwargs) -> None:
-        """
-        Args:
-            *args: As the family's class.
-            question_dim: Width Q of the question vector.
-            **kwargs: As the family's class.
-
-        Raises:
-            ValueError: `question_dim` is out of its range.
-        """
-        check_at_least(1, question_dim=question_dim)
+        """As the family's class, for questions of width Q = `question_dim`."""
         super().__init__(*args, **{**kwargs, 'class_token': True})
         self.question_embed = QuestionEmbed(
             question_dim, self.embed_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
@@ -70,16 +60,7 @@ class QuestionViT(VisionTransformer):
             *,
             question: torch.Tensor,
     ) -> torch.Tensor:
-        """Answer questions about images.
-
-        Args:
-            x: Images (B, C, H, W).
-            attn_mask: As `VisionTransformer`; only for models with self-attention in every block.
-            is_causal: As `VisionTransformer`; likewise.
-            question: (B, Q).
-
-        Returns:
-            Logits (B, num_classes).
+        """Logits (B, num_classes) that answer a question (B, Q) about each image, x (B, C, H, W).
 
         Raises:
             ValueError: The question has another shape, or the model does not support masks.

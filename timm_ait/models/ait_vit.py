@@ -14,17 +14,18 @@ Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `DINOv2: Learning Robust Visual Features without Supervision` - https://arxiv.org/abs/2304.07193
 """
 import dataclasses
+from functools import partial
 from typing import Dict
 
 import torch
 
 from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
 from timm_ait.weights import shipped_cfg
 
 from ._builder import build_vit, cifar_cfg
 from .associative_transformer import AssociativeTransformer, QuestionAssociativeTransformer
-from .associative_transformer import checkpoint_filter_fn as ait_checkpoint_filter_fn
 from .from_timm import add_fresh_workspaces
 
 __all__ = []
@@ -35,7 +36,7 @@ def checkpoint_filter_fn(
         model: AssociativeTransformer,
 ) -> Dict[str, torch.Tensor]:
     """As the ViT's. A ViT's checkpoint gets new workspaces, which start as the identity."""
-    return add_fresh_workspaces(ait_checkpoint_filter_fn(state_dict, model), model)
+    return add_fresh_workspaces(vit_checkpoint_filter_fn(state_dict, model), model)
 
 
 def _cfgs(*vits: str) -> Dict[str, PretrainedCfg]:
@@ -54,10 +55,8 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_ait_vit(variant: str, pretrained: bool = False, **kwargs) -> AssociativeTransformer:
-    kwargs.setdefault('gated', True)
-    return build_vit(
-        AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn, variant, pretrained, **kwargs)
+_create_ait_vit = partial(
+    build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn, gated=True)
 
 
 @register_model

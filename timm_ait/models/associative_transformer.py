@@ -10,33 +10,22 @@ The paper's classifier, a LayerNorm and a linear layer over the features of all 
 Parameters with it, against the paper's: small 15.7M (15.8M), medium 45.8M (45.9M), base 91.0M (91.0M), of which the
 classifier has 0.6M.
 """
-import math
 from functools import partial
-from typing import Dict, Optional, Sequence, Tuple, Type
+from typing import Optional, Type
 
 import torch
 import torch.nn as nn
 
-from timm.layers import (
-    HybridEmbed,
-    LayerNorm,
-    Mlp,
-    PatchDropout,
-    get_device_dtype,
-    get_norm_layer,
-    resample_abs_pos_embed,
-)
+from timm.layers import HybridEmbed, LayerNorm, Mlp, PatchDropout, get_device_dtype, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_notrace_function
-from timm.models._input import get_pretrained_grid_size
-from timm.models.vision_transformer import Block, VisionTransformer
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers._arguments import options, split_kwargs
+from timm_ait.layers._arguments import split_kwargs
 from timm_ait.weights import shipped_cfg
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import build_vit, cifar_cfg, reject_arguments, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
@@ -45,11 +34,7 @@ __all__ = ['AssociativeTransformer']
 @torch.fx.wrap
 @register_notrace_function
 def attended_tokens(attn_mask: Optional[torch.Tensor], batch_size: int) -> Optional[torch.Tensor]:
-    """Tokens (B, N) that at least one token may attend to; None for all.
-
-    Args:
-        attn_mask: Boolean or additive mask that broadcasts to (B, heads, N, N).
-        batch_size: Number of images B.
+    """Tokens (B, N) that at least one may attend to, by a boolean or additive mask for (B, heads, N, N); None for all.
     """
     if attn_mask is None:
         return None
@@ -69,17 +54,10 @@ class AssociativeBlock(Block):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
-        """Update tokens.
-
-        Args:
-            x: (B, N, E).
-            attn_mask: Boolean or additive mask that broadcasts to (B, heads, N, N).
-            is_causal: Attend to earlier tokens only.
-        """
+        """Update the tokens x (B, N, E); a mask broadcasts to (B, heads, N, N)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
-        return x
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
 
 
 class AttentionFreeBlock(AssociativeBlock):
@@ -99,37 +77,6 @@ class AttentionFreeBlock(AssociativeBlock):
         reject_masks(None, is_causal)
         token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
-
-
-def resample_flat_weight(
-        weight: torch.Tensor,
-        embed_dim: int,
-        new_size: Sequence[int],
-        old_size: Optional[Sequence[int]],
-        num_prefix_tokens: int,
-) -> torch.Tensor:
-    """Resample weights of all features of a grid of tokens for another grid, as position embeddings are.
-
-    Args:
-        weight: (C, N * E) of a linear layer, or (N * E,) of a norm.
-        embed_dim: Token width E.
-        new_size: Height and width of the new grid.
-        old_size: Height and width of the grid of the weights, None for a square.
-        num_prefix_tokens: Number of tokens ahead of the grid that have weights too.
-
-    Returns:
-        (C, N' * E) or (N' * E,). Weights of a linear layer are scaled so that the sum over the tokens keeps its size.
-    """
-    tokens = weight.reshape(-1, weight.shape[-1] // embed_dim, embed_dim)
-    C, N, _ = tokens.shape
-    # position embeddings (1, N, C * E)
-    tokens = tokens.transpose(0, 1).reshape(1, N, -1)
-    tokens = resample_abs_pos_embed(tokens, new_size, old_size, num_prefix_tokens, verbose=False)
-    tokens = tokens.view(-1, C, embed_dim).transpose(0, 1)
-    if weight.ndim == 2:
-        prefix, grid = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
-        tokens = torch.cat([prefix, grid * ((N - num_prefix_tokens) / grid.shape[1])], dim=1)
-    return tokens.reshape(*weight.shape[:-1], -1)
 
 
 class AssociativeTransformer(VisionTransformer):
@@ -162,16 +109,12 @@ class AssociativeTransformer(VisionTransformer):
         Raises:
             ValueError: An argument is out of its range.
         """
-        if not isinstance(workspace, bool):
-            raise ValueError(
-                f'workspace must be True or False, got {workspace!r}. Its options are arguments of the model.')
         if not attention and not workspace:
             raise ValueError('attention=False needs workspace=True: tokens could not communicate without either.')
         unused = {} if attention else dict(
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are fixed with attention={attention}'
-        kwargs = check_arguments(
-            self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
+        kwargs = reject_arguments(args, kwargs, reason, block_fn=None, **unused)
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock
@@ -185,9 +128,6 @@ class AssociativeTransformer(VisionTransformer):
         self.norm_layer = get_norm_layer(kwargs.get('norm_layer')) or LayerNorm
         if flat:
             self.reset_classifier(self.num_classes, 'flat')
-
-    def _num_flat_prefix_tokens(self) -> int:
-        return self.num_prefix_tokens if self.pool_include_prefix else 0
 
     @torch.jit.ignore
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
@@ -204,85 +144,40 @@ class AssociativeTransformer(VisionTransformer):
         """As `VisionTransformer`, with 'flat' among the values of `global_pool`.
 
         Raises:
-            ValueError: 'flat' is not supported because the model's number of tokens varies.
+            ValueError: 'flat', in a model whose number of tokens varies.
         """
         global_pool = self.global_pool if global_pool is None else global_pool
         flat = global_pool == 'flat'
-        for name, varies in (
-                ('dynamic_img_size', self.dynamic_img_size),
-                ('patch_drop_rate', isinstance(self.patch_drop, PatchDropout)),
-        ):
-            if flat and varies:
-                raise ValueError(
-                    f"global_pool='flat' is not supported with {name}: its classifier has weights for every token of a "
-                    "full grid. Choose another pooling, such as 'avg'.")
+        if flat and (self.dynamic_img_size or isinstance(self.patch_drop, PatchDropout)):
+            raise ValueError(
+                "global_pool='flat' is not supported with dynamic_img_size or patch_drop_rate: its classifier has "
+                "weights for every token of a full grid. Choose another pooling, such as 'avg'.")
         old_width = self.head_hidden_size
         super().reset_classifier(num_classes, 'avg' if flat else global_pool)
         self.head_hidden_size = self.embed_dim
         if flat:
             self.global_pool = 'flat'
             self.attn_pool = nn.Flatten(1)
-            self.head_hidden_size *= self.patch_embed.num_patches + self._num_flat_prefix_tokens()
+            self.head_hidden_size *= self.patch_embed.num_patches
+            if self.pool_include_prefix:
+                self.head_hidden_size += self.embed_dim * self.num_prefix_tokens
         dd = get_device_dtype(self)
         if self.head_hidden_size != old_width and not isinstance(self.fc_norm, nn.Identity):
             self.fc_norm = self.norm_layer(self.head_hidden_size, **dd).train(self.training)
         if flat and num_classes > 0:
             self.head = nn.Linear(self.head_hidden_size, num_classes, **dd).train(self.training)
 
-    def set_input_size(
-            self,
-            img_size: Optional[Tuple[int, int]] = None,
-            patch_size: Optional[Tuple[int, int]] = None,
-    ) -> None:
-        """As `VisionTransformer`; a classifier of all tokens is resampled as the position embedding is."""
-        old_size = self.patch_embed.grid_size
-        super().set_input_size(img_size, patch_size)
-        new_size = self.patch_embed.grid_size
-        if self.global_pool != 'flat' or new_size == old_size:
-            return
-        num_prefix_tokens = self._num_flat_prefix_tokens()
-        self.head_hidden_size = self.embed_dim * (self.patch_embed.num_patches + num_prefix_tokens)
-        for module in (self.fc_norm, self.head):
-            for name, parameter in list(module.named_parameters()):
-                if module is self.fc_norm or name == 'weight':
-                    weight = resample_flat_weight(
-                        parameter.detach(), self.embed_dim, new_size, old_size, num_prefix_tokens)
-                    setattr(module, name, nn.Parameter(weight, requires_grad=parameter.requires_grad))
-        self.fc_norm.normalized_shape = (self.head_hidden_size,)
-        self.head.in_features = self.head_hidden_size
+    def set_input_size(self, *args, **kwargs) -> None:
+        """As `VisionTransformer`.
 
-
-def checkpoint_filter_fn(
-        state_dict: Dict[str, torch.Tensor],
-        model: AssociativeTransformer,
-) -> Dict[str, torch.Tensor]:
-    """As the ViT's; the weights of a classifier of all tokens are resampled where the grid is another.
-
-    Raises:
-        RuntimeError: Only one of weights and model has a classifier over all tokens.
-    """
-    patch_weight = state_dict.get('patch_embed.proj.weight')
-    state_dict = vit_checkpoint_filter_fn(state_dict, model)
-    E = model.embed_dim
-    has_same_width = E in getattr(state_dict.get('blocks.0.norm2.weight'), 'shape', ())
-    num_classes, head_width = getattr(state_dict.get('head.weight'), 'shape', (0, 0))
-    if has_same_width and num_classes > 0 and num_classes == model.num_classes:
-        if model.global_pool == 'flat' and head_width == E:
-            raise RuntimeError("their classifier reads pooled tokens: create the model with global_pool='avg'")
-        if model.global_pool != 'flat' and head_width > E:
-            raise RuntimeError("their classifier reads all tokens: create the model with global_pool='flat'")
-    if model.global_pool != 'flat':
-        return state_dict
-    num_prefix_tokens = model._num_flat_prefix_tokens()
-    for key in ('fc_norm.weight', 'fc_norm.bias', 'head.weight'):
-        weight = state_dict.get(key)
-        num_tokens = 0 if weight is None or weight.shape[-1] % E else weight.shape[-1] // E - num_prefix_tokens
-        if num_tokens > 1:
-            old_size = get_pretrained_grid_size(model, patch_weight, num_tokens)
-            if old_size is not None or math.isqrt(num_tokens) ** 2 == num_tokens:
-                state_dict[key] = resample_flat_weight(
-                    weight, E, model.patch_embed.grid_size, old_size, num_prefix_tokens)
-    return state_dict
+        Raises:
+            ValueError: The classifier has weights for the tokens of one image size, `global_pool='flat'`.
+        """
+        if self.global_pool == 'flat':
+            raise ValueError(
+                "global_pool='flat' is not supported with set_input_size: its classifier has weights for every token "
+                'of one image size. Create the model with img_size, or reset its classifier to another pooling first.')
+        super().set_input_size(*args, **kwargs)
 
 
 class QuestionAssociativeTransformer(QuestionViT, AssociativeTransformer):
@@ -305,8 +200,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_associative_transformer = partial(
-    build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn)
+_create_ait = partial(build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn)
 
 # the paper's input, 32 px images in 64 patches, and its classifier ('flat') or average pooling ('avg')
 _PAPER = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
@@ -316,29 +210,28 @@ _PAPER = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 def ait_small(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 32 px, patch 4. """
     model_args = dict(_PAPER, embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer('ait_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_small_patch32_64(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 64 px, patch 32: the paper's for Triangle. """
     model_args = dict(_PAPER, img_size=64, patch_size=32, global_pool='avg', embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer(
-        'ait_small_patch32_64', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small_patch32_64', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_medium(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Medium, 6 blocks, 32 px, patch 4. """
     model_args = dict(_PAPER, embed_dim=768, depth=6, num_heads=12)
-    return _create_associative_transformer('ait_medium', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_medium', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_base(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Base, 12 blocks, 32 px, patch 4. """
     model_args = dict(_PAPER, embed_dim=768, depth=12, num_heads=12)
-    return _create_associative_transformer('ait_base', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 # images of 224 px in 196 patches, otherwise the same
@@ -349,24 +242,21 @@ _IMAGENET = dict(img_size=224, patch_size=16, class_token=False, global_pool='av
 def ait_small_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer(
-        'ait_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_medium_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Medium, 6 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=6, num_heads=12)
-    return _create_associative_transformer(
-        'ait_medium_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_medium_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_base_patch16_224(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Base, 12 blocks, 224 px, patch 16. """
     model_args = dict(_IMAGENET, embed_dim=768, depth=12, num_heads=12)
-    return _create_associative_transformer(
-        'ait_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 # Sort-of-CLEVR: images of 75 px and questions of 18 numbers, answered at the question's token
@@ -377,8 +267,7 @@ _SORT_OF_CLEVR = dict(img_size=75, question_dim=18, global_pool='token')
 def ait_small_patch15_75(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small for questions, 2 blocks, 75 px, patch 15. """
     model_args = dict(_SORT_OF_CLEVR, patch_size=15, embed_dim=768, depth=2, num_heads=12)
-    return _create_associative_transformer(
-        'ait_small_patch15_75', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_small_patch15_75', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -396,7 +285,7 @@ def ait_tiny_hybrid_75(pretrained: bool = False, **kwargs) -> AssociativeTransfo
     embed_layer = partial(HybridEmbed, backbone=stem, proj=False)
     model_args = dict(
         _SORT_OF_CLEVR, embed_layer=embed_layer, patch_size=1, embed_dim=128, depth=4, num_heads=4)
-    return _create_associative_transformer('ait_tiny_hybrid_75', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('ait_tiny_hybrid_75', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
@@ -405,4 +294,4 @@ def test_ait(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     model_args = dict(
         _PAPER, global_pool='avg', embed_dim=64, depth=3, num_heads=2,
         num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
-    return _create_associative_transformer('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_ait('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))

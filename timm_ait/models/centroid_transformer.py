@@ -11,7 +11,7 @@ attention, which has the same parameters. Small 14.8M, near AiT-Small's 15.1M, b
 768 wide: one before, one of centroid attention and one after are the least that make the family.
 """
 from functools import partial
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,12 +19,11 @@ import torch.nn.functional as F
 
 from timm.layers import Attention
 from timm.models import generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['CentroidTransformer']
@@ -50,28 +49,20 @@ class CentroidAttention(Attention):
 
     def forward(self, centroids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Step (B, M, C) of the centroids (B, M, C) towards the tokens x (B, N, C), both normed."""
-        B, M, _ = centroids.shape
-        N = x.shape[1]
         C = self.attn_dim
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(centroids, weight[:C], None if bias is None else bias[:C])
         kv = F.linear(x, weight[C:], None if bias is None else bias[C:])
-        q = q.reshape(B, M, self.num_heads, self.head_dim).transpose(1, 2)
-        k, v = kv.reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
 
         sim = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-2)
-        sim = self.attn_drop(sim)
-        x = (sim @ v) * (M / N)
-
-        x = x.transpose(1, 2).reshape(B, M, C)
-        x = self.norm(x)
-        x = self.proj(x)
-        x = self.proj_drop(x)
-        return x
+        x = (self.attn_drop(sim) @ v) * (centroids.shape[1] / x.shape[1])
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
 
 
-class CentroidBlock(Block):
+class CentroidBlock(MasklessBlock, Block):
     """Pre-norm transformer block from N tokens to M centroids.
 
     The centroids start as the means of `pool_size` x `pool_size` tokens of the grid (of fewer at a border that does not
@@ -85,44 +76,21 @@ class CentroidBlock(Block):
             grid_size: Tuple[int, int],
             num_prefix_tokens: int = 0,
             pool_size: int = 2,
-            num_steps: int = 1,
             **kwargs,
     ) -> None:
-        """
-        Args:
-            *args: As `Block`.
-            grid_size: Height and width of the token grid.
-            num_prefix_tokens: Tokens before those of the grid.
-            pool_size: Side of the square of tokens that a centroid starts from.
-            num_steps: Number of steps, of the same parameters.
-            **kwargs: As `Block`.
-        """
+        """As `Block`, for a grid of tokens of this height and width after the prefix tokens."""
         super().__init__(*args, **{**kwargs, 'attn_layer': CentroidAttention})
         self.grid_size = grid_size
         self.num_prefix_tokens = num_prefix_tokens
         self.pool_size = pool_size
-        self.num_steps = num_steps
 
-    def init_centroids(self, x: torch.Tensor) -> torch.Tensor:
-        """Centroids (B, P + M, C) before the first step, of P prefix tokens and a grid of tokens, x (B, P + N, C)."""
-        B, _, C = x.shape
-        prefix, x = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
-        x = x.transpose(1, 2).reshape(B, C, self.grid_size[0], self.grid_size[1])
-        x = F.avg_pool2d(x, self.pool_size, ceil_mode=True)
-        return torch.cat([prefix, x.flatten(2).transpose(1, 2)], dim=1)
-
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Centroids (B, P + M, C) of tokens x (B, P + N, C); masks are not supported."""
-        reject_masks(attn_mask, is_causal)
-        centroids = self.init_centroids(x)
-        x = self.norm1(x)
-        for _ in range(self.num_steps):
-            centroids = centroids + self.drop_path1(self.ls1(self.attn(self.norm1(centroids), x)))
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Centroids (B, P + M, C) of P prefix tokens and a grid of tokens, x (B, P + N, C)."""
+        prefix, grid = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
+        grid = grid.transpose(1, 2).unflatten(2, (self.grid_size[0], self.grid_size[1]))
+        means = F.avg_pool2d(grid, self.pool_size, ceil_mode=True)
+        centroids = torch.cat([prefix, means.flatten(2).transpose(1, 2)], dim=1)
+        centroids = centroids + self.drop_path1(self.ls1(self.attn(self.norm1(centroids), self.norm1(x))))
         return centroids + self.drop_path2(self.ls2(self.mlp(self.norm2(centroids))))
 
 
@@ -133,34 +101,25 @@ class CentroidTransformer(VisionTransformer):
     question, in the class token, is a centroid of its own, and so competes for the image's tokens.
     """
 
-    def __init__(
-            self,
-            *args,
-            centroid_index: int = 6,
-            centroid_pool: int = 2,
-            centroid_steps: int = 1,
-            **kwargs,
-    ) -> None:
+    def __init__(self, *args, centroid_index: int = 6, centroid_pool: int = 2, **kwargs) -> None:
         """
         Args:
             *args: As `VisionTransformer`.
             centroid_index: Index of the block of centroid attention, the number of blocks over all tokens before it.
             centroid_pool: Side of the square of tokens that a centroid starts from: M = N / side^2.
-            centroid_steps: Number of steps of the centroids within their block.
             **kwargs: As `VisionTransformer`, except for other blocks and what leaves no full grid of one size.
 
         Raises:
             ValueError: An option of other blocks, or a size that is not possible.
         """
-        kwargs = check_arguments(
-            self,
+        kwargs = reject_arguments(
             args,
             kwargs,
             'centroids start from the means of a full grid of tokens of one size',
             attn_layer=None, block_fn=None, dynamic_img_size=False, dynamic_img_pad=False, patch_drop_rate=0.,
         )
         check_at_least(0, centroid_index=centroid_index)
-        check_at_least(1, centroid_pool=centroid_pool, centroid_steps=centroid_steps)
+        check_at_least(1, centroid_pool=centroid_pool)
 
         def block_fn(**block_kwargs) -> nn.Module:
             if block_kwargs['depth'] != centroid_index:
@@ -169,7 +128,6 @@ class CentroidTransformer(VisionTransformer):
                 grid_size=self.patch_embed.grid_size,
                 num_prefix_tokens=self.num_prefix_tokens,
                 pool_size=centroid_pool,
-                num_steps=centroid_steps,
                 **block_kwargs,
             )
 
@@ -188,35 +146,26 @@ class CentroidTransformer(VisionTransformer):
             if isinstance(block, CentroidBlock):
                 block.grid_size = self.patch_embed.grid_size
 
-    def _to_grid(self, x: Any, index: int) -> Any:
-        """Tokens or centroids (B, N, E) after a block as (B, E, H, W); prefix tokens beside them stay."""
-        if isinstance(x, tuple):
-            return self._to_grid(x[0], index), x[1]
-        H, W = self.patch_embed.grid_size
-        if index >= self.centroid_index:
-            H, W = -(-H // self.centroid_pool), -(-W // self.centroid_pool)
-        return x.transpose(1, 2).reshape(x.shape[0], -1, H, W)
-
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            *args,
-            output_fmt: str = 'NCHW',
-            **kwargs,
-    ) -> Any:
+    def forward_intermediates(self, x: torch.Tensor, *args, output_fmt: str = 'NCHW', **kwargs) -> Any:
         """As `VisionTransformer`; the grid is one of centroids from their block on."""
-        output = super().forward_intermediates(x, indices, *args, output_fmt='NLC', **kwargs)
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        output = super().forward_intermediates(x, *args, output_fmt='NLC', **kwargs)
         if output_fmt == 'NLC':
             return output
-        assert output_fmt == 'NCHW', 'Output format must be one of NCHW or NLC.'
-        taken = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))
-        is_dict, is_pair = isinstance(output, dict), isinstance(output, tuple)
-        features = output['image_intermediates'] if is_dict else output[1] if is_pair else output
-        grids = [self._to_grid(y, i) for y, i in zip(features, taken)]
-        if is_dict:
-            return {**output, 'image_intermediates': grids}
-        return (output[0], grids) if is_pair else grids
+        H, W = self.patch_embed.grid_size
+        centroid_grid = -(-H // self.centroid_pool), -(-W // self.centroid_pool)
+
+        def to_grid(y: Any) -> Any:
+            """Tokens or centroids (B, N, E) as (B, E, H, W)."""
+            if isinstance(y, tuple):  # beside prefix tokens
+                return to_grid(y[0]), y[1]
+            return y.transpose(1, 2).unflatten(2, (H, W) if y.shape[1] == H * W else centroid_grid)
+
+        if isinstance(output, dict):
+            return {**output, 'image_intermediates': [to_grid(y) for y in output['image_intermediates']]}
+        if isinstance(output, tuple):
+            return output[0], [to_grid(y) for y in output[1]]
+        return [to_grid(y) for y in output]
 
 
 class QuestionCentroidTransformer(QuestionViT, CentroidTransformer):
@@ -230,8 +179,7 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-_create_centroid_transformer = partial(
-    build_vit, CentroidTransformer, QuestionCentroidTransformer, checkpoint_filter_fn)
+_create_centroid = partial(build_vit, CentroidTransformer, QuestionCentroidTransformer, checkpoint_filter_fn)
 
 # 32 px images in 64 patches, 16 centroids, average pooling
 _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
@@ -241,21 +189,18 @@ _CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 def centroid_transformer_small(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer, 1 block before and 1 after the centroid block, 32 px, patch 4. """
     model_args = dict(_CIFAR, embed_dim=640, depth=3, num_heads=10, centroid_index=1)
-    return _create_centroid_transformer(
-        'centroid_transformer_small', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_centroid('centroid_transformer_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def centroid_transformer_base(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer, 6 blocks before and 5 after the centroid block, 32 px, patch 4. """
     model_args = dict(_CIFAR, embed_dim=768, depth=12, num_heads=12, centroid_index=6)
-    return _create_centroid_transformer(
-        'centroid_transformer_base', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_centroid('centroid_transformer_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_centroid_transformer(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer for unit tests. """
     model_args = dict(_CIFAR, embed_dim=64, depth=3, num_heads=2, centroid_index=1)
-    return _create_centroid_transformer(
-        'test_centroid_transformer', pretrained=pretrained, **dict(model_args, **kwargs))
+    return _create_centroid('test_centroid_transformer', pretrained=pretrained, **dict(model_args, **kwargs))

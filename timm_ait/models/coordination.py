@@ -13,7 +13,7 @@ are those of the AiT of the name; the slots are 320 wide, not 768 as the tokens,
 """
 from collections import OrderedDict
 from functools import partial
-from typing import Optional, Set, Tuple
+from typing import Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -23,8 +23,9 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers.cross_attention import attend
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['Coordination']
@@ -94,17 +95,12 @@ class SharedWorkspace(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        """
+        """As timm's `Attention`, whose `num_heads` are those of the broadcast; W_1 has a bias with `proj_bias`.
+
         Args:
-            dim: Token width E.
-            num_heads: Heads of the broadcast.
             slot_dim: Slot width D.
             slot_heads: Heads of the write.
             bottleneck: Tokens k that write into a slot, for each head.
-            qkv_bias: Add a bias to queries, keys and values.
-            proj_bias: Add a bias to the output projection and to W_1.
-            attn_drop: Dropout rate of the attention weights, of write and broadcast.
-            proj_drop: Dropout rate after the output projection.
 
         Raises:
             ValueError: A width is no multiple of its number of heads, or a number is not a positive integer.
@@ -147,15 +143,9 @@ class SharedWorkspace(nn.Module):
 
     def broadcast(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """What the tokens x (B, N, E) read from the memory (B, M, D), of the shape of x."""
-        q = self.read_q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.read_kv(memory).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.fused_attn:
-            x = nn.functional.scaled_dot_product_attention(
-                q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        else:
-            weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
-            x = self.attn_drop(weights) @ v
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        dropout = self.attn_drop.p if self.training else 0.
+        x = attend(self.read_q(x), self.read_kv(memory), self.num_heads, self.scale, self.fused_attn, dropout)
+        return self.proj_drop(self.proj(x))
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """What the normed tokens x (B, N, E) read after they have written, and the memory (B, M, D) then."""
@@ -163,7 +153,7 @@ class SharedWorkspace(nn.Module):
         return self.broadcast(x, memory), memory
 
 
-class CoordinationBlock(Block):
+class CoordinationBlock(MasklessBlock, Block):
     """Pre-norm transformer block with a shared workspace in place of self-attention.
 
     The memory (B, M, D) is passed on among the tokens: after the first P, in as many tokens as it fills.
@@ -187,19 +177,8 @@ class CoordinationBlock(Block):
         self.num_slots = num_slots
         self.num_prefix_tokens = num_prefix_tokens
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Update the tokens and the memory among them.
-
-        Args:
-            x: (B, P + K + N, E), of which K hold the memory.
-            attn_mask, is_causal: Not supported, there is no self-attention.
-        """
-        reject_masks(attn_mask, is_causal)
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Update the tokens x (B, P + K + N, E), of which K hold the memory."""
         B, _, E = x.shape
         size = self.num_slots * self.attn.slot_dim
         start, stop = self.num_prefix_tokens, self.num_prefix_tokens + -(-size // E)
@@ -237,24 +216,17 @@ class Coordination(VisionTransformer):
         Raises:
             ValueError: An argument is out of its range, or is an option of self-attention.
         """
-        kwargs = check_arguments(
-            self,
+        kwargs = reject_arguments(
             args,
             kwargs,
             'this model has no self-attention, and only patches have positions',
             qk_norm=False, scale_attn_norm=False, attn_layer=None, block_fn=None, no_embed_class=True,
         )
         check_at_least(1, num_slots=num_slots)
+        sizes = dict(num_slots=num_slots, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
 
         def block_fn(**block_kwargs) -> nn.Module:
-            return CoordinationBlock(
-                num_slots=num_slots,
-                slot_dim=slot_dim,
-                slot_heads=slot_heads,
-                bottleneck=bottleneck,
-                num_prefix_tokens=self.num_prefix_tokens,
-                **block_kwargs,
-            )
+            return CoordinationBlock(num_prefix_tokens=self.num_prefix_tokens, **sizes, **block_kwargs)
 
         super().__init__(block_fn=block_fn, no_embed_class=True, **kwargs)
         memory = LearnedSlots(

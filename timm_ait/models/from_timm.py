@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 import sys
-from typing import Any, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Dict, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -27,10 +27,9 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers._arguments import options, split_kwargs
+from timm_ait.layers._arguments import split_kwargs
 from timm_ait.weights import check_weights
 
-from ._builder import check_known
 from .associative_transformer import AssociativeBlock
 
 __all__ = ['add_workspace']
@@ -78,16 +77,6 @@ class UnmaskedEvaBlockPostNorm(_Unmasked, EvaBlockPostNorm):
 _UNMASKED = {cls.__bases__[1]: cls for cls in _Unmasked.__subclasses__()}
 
 
-def _select_blocks(mlps: List[Tuple[str, nn.Module]], blocks: Sequence[int]) -> List[Tuple[str, nn.Module]]:
-    num_blocks = len(mlps)
-    valid = isinstance(blocks, Sequence) and all(type(i) is int and -num_blocks <= i < num_blocks for i in blocks)
-    if not valid or not blocks or len({i % num_blocks for i in blocks}) < len(blocks):
-        raise ValueError(
-            f'blocks must be a sequence of different block numbers from {-num_blocks} to {num_blocks - 1}, '
-            f'got {blocks!r}.')
-    return [mlps[i] for i in blocks]
-
-
 def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **workspace_kwargs) -> ModelT:
     """Add gated global workspaces to the MLPs of a timm transformer, in place.
 
@@ -116,9 +105,6 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         ValueError: The model has no such MLPs or already has workspaces, or an argument is out of its range. After
             any error the model is unchanged.
     """
-    if 'gated' in workspace_kwargs:
-        raise TypeError('gated is not an argument of add_workspace: the workspaces that it adds are always gated.')
-    check_known(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
     architecture = type(model).__name__
     for name, module in model.named_modules():
         if isinstance(module, GlobalWorkspace):
@@ -129,9 +115,13 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         raise ValueError(
             f'{architecture} has no MLPs of transformer blocks: add_workspace looked for modules named '
             '[….]blocks.<number>.mlp.')
-    chosen = mlps if blocks is None else _select_blocks(mlps, blocks)
+    if blocks is not None:
+        num_blocks = len(mlps)
+        if not blocks or not all(-num_blocks <= i < num_blocks for i in blocks):
+            raise ValueError(f'blocks must be block numbers from {-num_blocks} to {num_blocks - 1}, got {blocks!r}.')
+        mlps = [mlps[i] for i in sorted({i % num_blocks for i in blocks})]
     workspaces = []
-    for name, mlp in chosen:
+    for name, mlp in mlps:
         last = getattr(mlp, 'fc2', None)
         if not isinstance(last, nn.Linear):
             found = 'none' if last is None else f'a {type(last).__name__}'
@@ -146,7 +136,7 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         workspaces.append(GlobalWorkspace(
             last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs))
 
-    for (name, mlp), workspace in zip(chosen, workspaces):
+    for (name, mlp), workspace in zip(mlps, workspaces):
         block = model.get_submodule(name.rpartition('.')[0])
         mlp.workspace = workspace.train(mlp.training)
         if type(block) is Block and type(mlp) is Mlp:
@@ -233,12 +223,7 @@ def ait_from_timm(
         # first with the original classifier: where timm adapts it, timm no longer checks the other weights
         own_classifier = pretrained and not kwargs.keys() & {'global_pool', 'features_only'}
         num_classes = kwargs.pop('num_classes', None) if own_classifier else None
-        try:
-            body = create_model(model, pretrained, **kwargs)
-        except TypeError as e:
-            unknown = [name for name in kwargs if repr(name) in str(e)]
-            check_known(unknown, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
-            raise
+        body = create_model(model, pretrained, **kwargs)
         if num_classes not in (None, body.num_classes):
             body.reset_classifier(num_classes)
         return add_workspace(body, blocks, **workspace_kwargs)

@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
 import torch
 import torch.nn as nn
 
-from timm.layers import DropPath, LayerNorm, Mlp, trunc_normal_
+from timm.layers import LayerNorm, trunc_normal_
 from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -29,60 +29,48 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from timm_ait.layers._arguments import check_at_least, check_choice
 from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['Perceiver']
 
-_POOLS = ('', 'avg', 'avgmax', 'max')
 
-
-class CrossAttentionBlock(nn.Module):
+class CrossAttentionBlock(Block):
     """Cross-attention module: latents attend to the tokens, then a dense block; both residual, with norms before."""
 
     def __init__(
             self,
             dim: int,
-            num_heads: int,
-            mlp_ratio: float = 1.,
-            proj_drop: float = 0.,
-            attn_drop: float = 0.,
-            drop_path: float = 0.,
-            act_layer: Type[nn.Module] = nn.GELU,
+            num_heads: int = 1,
             norm_layer: Type[nn.Module] = LayerNorm,
             device=None,
             dtype=None,
+            **kwargs,
     ) -> None:
         """As timm's `Block`, of latents and tokens of the same width."""
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = norm_layer(dim, **dd)
+        super().__init__(dim, num_heads, norm_layer=norm_layer, **{**kwargs, 'attn_layer': CrossAttention}, **dd)
         self.norm_tokens = norm_layer(dim, **dd)
-        self.attn = CrossAttention(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Update the latents (B, M, E) with what they read from the tokens (B, N, E)."""
         latents = latents + self.drop_path1(self.attn(self.norm1(latents), self.norm_tokens(tokens)))
-        latents = latents + self.drop_path2(self.mlp(self.norm2(latents)))
-        return latents
+        return latents + self.drop_path2(self.mlp(self.norm2(latents)))
 
 
-class PerceiverEncoder(nn.Module):
-    """All iterations, each a cross-attention and a latent transformer. For timm's ViT this is a single block."""
+class PerceiverEncoder(MasklessBlock):
+    """All iterations, each a cross-attention and a latent transformer. For timm's ViT this is a single block.
+
+    The first cross-attention has weights of its own, the others share theirs, and so do all latent transformers.
+    """
 
     def __init__(
             self,
             dim: int,
-            depth: int,
             num_heads: int,
-            num_cross_heads: int,
+            depth: int,
             num_latents: int,
             num_iterations: int,
-            share_weights: str,
             device=None,
             dtype=None,
             **block_kwargs,
@@ -93,53 +81,32 @@ class PerceiverEncoder(nn.Module):
         self.grad_checkpointing = False
         self.num_iterations = num_iterations
         self.latents = nn.Parameter(torch.empty(1, num_latents, dim, **dd))
-        # iterations beyond the length of a list use its last module
-        num_cross_attns = {'none': num_iterations, 'after_first': min(2, num_iterations), 'all': 1}[share_weights]
         self.cross_attns = nn.ModuleList([
-            CrossAttentionBlock(dim, num_cross_heads, **block_kwargs, **dd) for _ in range(num_cross_attns)])
+            CrossAttentionBlock(dim, **block_kwargs, **dd) for _ in range(min(2, num_iterations))])
         self.latent_transformers = nn.ModuleList([
-            nn.Sequential(*[Block(dim, num_heads, qkv_bias=True, **block_kwargs, **dd) for _ in range(depth)])
-            for _ in range(num_iterations if share_weights == 'none' else 1)])
+            nn.Sequential(*[Block(dim, num_heads, **block_kwargs, **dd) for _ in range(depth)])])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         trunc_normal_(self.latents, std=.02)
 
-    def iterate(self, latents: torch.Tensor, tokens: torch.Tensor, iteration: int) -> torch.Tensor:
-        """One iteration, counted from 0: latents (B, M, E) read the tokens (B, N, E), then each other."""
-        # loops with a condition in them, since TorchScript cannot index a ModuleList by a variable
-        for i, cross_attn in enumerate(self.cross_attns):
-            if i == min(iteration, len(self.cross_attns) - 1):
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    latents = checkpoint(cross_attn, latents, tokens)
-                else:
-                    latents = cross_attn(latents, tokens)
-        for i, blocks in enumerate(self.latent_transformers):
-            if i == min(iteration, len(self.latent_transformers) - 1):
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    latents = checkpoint_seq(blocks, latents)
-                else:
-                    latents = blocks(latents)
-        return latents
+    def iterate(self, latents: torch.Tensor, tokens: torch.Tensor, is_first: bool) -> torch.Tensor:
+        """One iteration: latents (B, M, E) read the tokens (B, N, E), then each other."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            latents = checkpoint(self.cross_attns[0 if is_first else -1], latents, tokens)
+            return checkpoint_seq(self.latent_transformers[0], latents)
+        if is_first:
+            latents = self.cross_attns[0](latents, tokens)
+        else:
+            latents = self.cross_attns[-1](latents, tokens)
+        return self.latent_transformers[0](latents)
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Latents (B, M, E) that have read the tokens x (B, N, E); masks are not supported."""
-        reject_masks(attn_mask, is_causal)
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents (B, M, E) that have read the tokens x (B, N, E)."""
         latents = self.latents.expand(x.shape[0], -1, -1)
         for i in range(self.num_iterations):
-            latents = self.iterate(latents, x, i)
+            latents = self.iterate(latents, x, i == 0)
         return latents
-
-    def prune(self, num_iterations: int) -> None:
-        """Keep only the first iterations."""
-        self.num_iterations = num_iterations
-        self.cross_attns = self.cross_attns[:num_iterations]
-        self.latent_transformers = self.latent_transformers[:num_iterations]
 
 
 class Perceiver(VisionTransformer):
@@ -149,33 +116,21 @@ class Perceiver(VisionTransformer):
     latents. A question, in a class token, is one more token to read.
     """
 
-    def __init__(
-            self,
-            *args,
-            num_cross_heads: int = 1,
-            num_latents: int = 32,
-            num_iterations: int = 3,
-            share_weights: str = 'after_first',
-            **kwargs,
-    ) -> None:
+    def __init__(self, *args, num_latents: int = 32, num_iterations: int = 3, **kwargs) -> None:
         """
         Args:
             *args: As `VisionTransformer`. `depth` and `num_heads` are those of the latent transformer, which follows
                 each cross-attention; `mlp_ratio` is 1 by default; `global_pool` of latents may be 'avg' (the paper's
                 and the default), 'avgmax', 'max', or '' for none; `drop_path_rate` is the same in all blocks, since a
                 shared block has no depth.
-            num_cross_heads: Number of heads of the cross-attention.
             num_latents: Number of latents M.
             num_iterations: Number of iterations, of a cross-attention and a latent transformer each.
-            share_weights: Weights that the iterations share: 'after_first' is the paper's, all except for the first
-                cross-attention; 'all' or 'none'.
             **kwargs: As `VisionTransformer`, except for options of its blocks.
 
         Raises:
             ValueError: An argument is out of its range or not supported.
         """
-        kwargs = check_arguments(
-            self,
+        kwargs = reject_arguments(
             args,
             kwargs,
             'tokens are the patches and the question, and the blocks are those of the paper',
@@ -184,20 +139,19 @@ class Perceiver(VisionTransformer):
             block_fn=None, mlp_layer=None, attn_layer=None,
         )
         kwargs = {'global_pool': 'avg', 'mlp_ratio': 1., 'class_token': False, **kwargs}
-        depth, drop_path = kwargs.pop('depth', 12), kwargs.pop('drop_path_rate', 0.)
-        check_at_least(1, depth=depth, num_latents=num_latents, num_iterations=num_iterations)
-        check_choice('share_weights', share_weights, ('none', 'after_first', 'all'))
-        check_choice('global_pool', kwargs['global_pool'], _POOLS)
+        sizes = dict(depth=kwargs.pop('depth', 12), num_latents=num_latents, num_iterations=num_iterations)
+        check_at_least(1, **sizes)
+        check_choice('global_pool', kwargs['global_pool'], ('', 'avg', 'avgmax', 'max'))
+        drop_path = kwargs.pop('drop_path_rate', 0.)
 
-        def block_fn(dim: int, num_heads: int, **block_kwargs) -> nn.Module:
-            names = ('mlp_ratio', 'proj_drop', 'attn_drop', 'norm_layer', 'act_layer', 'device', 'dtype')
-            return PerceiverEncoder(
-                dim, depth, num_heads, num_cross_heads, num_latents, num_iterations, share_weights,
-                drop_path=drop_path, **{name: block_kwargs[name] for name in names})
+        def block_fn(**block_kwargs) -> nn.Module:
+            return PerceiverEncoder(**{**block_kwargs, **sizes, 'drop_path': drop_path})
 
         super().__init__(
             depth=1, no_embed_class=True, final_norm=False, weight_init='skip', block_fn=block_fn, **kwargs)
-        self.num_prefix_tokens = 0  # of the features
+        # of the features
+        self.num_prefix_tokens = 0
+        self.has_class_token = False
         # linear layers keep PyTorch's initialisation; with timm's for ViTs narrow models learn more slowly
         self.init_weights(needs_reset=False)
 
@@ -220,11 +174,6 @@ class Perceiver(VisionTransformer):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing, of each cross-attention and block."""
         self.blocks[0].grad_checkpointing = enable
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """As `VisionTransformer`, with the poolings of latents."""
-        check_choice('global_pool', self.global_pool if global_pool is None else global_pool, _POOLS)
-        super().reset_classifier(num_classes, global_pool)
 
     def forward_intermediates(
             self,
@@ -251,7 +200,7 @@ class Perceiver(VisionTransformer):
         latents = encoder.latents.expand(x.shape[0], -1, -1)
         intermediates = []
         for i in range(max_index + 1 if stop_early else encoder.num_iterations):
-            latents = encoder.iterate(latents, tokens, i)
+            latents = encoder.iterate(latents, tokens, i == 0)
             if i in take_indices:
                 intermediates.append(latents)
         if output_dict:
@@ -266,8 +215,10 @@ class Perceiver(VisionTransformer):
             prune_head: bool = True,
     ) -> List[int]:
         """As `VisionTransformer`, of iterations; `prune_norm` changes nothing, since there is no norm after them."""
-        take_indices, max_index = feature_take_indices(self.blocks[0].num_iterations, indices)
-        self.blocks[0].prune(max_index + 1)
+        encoder = self.blocks[0]
+        take_indices, max_index = feature_take_indices(encoder.num_iterations, indices)
+        encoder.num_iterations = max_index + 1
+        encoder.cross_attns = encoder.cross_attns[:max_index + 1]
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices

@@ -28,17 +28,15 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import build_vit, check_arguments, cifar_cfg, reject_masks
+from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['SetTransformer']
 
 
-class RowwiseFeedForward(nn.Sequential):
+def rowwise_feed_forward(dim: int, act_layer: Type[nn.Module], drop: float, device=None, dtype=None) -> nn.Module:
     """rFF: one linear layer with an activation, the same for every element of the set."""
-
-    def __init__(self, dim: int, act_layer: Type[nn.Module], drop: float = 0., device=None, dtype=None) -> None:
-        super().__init__(nn.Linear(dim, dim, device=device, dtype=dtype), act_layer(), nn.Dropout(drop))
+    return nn.Sequential(nn.Linear(dim, dim, device=device, dtype=dtype), act_layer(), nn.Dropout(drop))
 
 
 class MultiheadAttentionBlock(nn.Module):
@@ -65,7 +63,7 @@ class MultiheadAttentionBlock(nn.Module):
             attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm1 = norm_layer(dim, **dd)
-        self.rff = RowwiseFeedForward(dim, act_layer, drop=proj_drop, **dd)
+        self.rff = rowwise_feed_forward(dim, act_layer, proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
 
@@ -76,7 +74,7 @@ class MultiheadAttentionBlock(nn.Module):
         return x
 
 
-class InducedSetAttentionBlock(nn.Module):
+class InducedSetAttentionBlock(MasklessBlock):
     """ISAB_m(X) = MAB(X, H) with H = MAB(I, X), I the m inducing points; equations 9 and 10."""
 
     def __init__(self, dim: int, num_inducing: int, device=None, dtype=None, **kwargs) -> None:
@@ -91,39 +89,22 @@ class InducedSetAttentionBlock(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.inducing_points)
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """Update the set x (B, N, d); there is no self-attention to mask."""
-        reject_masks(attn_mask, is_causal)
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """The set x (B, N, d) after it has communicated."""
         h = self.induce(self.inducing_points.expand(x.shape[0], -1, -1), x)
         return self.attend(x, h)
 
 
 class PoolingByMultiheadAttention(nn.Module):
-    """PMA_k(Z) = MAB(S, rFF(Z)), S the k seeds (equation 11), and SAB(PMA_k(Z)) for k > 1; then the mean over them."""
+    """PMA_1(Z) = MAB(S, rFF(Z)) with a seed S, equation 11."""
 
-    def __init__(
-            self,
-            dim: int,
-            num_seeds: int = 1,
-            proj_drop: float = 0.,
-            act_layer: Type[nn.Module] = nn.ReLU,
-            device=None,
-            dtype=None,
-            **kwargs,
-    ) -> None:
-        """Width d = dim and k = num_seeds; the others as `MultiheadAttentionBlock`."""
+    def __init__(self, dim: int, device=None, dtype=None, **kwargs) -> None:
+        """Width d = dim; the others as `MultiheadAttentionBlock`."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        mab = partial(MultiheadAttentionBlock, dim, proj_drop=proj_drop, act_layer=act_layer, **kwargs, **dd)
-        self.seeds = nn.Parameter(torch.empty(num_seeds, dim, **dd))
-        self.rff = RowwiseFeedForward(dim, act_layer, drop=proj_drop, **dd)
-        self.mab = mab()
-        self.sab = mab() if num_seeds > 1 else None
+        self.seeds = nn.Parameter(torch.empty(1, dim, **dd))
+        self.rff = rowwise_feed_forward(dim, kwargs['act_layer'], kwargs['proj_drop'], **dd)
+        self.mab = MultiheadAttentionBlock(dim, **kwargs, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,10 +112,7 @@ class PoolingByMultiheadAttention(nn.Module):
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """Pool the set z (B, N, d) to (B, d)."""
-        x = self.mab(self.seeds.expand(z.shape[0], -1, -1), self.rff(z))
-        if self.sab is not None:
-            x = self.sab(x, x)
-        return x.mean(dim=1)
+        return self.mab(self.seeds.expand(z.shape[0], -1, -1), self.rff(z)).squeeze(1)
 
 
 class SetTransformer(VisionTransformer):
@@ -144,28 +122,19 @@ class SetTransformer(VisionTransformer):
     element of the set.
     """
 
-    def __init__(
-            self,
-            *args,
-            num_inducing: int = 32,
-            num_seeds: int = 1,
-            act_layer: Optional[LayerType] = None,
-            **kwargs,
-    ) -> None:
+    def __init__(self, *args, num_inducing: int = 32, act_layer: Optional[LayerType] = None, **kwargs) -> None:
         """
         Args:
             *args: As `VisionTransformer`. As `global_pool`, 'map' pools by multihead attention (PMA), the paper's
                 decoder; the others are those of timm's ViT, where 'token' is the question's.
             num_inducing: Number of inducing points m of each block.
-            num_seeds: Number of seeds k of the pooling by attention.
             act_layer: Activation of the rFFs, ReLU by default.
             **kwargs: As `VisionTransformer`, except for options of its blocks.
 
         Raises:
             ValueError: An argument is out of its range or not supported.
         """
-        kwargs = check_arguments(
-            self,
+        kwargs = reject_arguments(
             args,
             kwargs,
             'the blocks are induced set attention blocks, with the norms, layers and initialisation of their paper',
@@ -173,7 +142,7 @@ class SetTransformer(VisionTransformer):
             init_values=None, final_norm=False, fc_norm=False, weight_init='', fix_init=False, block_fn=None,
             mlp_layer=None, attn_layer=None,
         )
-        check_at_least(1, depth=kwargs.get('depth', 12), num_inducing=num_inducing, num_seeds=num_seeds)
+        check_at_least(1, depth=kwargs.get('depth', 12), num_inducing=num_inducing)
         mab_args: Dict[str, Any] = {}
 
         def block_fn(**block_args) -> nn.Module:
@@ -183,7 +152,7 @@ class SetTransformer(VisionTransformer):
         super().__init__(
             act_layer=act_layer or nn.ReLU, block_fn=block_fn, final_norm=False, weight_init='skip', **kwargs)
         if self.global_pool == 'map':
-            self.attn_pool = PoolingByMultiheadAttention(num_seeds=num_seeds, **dict(mab_args, drop_path=0.))
+            self.attn_pool = PoolingByMultiheadAttention(**dict(mab_args, drop_path=0.))
             self.pool_include_prefix = True
         # linear layers keep PyTorch's initialisation; with timm's for ViTs narrow models learn more slowly
         self.init_weights(needs_reset=False)

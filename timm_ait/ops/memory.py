@@ -33,11 +33,6 @@ _OF_DERIVATIVE = {
 }
 
 
-def _ridge(dtype: torch.dtype) -> float:
-    """What is added to singular values, as a part of the norm of all, where derivatives divide by them."""
-    return 10 * torch.finfo(dtype).eps
-
-
 def _polar_by_products(matrix: torch.Tensor) -> torch.Tensor:
     """Polar factor of a wide matrix (M, D), M <= D, by products alone: nothing waits for the device.
 
@@ -60,8 +55,9 @@ def _polar_derivative_by_products(matrix: torch.Tensor, factor: torch.Tensor, di
     """Derivative of `_polar_by_products` in a direction (M, D), given the polar factor (M, D)."""
     dtype = matrix.dtype if matrix.device.type == 'mps' else torch.float64
     norm = matrix.detach().to(dtype).norm().clamp_min(torch.finfo(dtype).tiny)
-    # a ridge on the singular values leaves the polar factor as it is
-    x, dx = matrix.to(dtype) / norm + max(_ridge(matrix.dtype), 1e-6) * factor, direction.to(dtype) / norm
+    # a ridge on the singular values, by which derivatives divide, leaves the polar factor as it is
+    ridge = max(10 * torch.finfo(matrix.dtype).eps, 1e-6)
+    x, dx = matrix.to(dtype) / norm + ridge * factor, direction.to(dtype) / norm
     scale = 1.01 * (x.detach() @ x.detach().T).norm().sqrt()
     x, dx = x / scale, dx / scale
     for a, b, c in _OF_DERIVATIVE[dtype]:
@@ -111,7 +107,7 @@ def _polar_backward(matrix: torch.Tensor, factor: torch.Tensor, grad: torch.Tens
     if not (factor.isfinite().all() and grad.isfinite().all()):
         return torch.full_like(matrix, float('nan'), memory_format=torch.contiguous_format)
     s, u, x = _singular_values(matrix)
-    s = s + _ridge(matrix.dtype) * s.norm().clamp_min(torch.finfo(s.dtype).tiny)
+    s = s + 10 * torch.finfo(matrix.dtype).eps * s.norm().clamp_min(torch.finfo(s.dtype).tiny)
     g = grad.double()
     rotation = g @ x.T
     y = u.T @ (rotation - rotation.T) @ u / (s.unsqueeze(0) + s.unsqueeze(1))
@@ -143,13 +139,10 @@ _polar_backward.register_autograd(_double_backward, setup_context=_save)
 
 
 def polar(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearest matrix with orthonormal rows (M <= D) or columns (M > D).
+    """Nearest matrix with orthonormal rows (M <= D) or columns (M > D), (M, D), in float32 or float64.
 
     Whatever the matrix, the result is orthonormal to 1e-4, also where the nearest one is not unique. A matrix that is
     not finite has a result of nan.
-
-    Args:
-        matrix: (M, D), float32 or float64.
     """
     return _polar(matrix) if matrix.shape[0] <= matrix.shape[1] else _polar(matrix.T).T
 

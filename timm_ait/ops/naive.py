@@ -6,15 +6,16 @@ and are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
+import math
 from fractions import Fraction
-from typing import Callable, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 
 __all__ = [
     'WriteWeights', 'attend', 'balance_loss', 'energy', 'num_kept', 'polar', 'read', 'retrieve', 'update_memory',
-    'write', 'write_and_read',
+    'write',
 ]
 
 
@@ -51,13 +52,7 @@ def attend(
         values: torch.Tensor,
         bottleneck: Union[int, float],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Bottleneck attention: each query attends to the k tokens it scores highest.
-
-    Args:
-        queries: Slot queries, (A, M, D).
-        keys: Token keys, (A, T, D).
-        values: Token values, (A, T, D).
-        bottleneck: As `num_kept`.
+    """Bottleneck attention: each query (A, M, D) attends to the k tokens it scores highest, by keys (A, T, D).
 
     Returns:
         Pooled values (A, M, D) and attention (A, M, T), zero outside the kept tokens.
@@ -95,13 +90,9 @@ def update_memory(
         momentum: float = 0.9,
         rule: str = 'orthogonal',
 ) -> torch.Tensor:
-    """Moving average of the memory, put back where its slots have unit norm, (M, D).
+    """Moving average of the memory before a write and what it proposes, put back where slots have unit norm, (M, D).
 
-    Args:
-        memory: Memory before the write, (M, D).
-        candidate: What the write proposes, (M, D).
-        momentum: Weight of the memory before the write.
-        rule: 'orthogonal' keeps the slots orthonormal, 'normalize' (the published rule) only their norms at one.
+    The rule 'orthogonal' keeps the slots orthonormal, 'normalize' (the published one) only their norms at one.
     """
     memory = momentum * memory + (1. - momentum) * candidate
     if rule == 'orthogonal':
@@ -175,48 +166,11 @@ def read(
     return (tokens if residual is None else residual) + (state if gate is None else gate * state)
 
 
-def write_and_read(
-        tokens: torch.Tensor,
-        memory: torch.Tensor,
-        weights: WriteWeights,
-        num_heads: int,
-        bottleneck: Union[int, float],
-        lift: Callable[[torch.Tensor], torch.Tensor],
-        momentum: float = 0.9,
-        rule: str = 'orthogonal',
-        beta: float = 1.,
-        num_steps: int = 1,
-        residual: Optional[torch.Tensor] = None,
-        gate: Optional[torch.Tensor] = None,
-        token_mask: Optional[torch.Tensor] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A training step of the layer: tokens write, then read what was written.
-
-    Args:
-        tokens: Normed tokens, (T, E).
-        memory: Memory before the write (M, D); this and all up to the bottleneck as `write`.
-        lift: From the memory (M, D) to the attractors (M, E).
-        momentum: As `update_memory`.
-        rule: As `update_memory`.
-        beta: As `read`; this and all up to the gate.
-        token_mask: As `write`.
-
-    Returns:
-        Output (T, E), memory after the write (M, D), the candidate it was averaged with (M, D), unweighted balance loss
-        (scalar) and coverage (scalar).
-    """
-    candidate, balance, coverage = write(tokens, memory, weights, num_heads, bottleneck, token_mask)
-    written = update_memory(memory, candidate, momentum, rule)
-    output = read(tokens, lift(written), beta, num_steps, residual, gate)
-    return output, written, candidate, balance, coverage
-
-
 def energy(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:
     """Energy of each token, (T,); a retrieval step never raises it."""
-    num_slots = attractors.shape[0]
     return (
         -torch.logsumexp(beta * state @ attractors.T, dim=-1) / beta
         + 0.5 * state.square().sum(dim=-1)
-        + torch.log(torch.tensor(float(num_slots))) / beta
+        + math.log(len(attractors)) / beta
         + 0.5 * attractors.square().sum(dim=-1).max()
     )

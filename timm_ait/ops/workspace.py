@@ -1,4 +1,4 @@
-""" A training step of the workspace, and its read, in few passes over the tokens.
+""" The write and the read of the workspace, in few passes over the tokens.
 
 The key projection folds into the A * M queries, so no keys are made; tokens are pooled before the value projection, so
 no values are made; residual and gate are part of the last product. Scores, top-k, pooling and read are one function of
@@ -6,29 +6,17 @@ plain PyTorch operators, which `torch.compile` takes whole.
 
 Source: the equations of `naive.py`, whose functions have the same names and arguments.
 """
-from typing import Callable, Optional, Protocol, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 
-from .memory import update_memory
 from .naive import WriteWeights, num_kept
 
-__all__ = ['Ranks', 'num_kept', 'read', 'write', 'write_and_read']
+__all__ = ['num_kept', 'read', 'write']
 
 
-class Ranks(Protocol):
-    """Processes whose tokens compete together."""
-    rank: int  # of this process
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """What all give, added up. So is the gradient, since every rank's loss depends on what each of them gives."""
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """What all give, of one shape (R, n), side by side, without gradient."""
-
-
-def _keep_best_of_all(scores: torch.Tensor, k: int, ranks: Ranks) -> Tuple[torch.Tensor, torch.Tensor]:
+def _keep_best_of_all(scores: torch.Tensor, k: int, ranks: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     """Which of this rank's scores (R, n) are among the k best of all ranks, and the best of all (R, 1)."""
     # ranks may have different numbers of tokens
     offered = ranks.gather(F.pad(scores, (0, k - scores.shape[1]), value=float('-inf')))
@@ -42,7 +30,7 @@ def _attend(
         scores: torch.Tensor,
         bottleneck: Union[int, float],
         token_mask: Optional[torch.Tensor],
-        ranks: Optional[Ranks],
+        ranks: Optional[Any],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Weights (R, k), in at least float32, and indices (R, k) of the tokens that each query keeps by its scores (R, T).
 
@@ -82,7 +70,7 @@ def _balance(
         num_slots: int,
         num_tokens: int,
         token_mask: Optional[torch.Tensor],
-        ranks: Optional[Ranks],
+        ranks: Optional[Any],
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Union[int, torch.Tensor]]:
     """What `naive.balance_loss` is made of, from the weights and tokens of the selections alone, both (A, M * k).
 
@@ -117,7 +105,7 @@ def write(
         num_heads: int,
         bottleneck: Union[int, float],
         token_mask: Optional[torch.Tensor] = None,
-        ranks: Optional[Ranks] = None,
+        ranks: Optional[Any] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `naive.write`; the tokens, at least one, may be of lower precision than the memory and the weights.
 
@@ -126,7 +114,8 @@ def write(
     forward, and of the first and the last again in its backward.
 
     Args:
-        ranks: Processes whose tokens compete together. T is the number of all of them, and all get the same result.
+        ranks: Processes whose tokens compete together, see `ranks.ProcessGroups`. T is the number of all of them, and
+            all get the same result.
     """
     num_tokens, (num_slots, slot_dim) = tokens.shape[0], memory.shape
     if token_mask is not None:  # padding may be anything, also nan
@@ -169,26 +158,3 @@ def read(
         state = F.linear(state, keys).softmax(dim=-1) @ attractors.to(tokens.dtype)
     association = F.linear(state, keys).softmax(dim=-1)
     return torch.addmm(tokens if residual is None else residual, association, values)
-
-
-def write_and_read(
-        tokens: torch.Tensor,
-        memory: torch.Tensor,
-        weights: WriteWeights,
-        num_heads: int,
-        bottleneck: Union[int, float],
-        lift: Callable[[torch.Tensor], torch.Tensor],
-        momentum: float = 0.9,
-        rule: str = 'orthogonal',
-        beta: float = 1.,
-        num_steps: int = 1,
-        residual: Optional[torch.Tensor] = None,
-        gate: Optional[torch.Tensor] = None,
-        token_mask: Optional[torch.Tensor] = None,
-        ranks: Optional[Ranks] = None,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `naive.write_and_read`, with ranks as `write`."""
-    candidate, balance, coverage = write(tokens, memory, weights, num_heads, bottleneck, token_mask, ranks)
-    written = update_memory(memory, candidate, momentum, rule)
-    output = read(tokens, lift(written), beta, num_steps, residual, gate)
-    return output, written, candidate, balance, coverage
