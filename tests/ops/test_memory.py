@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_ait.ops import memory, naive
-from timm_ait.ops.memory import slot_statistics, update_memory
+from timm_ait.ops.memory import add_written_, slot_statistics, update_memory
 
 SHAPES = [(32, 32), (8, 32), (1, 16), (40, 16), (5, 1)]
 
@@ -94,3 +94,13 @@ def test_statistics(slots, effective_rank, mean_cosine):
     statistics = slot_statistics(slots)
     assert statistics['effective_rank'] == pytest.approx(effective_rank, abs=1e-3)
     assert statistics['mean_cosine'] == pytest.approx(mean_cosine, abs=1e-5)
+
+
+def test_a_forward_inside_of_backward_is_not_added_to_what_was_written():
+    total, count = torch.zeros(2, 3), torch.zeros((), dtype=torch.long)
+    y = torch.zeros(1, requires_grad=True) * 1.
+    y.register_hook(lambda grad: add_written_(total, count, torch.ones(2, 3)))
+    y.backward()
+    assert count == 0
+    add_written_(total, count, torch.ones(2, 3))
+    assert count == 1 and torch.equal(total, torch.ones(2, 3))
