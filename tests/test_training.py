@@ -1,13 +1,7 @@
 """ timm's own training tasks, with the gradient of criterion + balance loss. """
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn as nn
-from PIL import Image
 
 import timm
 from timm.layers import set_reentrant_ckpt
@@ -16,7 +10,6 @@ from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from timm.utils import freeze
 
 import tests.models
-import timm_ait
 from timm_ait import balance_loss
 from timm_ait.training import install_balance_loss
 
@@ -164,31 +157,3 @@ def test_the_log_says_what_part_of_the_loss_is_balance(caplog):
     with caplog.at_level('INFO'):
         result = ClassificationTask(make_model(), nn.CrossEntropyLoss())(*make_batch())
     assert f'{float(result["balance_loss"]):#.4g} is the balance loss' in caplog.text
-
-
-@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS, the folder of timm's train.py, is not set")
-@pytest.mark.parametrize('arguments', [
-    [],
-    ['--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', '2', '--model-ema', '--grad-checkpointing'],
-])
-def test_unmodified_train_script_trains_and_resumes(tmp_path, arguments):
-    for split in ('train', 'validation'):
-        for label in range(2):
-            folder = tmp_path / split / str(label)
-            folder.mkdir(parents=True)
-            for i in range(8):
-                Image.new('RGB', (32, 32), (255 * label, 16 * i, 0)).save(folder / f'{i}.png')
-    command = [
-        sys.executable, os.path.join(os.environ['TIMM_SCRIPTS'], 'train.py'), '--device-modules', 'timm_ait',
-        '--data-dir', str(tmp_path), '--model', 'test_ait', '--num-classes', '2', '--device', 'cpu', '-b', '4',
-        '--workers', '1', '--lr', '0.001', '--opt', 'adamw', '--warmup-epochs', '0',
-        '--output', str(tmp_path / 'output'), '--experiment', 'run', *arguments,
-    ]
-    environment = {**os.environ, 'PYTHONPATH': str(Path(timm_ait.__file__).parents[1])}
-    last = tmp_path / 'output' / 'run' / 'last.pth.tar'
-    for more in (['--epochs', '1'], ['--epochs', '2', '--resume', str(last)]):
-        subprocess.run([*command, *more], check=True, env=environment)
-    checkpoint = torch.load(last, weights_only=False)
-    assert checkpoint['epoch'] == 1
-    memory = checkpoint['state_dict']['blocks.0.mlp.workspace.memory']
-    torch.testing.assert_close(memory @ memory.T, torch.eye(8), atol=1e-4, rtol=0)

@@ -112,7 +112,7 @@ def test_the_learning_rate_rises_stays_and_decays(progress, scale):
 
 # training
 
-def test_training_learns_and_writes_weights_that_timm_loads(train, data_dir, tmp_path):
+def test_training_learns_and_writes_weights_that_timm_loads(train, tmp_path):
     final = train('--epochs', '20', '--lr', '1e-2', '--model-ema-decay', '0.9')[-1]
     assert final['top1'] == final['top1_ema'] == 100
     overlay = dict(file=str(tmp_path / 'run' / 'model.safetensors'), num_classes=2)

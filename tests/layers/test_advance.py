@@ -610,6 +610,15 @@ class TestPrecision:
         for matrix in cosines:
             torch.testing.assert_close(matrix, torch.eye(8).double(), atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+    def test_autocast_leaves_the_write_in_float32(self, dtype):
+        layer, plain = make_workspace(), make_workspace()
+        x = tokens()
+        with torch.autocast('cpu', dtype):
+            layer(x)
+        plain(x)
+        torch.testing.assert_close([written_by(layer), balance_loss(layer)], [written_by(plain), balance_loss(plain)])
+
     @pytest.mark.parametrize('dtype, tolerance', [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float64, 1e-4)])
     def test_a_converted_layer_trains_and_evaluates_in_its_dtype(self, dtype, tolerance):
         layer = make_workspace().to(dtype)
