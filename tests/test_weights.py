@@ -25,6 +25,10 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'empty'))
 
 
+def tuple_or_value(value):
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
 @pytest.mark.parametrize('name', SHIPPED)
 class TestShipped:
 
@@ -70,10 +74,6 @@ def manifest():
 
 def test_files_are_those_of_the_manifest():
     assert json.loads((weights_dir() / 'manifest.json').read_text()) == manifest()
-
-
-def tuple_or_value(value):
-    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 def test_without_a_shipped_file_the_hub_is_asked():

@@ -251,7 +251,7 @@ class TestArchitecture:
     def body(self, hub):
         """A ViT whose weights the Hub has."""
         body = tests.models.make_model('test_vit')
-        hub.add('timm/test_vit.r160_in1k', {'model.safetensors': save(body.state_dict())})
+        hub('timm/test_vit.r160_in1k', {'model.safetensors': save(body.state_dict())})
         return body
 
     @pytest.mark.parametrize('name', ['test_vit', 'test_vit.r160_in1k'])

@@ -46,7 +46,7 @@ class TestBody:
 ])
 def test_with_weights_from_the_hub_it_is_timms_vit(hub, name):
     vit = timm.create_model(name.removeprefix('ait_'))
-    hub.add(f'timm/{name.removeprefix("ait_")}', {'model.safetensors': save(vit.state_dict())})
+    hub(f'timm/{name.removeprefix("ait_")}', {'model.safetensors': save(vit.state_dict())})
     model = timm.create_model(name, pretrained=True)
     assert isinstance(model, AssociativeTransformer)
     assert torch.equal(logits(model, images(2, 224)), logits(vit, images(2, 224)))
