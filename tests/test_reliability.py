@@ -115,8 +115,11 @@ ImageDataset.set_epoch = set_epoch
 
 @pytest.mark.slow
 @pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS, the folder of timm's train.py, is not set")
-@pytest.mark.parametrize('while_saving', [False, True])
-def test_a_killed_run_resumes_to_the_same_end(tmp_path, while_saving):
+@pytest.mark.parametrize('awaited, options', [
+    ('checkpoint-1.pth.tar', []),
+    ('tmp.pth.tar', ['--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', '2', '--grad-checkpointing']),
+], ids=['between epochs', 'while saving'])
+def test_a_killed_run_of_timms_train_script_resumes_to_the_same_end(tmp_path, awaited, options):
     (tmp_path / 'seed_epochs.py').write_text(SEED_EPOCHS)
     generator = np.random.default_rng(0)
     for i in range(60):
@@ -131,7 +134,7 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, while_saving):
         command = [
             sys.executable, Path(os.environ['TIMM_SCRIPTS'], 'train.py'), '--device-modules', 'timm_ait', 'seed_epochs',
             '--data-dir', tmp_path / 'data', '--model', 'test_ait', '--output', tmp_path, '--experiment', experiment,
-            *(['--resume', files[-1]] if files else []), *(
+            *(['--resume', files[-1]] if files else []), *options, *(
                 '--epochs 4 --warmup-epochs 1 -b 16 -vb 12 --opt adamw --lr 1e-3 --drop-path 0.1 --model-ema '
                 '--device cpu --workers 0 --num-classes 3').split()]
         environment = {**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{os.getcwd()}'}
@@ -144,9 +147,8 @@ def test_a_killed_run_resumes_to_the_same_end(tmp_path, while_saving):
 
     whole = finish('whole')
     run = start('killed')
-    awaited = tmp_path / 'killed' / ('tmp.pth.tar' if while_saving else 'checkpoint-1.pth.tar')
-    while run.poll() is None and not awaited.exists():
-        time.sleep(0. if while_saving else 1e-3)
+    while run.poll() is None and not (tmp_path / 'killed' / awaited).exists():
+        time.sleep(0. if awaited == 'tmp.pth.tar' else 1e-3)
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     resumed = finish('killed')

@@ -1,9 +1,4 @@
 """ timm's own training tasks, with the gradient of criterion + balance loss. """
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn as nn
@@ -14,29 +9,25 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from timm.utils import freeze
 
-import timm_ait
+import tests.models
 from timm_ait import balance_loss
 from timm_ait.training import install_balance_loss
 
 
 def make_model(**kwargs):
-    torch.manual_seed(0)
-    return timm.create_model('test_ait', **kwargs).train()
+    return tests.models.make_model('test_ait', **kwargs).train()
+
+
+def make_task(model, task_cls=ClassificationTask):
+    return task_cls(model, nn.CrossEntropyLoss(), verbose=False)
 
 
 def make_batch():
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(4, 3, 32, 32, generator=generator), torch.randint(10, (4,), generator=generator)
+    return tests.models.images(), torch.tensor([1, 0, 9, 3])
 
 
 def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same_gradients(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name, grad in actual.items():
-        torch.testing.assert_close(grad, expected[name], msg=lambda m: f'{name}: {m}')
 
 
 def explicit_step(autocast_dtype=None, num_steps=1, **kwargs):
@@ -53,20 +44,18 @@ def explicit_step(autocast_dtype=None, num_steps=1, **kwargs):
 @pytest.mark.parametrize('autocast_dtype', [None, torch.bfloat16, torch.float16])
 def test_task_adds_the_balance_loss(autocast_dtype):
     model = make_model()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     with torch.autocast('cpu', autocast_dtype, enabled=autocast_dtype is not None):
-        loss = task(*make_batch())['loss']
+        loss = make_task(model)(*make_batch())['loss']
     loss.backward()
-    assert_same_gradients(gradients(model), explicit_step(autocast_dtype))
+    torch.testing.assert_close(gradients(model), explicit_step(autocast_dtype))
 
 
 def test_under_the_gradient_scaler():
     model = make_model()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     optimizer = create_optimizer_v2(model, 'sgd', lr=0.)
     scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 10)
     with torch.autocast('cpu', torch.float16):
-        loss = task(*make_batch())['loss']
+        loss = make_task(model)(*make_batch())['loss']
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     expected = explicit_step(torch.float16)
@@ -80,22 +69,21 @@ def test_under_the_gradient_scaler():
 def test_under_gradient_accumulation_or_checkpointing(checkpointing, num_steps):
     model = make_model()
     model.set_grad_checkpointing(checkpointing)
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task = make_task(model)
     for _ in range(num_steps):
         loss = task(*make_batch())['loss']
         loss /= num_steps  # in place, as train.py does
         loss.backward()
-    assert_same_gradients(gradients(model), explicit_step(num_steps=num_steps))
+    torch.testing.assert_close(gradients(model), explicit_step(num_steps=num_steps))
 
 
 def test_reentrant_checkpointing_which_would_lose_the_gradient_raises():
     model = make_model()
     model.set_grad_checkpointing()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     set_reentrant_ckpt(True)
     try:
         with pytest.raises(RuntimeError, match='re-entrant'):
-            task(*make_batch())['loss'].backward()
+            make_task(model)(*make_batch())['loss'].backward()
     finally:
         set_reentrant_ckpt(False)
 
@@ -103,37 +91,25 @@ def test_reentrant_checkpointing_which_would_lose_the_gradient_raises():
 def test_compiled_task():
     torch._dynamo.reset()
     model = make_model(depth=1)
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
+    task = make_task(model)
     task.compile(backend='aot_eager')
     task(*make_batch())['loss'].backward()
-    assert_same_gradients(gradients(model), explicit_step(depth=1))
+    torch.testing.assert_close(gradients(model), explicit_step(depth=1))
 
 
 def test_distillation_task_adds_the_balance_loss_of_the_student_alone():
-    torch.manual_seed(0)
     student, teacher = make_model(), timm.create_model('test_ait')
     task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss(), verbose=False)
-    result = task(*make_batch())
-    torch.testing.assert_close(result['balance_loss'], balance_loss(student))
+    torch.testing.assert_close(task(*make_batch())['balance_loss'], balance_loss(student))
     assert balance_loss(teacher) == 0.
 
 
 def test_other_models_are_left_alone():
     model = timm.create_model('test_vit', num_classes=10, img_size=32)
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
     x, y = make_batch()
-    result = task(x, y)
+    result = make_task(model)(x, y)
     assert 'balance_loss' not in result
     torch.testing.assert_close(result['loss'], nn.functional.cross_entropy(result['output'], y))
-
-
-def test_installing_twice_adds_the_loss_once():
-    install_balance_loss()
-    model = make_model()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
-    result = task(*make_batch())
-    expected = nn.functional.cross_entropy(result['output'], make_batch()[1]) + balance_loss(model)
-    torch.testing.assert_close(result['loss'], expected)
 
 
 class TaskThatAddsItself(ClassificationTask):
@@ -153,62 +129,31 @@ class TaskThatOnlyLooks(ClassificationTask):
 @pytest.mark.parametrize('task_cls', [TaskThatAddsItself, TaskThatOnlyLooks])
 def test_a_task_that_asks_for_the_balance_loss_has_it_counted_once(task_cls):
     model = make_model()
-    task_cls(model, nn.CrossEntropyLoss(), verbose=False)(*make_batch())['loss'].backward()
-    assert_same_gradients(gradients(model), explicit_step())
+    make_task(model, task_cls)(*make_batch())['loss'].backward()
+    torch.testing.assert_close(gradients(model), explicit_step())
 
 
-def test_a_task_that_was_there_before_the_import_adds_it_too():
+def test_a_task_that_was_there_before_the_import_adds_it_too_and_once(monkeypatch):
     model = make_model()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)
-    wrapped = TrainingTask.__call__
+    task, (x, y) = make_task(model), make_batch()
+    monkeypatch.setattr(TrainingTask, '__call__', TrainingTask.__call__)  # to be restored
     del TrainingTask.__call__
-    try:
-        assert 'balance_loss' not in task(*make_batch())
+    assert 'balance_loss' not in task(x, y)
+    for _ in range(2):
         install_balance_loss()
-        assert 'balance_loss' in task(*make_batch())
-    finally:
-        TrainingTask.__call__ = wrapped
+        result = task(x, y)
+        expected = nn.functional.cross_entropy(result['output'], y) + balance_loss(model)
+        torch.testing.assert_close(result['loss'], expected)
 
 
 def test_a_frozen_model_has_no_balance_loss():
     model = make_model()
     freeze(model)
     model.head.requires_grad_(True)
-    assert ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False)(*make_batch())['balance_loss'] == 0.
+    assert make_task(model)(*make_batch())['balance_loss'] == 0.
 
 
 def test_the_log_says_what_part_of_the_loss_is_balance(caplog):
-    model = make_model()
-    task = ClassificationTask(model, nn.CrossEntropyLoss())
     with caplog.at_level('INFO'):
-        result = task(*make_batch())
+        result = ClassificationTask(make_model(), nn.CrossEntropyLoss())(*make_batch())
     assert f'{float(result["balance_loss"]):#.4g} is the balance loss' in caplog.text
-
-
-@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS, the folder of timm's train.py, is not set")
-@pytest.mark.parametrize('arguments', [
-    [],
-    ['--amp', '--amp-dtype', 'bfloat16', '--grad-accum-steps', '2', '--model-ema', '--grad-checkpointing'],
-])
-def test_unmodified_train_script_trains_and_resumes(tmp_path, arguments):
-    from PIL import Image
-    for split in ('train', 'validation'):
-        for label in range(2):
-            folder = tmp_path / split / str(label)
-            folder.mkdir(parents=True)
-            for i in range(8):
-                Image.new('RGB', (32, 32), (255 * label, 16 * i, 0)).save(folder / f'{i}.png')
-    command = [
-        sys.executable, os.path.join(os.environ['TIMM_SCRIPTS'], 'train.py'), '--device-modules', 'timm_ait',
-        '--data-dir', str(tmp_path), '--model', 'test_ait', '--num-classes', '2', '--device', 'cpu', '-b', '4',
-        '--workers', '1', '--lr', '0.001', '--opt', 'adamw', '--warmup-epochs', '0',
-        '--output', str(tmp_path / 'output'), '--experiment', 'run', *arguments,
-    ]
-    environment = {**os.environ, 'PYTHONPATH': str(Path(timm_ait.__file__).parents[1])}
-    subprocess.run([*command, '--epochs', '1'], check=True, env=environment)
-    resumed = ['--epochs', '2', '--resume', str(tmp_path / 'output' / 'run' / 'last.pth.tar')]
-    subprocess.run([*command, *resumed], check=True, env=environment)
-    checkpoint = torch.load(tmp_path / 'output' / 'run' / 'last.pth.tar', weights_only=False)
-    assert checkpoint['epoch'] == 1
-    memory = checkpoint['state_dict']['blocks.0.mlp.workspace.memory']
-    torch.testing.assert_close(memory @ memory.T, torch.eye(8), atol=1e-4, rtol=0)

@@ -8,9 +8,8 @@ from typing import List
 import torch
 import torch.nn as nn
 
-import timm
-
-import timm_ait  # registers the models
+import tests.models
+import timm_ait
 from timm_ait.layers import GlobalWorkspace
 
 TOLERANCE = dict(atol=1e-4, rtol=1e-4)
@@ -18,8 +17,7 @@ TOLERANCE = dict(atol=1e-4, rtol=1e-4)
 
 def make_ait(**kwargs) -> nn.Module:
     """A small AiT in evaluation whose memories are not the initial ones any more."""
-    torch.manual_seed(0)
-    model = timm.create_model('test_ait', **{**dict(img_size=16, depth=2, num_classes=5), **kwargs})
+    model = tests.models.make_model('test_ait', **{**dict(img_size=16, depth=2, num_classes=5), **kwargs})
     train(model, 2)
     return model.eval()
 
@@ -42,9 +40,8 @@ def train(model: nn.Module, num_steps: int, lr: float = 0.02, size: int = 16) ->
         optimizer.step()
 
 
-def images(batch_size: int = 2, size: int = 16, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch_size, 3, size, size, generator=generator, dtype=dtype)
+def images(batch_size: int = 2, size: int = 16, **kwargs) -> torch.Tensor:
+    return tests.models.images(batch_size, size, **kwargs)
 
 
 def workspaces(model: nn.Module) -> List[GlobalWorkspace]:

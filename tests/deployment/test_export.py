@@ -3,11 +3,22 @@ import pytest
 import torch
 from torch.export import Dim
 
-from tests.deployment import TOLERANCE, images, make_ait, make_vit, other_memory, run_without_timm_ait
+from tests.deployment import TOLERANCE, images, make_ait, other_memory, run_without_timm_ait
 
 
 def export(model):
     return torch.export.export(model, (images(2),), dynamic_shapes=({0: Dim('batch')},))
+
+
+def assert_files_compute_the_same(model, folder, *loads):
+    torch.save((images(3), model(images(3)).detach()), folder / 'example.pt')
+    run_without_timm_ait(
+        'import torch\n'
+        'x, expected = torch.load("example.pt")\n'
+        f'for module in ({", ".join(loads)},):\n'
+        f'    torch.testing.assert_close(module(x), expected, **{TOLERANCE})\n',
+        folder,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -43,40 +54,19 @@ def test_has_operators_of_pytorch_alone(exported):
     assert targets and not any('timm_ait' in target for target in targets)
 
 
-def test_does_not_project_the_memory_in_the_graph(exported):
-    def num_products(program):
-        products = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default, torch.ops.aten.addmm.default)
-        return sum(node.target in products for node in program.graph.nodes)
-    # attractors, scores and their mean, in two blocks
-    assert num_products(exported[1]) == num_products(export(make_vit())) + 2 * 3
-
-
 @pytest.mark.filterwarnings('ignore')
 def test_loaded_files_run_without_this_package(exported, tmp_path):
     model, program = exported
     torch.export.save(program, tmp_path / 'model.pt2')
     torch.jit.script(model).save(tmp_path / 'scripted.pt')
     torch.jit.trace(model, images(2)).save(tmp_path / 'traced.pt')
-    torch.save((images(3), model(images(3)).detach()), tmp_path / 'example.pt')
-    run_without_timm_ait(
-        'import torch\n'
-        'x, expected = torch.load("example.pt")\n'
-        'exported = torch.export.load("model.pt2").module()\n'
-        'for module in (exported, torch.jit.load("scripted.pt"), torch.jit.load("traced.pt")):\n'
-        f'    torch.testing.assert_close(module(x), expected, **{TOLERANCE})\n',
-        tmp_path,
-    )
+    assert_files_compute_the_same(
+        model, tmp_path, 'torch.export.load("model.pt2").module()', 'torch.jit.load("scripted.pt")',
+        'torch.jit.load("traced.pt")')
 
 
 @pytest.mark.slow
 def test_an_aotinductor_package_runs_without_this_package(exported, tmp_path):
     model, program = exported
     torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'model.pt2'))
-    torch.save((images(3), model(images(3)).detach()), tmp_path / 'example.pt')
-    run_without_timm_ait(
-        'import torch\n'
-        'x, expected = torch.load("example.pt")\n'
-        'module = torch._inductor.aoti_load_package("model.pt2")\n'
-        f'torch.testing.assert_close(module(x), expected, **{TOLERANCE})\n',
-        tmp_path,
-    )
+    assert_files_compute_the_same(model, tmp_path, 'torch._inductor.aoti_load_package("model.pt2")')

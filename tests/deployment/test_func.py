@@ -1,4 +1,4 @@
-""" Derivatives of evaluation: `torch.func`, double backward, attribution. """
+""" Derivatives of evaluation: `torch.func` and double backward. """
 import copy
 
 import pytest
@@ -75,25 +75,8 @@ class TestVmap:
             torch.testing.assert_close(actual, model(x))
 
 
-class TestDoubleBackward:
-
-    def test_of_the_model(self):
-        model = make_double()
-        direction = doubles(1, seed=2)
-
-        def slope(x):
-            (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-            return (gradient * direction).sum()
-        x = doubles(1).requires_grad_()
-        (second,) = torch.autograd.grad(slope(x), x)
-
-        def at(step):
-            return slope((x.detach() + step * direction).requires_grad_()).detach()
-        expected = (at(1e-5) - at(-1e-5)) / 2e-5
-        torch.testing.assert_close((second * direction).sum(), expected, atol=1e-6, rtol=1e-5)
-
-    @pytest.mark.parametrize('kwargs', [{}, dict(gated=True)], ids=['plain', 'gated'])
-    def test_of_a_workspace(self, kwargs):
-        layer = workspaces(make_double(**kwargs))[0]
-        x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradgradcheck(layer, (x,))
+@pytest.mark.parametrize('kwargs', [{}, dict(gated=True)], ids=['plain', 'gated'])
+def test_double_backward_of_a_workspace(kwargs):
+    layer = workspaces(make_double(**kwargs))[0]
+    x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer, (x,))

@@ -22,11 +22,8 @@ def features(model, x):
     return outputs[0]
 
 
-EXTRACTORS = {'timm': timm_feature_extractor, 'torchvision': torchvision_feature_extractor}
-
-
-def extract(extractor, model):
-    return EXTRACTORS[extractor](model, {'blocks.1.add_1': 'last'})
+def last_block(extractor, model):
+    return extractor(model, {'blocks.1.add_1': 'last'})
 
 
 class TestSymbolicTrace:
@@ -51,12 +48,13 @@ class TestSymbolicTrace:
         assert all(torch.equal(a, b) for a, b in zip(graph.parameters(), alone.parameters()))
 
 
-@pytest.mark.parametrize('extractor', ['timm', 'torchvision'])
+@pytest.mark.parametrize(
+    'extractor', [timm_feature_extractor, torchvision_feature_extractor], ids=['timm', 'torchvision'])
 class TestFeatureExtractors:
 
     def test_give_the_features_of_the_model_in_either_mode(self, extractor):
         model = make_ait()
-        extracted = extract(extractor, model)
+        extracted = last_block(extractor, model)
         for training in (False, True, False):
             model.train(training), extracted.train(training)
             last = extracted(images())['last']
@@ -64,7 +62,7 @@ class TestFeatureExtractors:
 
     def test_that_trained_evaluate_with_the_memory_that_they_wrote(self, extractor):
         model = make_ait()
-        extracted = extract(extractor, model).train()
+        extracted = last_block(extractor, model).train()
         before = memories(extracted)
         optimizer = torch.optim.SGD(extracted.parameters(), lr=0.01)
         extracted(images())['last'].square().mean().backward()

@@ -1,5 +1,6 @@
 """ accelerate's offloading, and models that begin on the meta device: the right numbers, or an error. """
 import copy
+from functools import partial
 
 import accelerate
 import pytest
@@ -11,25 +12,10 @@ import timm
 from tests.deployment import images, make_ait, memories, train, workspaces
 from tests.layers import make_workspace
 
-OFFLOAD_BUFFERS = pytest.mark.parametrize('offload_buffers', [False, True])
-
 
 def on_meta(**kwargs):
     with torch.device('meta'):
         return make_workspace(**kwargs)
-
-
-def empty_ait():
-    """A model without numbers."""
-    with accelerate.init_empty_weights():
-        return timm.create_model('test_ait', img_size=16, depth=2, num_classes=5).eval()
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    model = make_ait()
-    save_file(model.state_dict(), tmp_path / 'model.safetensors')
-    return model, str(tmp_path / 'model.safetensors')
 
 
 class TestAccelerate:
@@ -39,30 +25,27 @@ class TestAccelerate:
         with torch.no_grad():
             yield
 
-    @OFFLOAD_BUFFERS
-    def test_cpu_offload(self, offload_buffers):
+    @pytest.mark.parametrize('offload_buffers', [False, True])
+    @pytest.mark.parametrize('to', ['cpu', 'disk'])
+    def test_offload(self, tmp_path, to, offload_buffers):
         model = make_ait()
         expected = model(images())
-        offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device('cpu'), offload_buffers=offload_buffers)
-        for _ in range(2):
-            torch.testing.assert_close(offloaded(images()), expected)
-
-    @OFFLOAD_BUFFERS
-    def test_disk_offload(self, tmp_path, offload_buffers):
-        model = make_ait()
-        expected = model(images())
-        offloaded = accelerate.disk_offload(
-            copy.deepcopy(model), str(tmp_path), torch.device('cpu'), offload_buffers=offload_buffers)
+        offload = accelerate.cpu_offload if to == 'cpu' else partial(accelerate.disk_offload, offload_dir=str(tmp_path))
+        offloaded = offload(
+            copy.deepcopy(model), execution_device=torch.device('cpu'), offload_buffers=offload_buffers)
         for _ in range(2):
             torch.testing.assert_close(offloaded(images()), expected)
 
     @pytest.mark.filterwarnings('ignore:The following device_map keys')
-    def test_load_checkpoint_and_dispatch_in_part_to_disk(self, tmp_path, checkpoint):
-        model, path = checkpoint
+    def test_load_checkpoint_and_dispatch_in_part_to_disk(self, tmp_path):
+        model = make_ait()
+        save_file(model.state_dict(), tmp_path / 'model.safetensors')
+        with accelerate.init_empty_weights():
+            empty = timm.create_model('test_ait', img_size=16, depth=2, num_classes=5).eval()
         in_memory = ('patch_embed', 'pos_embed', 'blocks.0', 'norm', 'fc_norm', 'head')
         loaded = accelerate.load_checkpoint_and_dispatch(
-            empty_ait(),
-            path,
+            empty,
+            str(tmp_path / 'model.safetensors'),
             device_map={**dict.fromkeys(in_memory, 'cpu'), 'blocks.1': 'disk'},
             offload_folder=str(tmp_path / 'offload'),
             offload_buffers=True,  # without, accelerate leaves out the buffers of what goes to disk, of any model
@@ -73,7 +56,7 @@ class TestAccelerate:
 def test_training_an_offloaded_workspace_is_an_error():
     layer = workspaces(make_ait())[0].train()
     offloaded = accelerate.cpu_offload(layer, torch.device('cpu'), offload_buffers=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match='train without offloading'):
         offloaded(torch.randn(2, 9, 64))
 
 

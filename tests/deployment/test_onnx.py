@@ -43,11 +43,3 @@ class TestOnnx:
         onnx_export(
             model, str(path), images(), check=True, check_forward=True, use_dynamo=dynamo, input_names=['images'])
         assert_same_logits(path, model, images(seed=2))
-
-    def test_the_classifier_of_all_tokens(self, tmp_path, dynamo):
-        model, path = make_ait(global_pool='flat'), tmp_path / 'model.onnx'
-        how = dict(dynamic_axes={'images': {0: 'batch'}})
-        if dynamo:
-            how = dict(dynamic_shapes=({0: Dim.DYNAMIC},))
-        torch.onnx.export(model, (images(),), str(path), dynamo=dynamo, input_names=['images'], verbose=False, **how)
-        assert_same_logits(path, model, images(1), images(3))

@@ -7,29 +7,26 @@ from tests.deployment import TOLERANCE, images, make_ait, other_memory
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
-@pytest.fixture(params=['script', 'trace'])
-def how(request):
-    return request.param
+COMPILE = {'script': torch.jit.script, 'trace': lambda model: torch.jit.trace(model, images(2))}
+HOW = pytest.mark.parametrize('how', COMPILE)
 
 
-def compile(model, how):
-    return torch.jit.script(model) if how == 'script' else torch.jit.trace(model, images(2))
-
-
+@HOW
 @pytest.mark.parametrize('kwargs', [
     dict(), dict(gated=True, beta=2., retrieval_steps=2), dict(retrieval=False), dict(write=False),
     dict(attention=False)], ids=lambda kwargs: '-'.join(kwargs))
 def test_computes_the_same_for_any_batch(kwargs, how):
     model = make_ait(**kwargs)
     other_memory(model)
-    compiled = compile(model, how)
+    compiled = COMPILE[how](model)
     for batch_size in (1, 3):
         torch.testing.assert_close(compiled(images(batch_size)), model(images(batch_size)))
 
 
+@HOW
 def test_freezing_and_optimising_for_inference_keep_the_logits(how):
     model = make_ait()
-    frozen = torch.jit.optimize_for_inference(torch.jit.freeze(compile(model, how)))
+    frozen = torch.jit.optimize_for_inference(torch.jit.freeze(COMPILE[how](model)))
     with torch.no_grad():
         torch.testing.assert_close(frozen(images()), model(images()), **TOLERANCE)
 

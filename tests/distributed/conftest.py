@@ -37,3 +37,10 @@ def launch(num_ranks, folder):
 @pytest.fixture(scope='session', params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=['2_ranks', '3_ranks'])
 def ranks(request, tmp_path_factory):
     return launch(request.param, tmp_path_factory.mktemp('ranks'))
+
+
+@pytest.fixture
+def results(ranks, request):
+    """Those of a scenario, a list by rank."""
+    topic = request.module.__name__.rpartition('test_')[2]
+    return lambda name: [result[topic, name] for result in ranks]

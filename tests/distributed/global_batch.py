@@ -2,6 +2,7 @@
 import contextlib
 from functools import partial
 from typing import Callable, Dict, Optional
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -155,25 +156,17 @@ def train(
 # arguments of `train`
 TRAININGS = {
     'count': dict(),
-    'fraction': dict(bottleneck=0.2),
     'more than a rank has': dict(bottleneck=60),
     'more than all have': dict(bottleneck=1000),
-    'all': dict(bottleneck=1.),
-    'uneven shares': dict(batch_size=5),
     'uneven shares, fraction': dict(batch_size=5, bottleneck=0.2),
     'a rank without images': dict(batch_size=1),
     'a rank without images, fraction': dict(batch_size=1, bottleneck=0.2),
-    'many buckets': dict(depth=4, bucket_cap_mb=1e-3),
     'many buckets, a rank without images': dict(depth=4, bucket_cap_mb=1e-3, batch_size=1),
     'accumulation': dict(num_batches=2),
     'checkpointing': dict(checkpointing=True),
-    'masks': dict(make_model=MaskedClassifier, black=True),
     'masks, fraction': dict(make_model=MaskedClassifier, black=True, bottleneck=0.3),
-    'gated': dict(gated=True, gate=0.5),
     'gated, masks': dict(make_model=MaskedClassifier, black=True, gated=True, gate=0.5),
-    'more slots than their width': dict(num_slots=24),
-    'normalize': dict(memory_update='normalize'),
-    'two retrieval steps': dict(retrieval_steps=2),
+    'other options': dict(num_slots=24, memory_update='normalize', retrieval_steps=2),
     'batch norm': dict(make_model=vit_behind_batch_norm),
     'task': dict(task=True),
     'fsdp': dict(fsdp=True),
@@ -181,21 +174,25 @@ TRAININGS = {
 }
 
 
-def record_traffic(rank: int, num_ranks: int) -> Dict[str, int]:
-    """Bytes that a rank hands to collectives in a step of one workspace, by its phase and a bottleneck's kind."""
-    sent = 0
-    collectives = {name: getattr(dist, name) for name in ('all_reduce', 'all_gather')}
+def record_traffic(rank: int, num_ranks: int) -> Dict[str, Dict[str, int]]:
+    """Bytes that a rank hands to collectives in a step of one workspace, by a bottleneck's kind and its phase."""
+    sent = []
 
-    def record(collective, *args, **kwargs):
-        nonlocal sent
-        tensor = args[-1] if collective is collectives['all_gather'] else args[0]
-        sent += tensor.numel() * tensor.element_size()
-        return collective(*args, **kwargs)
+    def recording(collective):
+        def record(*args, **kwargs):
+            tensor = args[1] if collective.__name__ == 'all_gather' else args[0]
+            sent.append(tensor.numel() * tensor.element_size())
+            return collective(*args, **kwargs)
+        return record
+
+    def sent_by(function):
+        sent.clear()
+        result = function()
+        return result, sum(sent)
 
     traffic = {}
-    for name, collective in collectives.items():
-        setattr(dist, name, partial(record, collective))
-    try:
+    with mock.patch.multiple(
+            dist, all_reduce=recording(dist.all_reduce), all_gather=recording(dist.all_gather)):
         for kind, kwargs in {
             'count': dict(bottleneck=20),
             'fraction': dict(bottleneck=10 / (48 * num_ranks)),
@@ -203,20 +200,9 @@ def record_traffic(rank: int, num_ranks: int) -> Dict[str, int]:
         }.items():
             workspace = GlobalWorkspace(24, process_group=dist.group.WORLD, **{**SMALL, **kwargs})
             optimizer = torch.optim.SGD(workspace.parameters(), lr=0.1)
-            bytes_of = traffic[kind] = {}
-            for phase in ('forward', 'backward', 'step'):
-                sent = 0
-                if phase == 'forward':
-                    output = workspace(torch.randn(3, 16, 24))
-                    loss = output.square().mean() + timm_ait.balance_loss(workspace)
-                elif phase == 'backward':
-                    loss.backward()
-                else:
-                    optimizer.step()
-                bytes_of[phase] = sent
-    finally:
-        for name, collective in collectives.items():
-            setattr(dist, name, collective)
+            output, forward = sent_by(lambda: workspace(torch.randn(3, 16, 24)))
+            loss = output.square().mean() + timm_ait.balance_loss(workspace)
+            traffic[kind] = dict(forward=forward, backward=sent_by(loss.backward)[1], step=sent_by(optimizer.step)[1])
     return traffic
 
 

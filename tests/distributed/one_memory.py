@@ -66,7 +66,6 @@ def train(
         wrapper: str = 'ddp',
         optimizer: str = 'sgd',
         broadcast_buffers: bool = True,
-        num_batches: int = 1,
         depth: int = 2,
 ) -> Dict[str, torch.Tensor]:
     """Three steps.
@@ -91,12 +90,11 @@ def train(
         optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.SGD, lr=0.1)
     results = {'loss': [], 'written': [], 'memory': []}
     for step in range(3):
-        for i in range(num_batches):
-            if wrapper == 'task':
-                loss = task(*images(rank, 10 * i + step))['loss']
-                loss.backward()
-            else:
-                loss = backward(net, rank, 10 * i + step)
+        if wrapper == 'task':
+            loss = task(*images(rank, step))['loss']
+            loss.backward()
+        else:
+            loss = backward(net, rank, step)
         results['loss'].append(loss.detach())
         results['written'].append(written(model))
         optimizer.step()
@@ -182,14 +180,12 @@ def skip_step(rank: int, num_ranks: int, **kwargs) -> Dict[str, torch.Tensor]:
         scaler.update()
         optimizer.zero_grad()
         results[name], results[f'{name} weight'] = memory(model), model.head.weight.detach().clone()
-        results[f'{name} scale'] = torch.tensor(scaler.get_scale())
     return results
 
 
 SCENARIOS = {
     'ddp': train,
     'ddp without buffers': partial(train, broadcast_buffers=False),
-    'ddp, accumulation': partial(train, num_batches=2),
     'task': partial(train, wrapper='task'),
     'fsdp': partial(train, wrapper='fsdp'),
     'zero': partial(train, optimizer='zero', depth=3),

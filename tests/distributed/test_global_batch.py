@@ -4,42 +4,27 @@ import torch
 
 from .global_batch import SMALL, TRAININGS, train
 
-EXACT = [name for name in TRAININGS if name != 'without']
-
-
-@pytest.fixture
-def results(ranks):
-    """Those of a scenario, a list by rank."""
-    return lambda name: [result['global_batch', name] for result in ranks]
-
-
-@pytest.fixture(scope='module')
-def one_process():
-    """Results of each training by this process."""
-    return {name: train(**kwargs) for name, kwargs in TRAININGS.items()}
+A, M, D = (SMALL[name] for name in ('workspace_heads', 'num_slots', 'slot_dim'))
 
 
 def relative_error(x, expected):
     return float((x - expected).norm() / expected.norm())
 
 
-class TestTraining:
+@pytest.mark.parametrize('name', [name for name in TRAININGS if name != 'without'])
+def test_each_rank_has_the_gradients_and_memories_of_one_process_and_its_loss_in_the_mean(results, name):
+    expected = train(**TRAININGS[name])
+    loss = torch.stack([result['loss'] for result in results(name)]).mean(dim=0)
+    assert relative_error(loss, expected['loss']) < 1e-10
+    for result in results(name):
+        for value in ('gradient', 'memory', 'coverage'):
+            assert relative_error(result[value], expected[value]) < 1e-10, value
 
-    @pytest.mark.parametrize('name', EXACT)
-    def test_mean_of_the_losses_is_the_loss_of_one_process(self, results, one_process, name):
-        loss = torch.stack([result['loss'] for result in results(name)]).mean(dim=0)
-        assert relative_error(loss, one_process[name]['loss']) < 1e-10
 
-    @pytest.mark.parametrize('name', EXACT)
-    @pytest.mark.parametrize('value', ['gradient', 'memory', 'coverage'])
-    def test_each_rank_has_the_values_of_one_process(self, results, one_process, name, value):
-        for result in results(name):
-            assert relative_error(result[value], one_process[name][value]) < 1e-10
-
-    @pytest.mark.parametrize('value', ['gradient', 'memory'])
-    def test_without_a_global_batch_values_are_others(self, results, one_process, value):
-        for result in results('without'):
-            assert relative_error(result[value], one_process['without'][value]) > 1e-3
+def test_without_a_global_batch_values_are_others(results):
+    expected = train(**TRAININGS['without'])
+    for result in results('without'):
+        assert all(relative_error(result[value], expected[value]) > 1e-3 for value in ('gradient', 'memory'))
 
 
 def test_one_process_without_a_group_needs_no_global_batch():
@@ -47,30 +32,16 @@ def test_one_process_without_a_group_needs_no_global_batch():
         assert torch.equal(with_, without)
 
 
-class TestTraffic:
-    """Bytes per workspace and step that each rank sends, as `write_normed` and `advance` say; float32."""
-    A, M, D = (SMALL[name] for name in ('workspace_heads', 'num_slots', 'slot_dim'))
-
-    def test_forward(self, results):
-        A, M, D = self.A, self.M, self.D
-        for result in results('traffic'):
-            assert result['count']['forward'] == 4 * (A * M * 20 + A * M + A + 2 + M * D + 2 * A)
-
-    def test_forward_with_a_fraction_counts_the_tokens(self, results):
-        A, M, D = self.A, self.M, self.D
-        for result in results('traffic'):
-            assert result['fraction']['forward'] == 8 + 4 * (A * M * 10 + A * M + A + 2 + M * D + 2 * A)
-
-    @pytest.mark.parametrize('kind', ['count', 'fraction'])
-    def test_backward(self, results, kind):
-        for result in results('traffic'):
-            assert result[kind]['backward'] == 4 * (self.A * self.M + self.M * self.D + 2 * self.A)
-
-    @pytest.mark.parametrize('kind', ['count', 'fraction', 'without'])
-    def test_step(self, results, kind):
-        for result in results('traffic'):
-            assert result[kind]['step'] == 4 * (self.M * self.D + 1)
-
-    def test_competition_of_the_rank_alone_sends_nothing(self, results):
-        for result in results('traffic'):
-            assert result['without']['forward'] == result['without']['backward'] == 0
+@pytest.mark.parametrize('kind, traffic', [
+    ('count', dict(
+        forward=4 * (A * M * 20 + A * M + A + 2 + M * D + 2 * A),
+        backward=4 * (A * M + M * D + 2 * A),
+        step=4 * (M * D + 1))),
+    ('fraction', dict(
+        forward=8 + 4 * (A * M * 10 + A * M + A + 2 + M * D + 2 * A),  # with the number of tokens
+        backward=4 * (A * M + M * D + 2 * A),
+        step=4 * (M * D + 1))),
+    ('without', dict(forward=0, backward=0, step=4 * (M * D + 1))),
+])
+def test_each_rank_sends_as_many_bytes_as_write_and_advance_say(results, kind, traffic):
+    assert all(result[kind] == traffic for result in results('traffic'))

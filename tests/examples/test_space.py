@@ -55,28 +55,22 @@ def beagle(pets):
     return pets.look(BEAGLE.read_bytes())
 
 
-class TestFolder:
-
-    def test_is_a_space_of_the_models_that_the_page_shows(self, app):
-        card = huggingface_hub.SpaceCard.load(SPACE / 'README.md').data
-        assert card.sdk == 'gradio' and (SPACE / card.app_file).is_file()
-        assert [name.split('/')[1] for name in card.models] == [app.PETS, app.SORT_OF_CLEVR]
+def test_the_folder_is_a_space_of_the_models_that_the_page_shows(app):
+    card = huggingface_hub.SpaceCard.load(SPACE / 'README.md').data
+    assert card.sdk == 'gradio' and (SPACE / card.app_file).is_file()
+    assert [name.split('/')[1] for name in card.models] == [app.PETS, app.SORT_OF_CLEVR]
 
 
 class TestReadPhotograph:
 
-    @pytest.mark.parametrize('data', [HEIC, b'', b'no picture'])
-    def test_formats_that_are_not_read(self, app, data):
-        with pytest.raises(ValueError, match='JPEG, PNG and WebP can; a HEIC photograph has to be saved as JPEG first'):
+    @pytest.mark.parametrize('data, message', [
+        *((data, 'JPEG, PNG and WebP can; a HEIC photograph has to be saved as JPEG') for data in (HEIC, b'', b'text')),
+        (BEAGLE.read_bytes()[:2000], '^This picture cannot be read: .*truncated'),
+        (encode(Image.new('1', (9000, 9000))), 'cannot be read: 9000 x 9000 pixels are more than 64 million'),
+    ], ids=['heic', 'empty', 'text', 'broken', 'huge'])
+    def test_what_is_not_read_is_an_error_that_says_why(self, app, data, message):
+        with pytest.raises(ValueError, match=message):
             app.read_photograph(data)
-
-    def test_broken(self, app):
-        with pytest.raises(ValueError, match='^This picture cannot be read: .*truncated'):
-            app.read_photograph(BEAGLE.read_bytes()[:2000])
-
-    def test_huge(self, app):
-        with pytest.raises(ValueError, match='cannot be read: 9000 x 9000 pixels are more than 64 million'):
-            app.read_photograph(encode(Image.new('1', (9000, 9000))))
 
     def test_transparent_is_seen_on_white(self, app):
         picture, note = app.read_photograph(encode(Image.new('RGBA', (8, 8), (0, 0, 0, 0))))
@@ -98,33 +92,20 @@ class TestPets:
         assert len(beagle.breeds) == 5
         assert max(beagle.breeds, key=beagle.breeds.get) == next(iter(beagle.breeds)) == 'beagle'
 
-
-class TestLayerHtml:
-
-    def pictures(self, text):
-        return [
-            Image.open(io.BytesIO(base64.b64decode(data)))
-            for data in re.findall(r'src="data:image/jpeg;base64,([^"]*)"', text)]
-
-    def assert_alike(self, picture, expected):
-        difference = np.abs(np.asarray(picture).astype(int) - np.asarray(expected).astype(int))
-        assert difference.mean() < 4.  # JPEG
-
     def test_shows_the_pictures_of_explain(self, app, beagle):
         layer = beagle.layers[6]
         text = app.layer_html(beagle, 6)
         slots = [int(slot) for slot in re.findall(r'alt="slot (\d+) would write"', text)]
         heat = smooth(layer.selected[slots])
-        read, *written = self.pictures(text)
-        self.assert_alike(read, draw_read(beagle.picture, layer.read))
-        assert len(written) == 5
-        for picture, values in zip(written, heat):
-            self.assert_alike(picture, draw_heat(beagle.picture, values / heat.max()))
+        expected = [draw_read(beagle.picture, layer.read)]
+        expected += [draw_heat(beagle.picture, values / heat.max()) for values in heat]
+        pictures = re.findall(r'src="data:image/jpeg;base64,([^"]*)"', text)
+        assert len(pictures) == len(expected) == 6
+        for data, picture in zip(pictures, expected):
+            shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(int)
+            assert np.abs(shown - np.asarray(picture).astype(int)).mean() < 4.  # JPEG
 
-
-class TestCredit:
-
-    def test_names_licence_card_and_paper(self, app, pets):
+    def test_the_credit_names_licence_card_and_paper(self, app, pets):
         card = huggingface_hub.ModelCard.load(app.weights_dir() / app.PETS / 'README.md').data
         assert f'licence {card.license}' in pets.credit
         assert f'https://huggingface.co/timm-ait/{app.PETS}' in pets.credit
@@ -171,17 +152,14 @@ class Server:
     def files(self):
         return sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob('*'))
 
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(60)
-
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory):
     pytest.importorskip('gradio')
     server = Server(tmp_path_factory.mktemp('space'))
     yield server
-    server.stop()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(60)
 
 
 class Visitor:
@@ -256,26 +234,23 @@ class TestServer:
 
 # the browser
 
+CHROMIUM, CHROMEDRIVER = '/usr/bin/chromium', '/usr/bin/chromedriver'
+
 
 class Browser:
 
-    def __init__(self, webdriver, folder):
+    def __init__(self, webdriver, url, folder):
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
-        for argument in ['headless', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking',
-                         'disable-component-update', 'disable-sync', 'disable-dev-shm-usage',
-                         f'user-data-dir={folder}']:
+        arguments = [
+            'headless', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking',
+            'disable-component-update', 'disable-sync', 'disable-dev-shm-usage', f'user-data-dir={folder}']
+        for argument in [*arguments, *(['no-sandbox'] if os.geteuid() == 0 else [])]:
             options.add_argument(f'--{argument}')
-        if os.geteuid() == 0:
-            options.add_argument('--no-sandbox')
         options.set_capability('goog:loggingPrefs', {'performance': 'ALL', 'browser': 'ALL'})
         self.driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
-
-    def open(self, url, width=1200):
-        self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(
-            width=width, height=1000, deviceScaleFactor=1, mobile=width < 600))
         self.driver.get(url)
-        self.wait_for(lambda: self.all('.maps img'))
+        self.wait_for(self.pictures)
 
     def all(self, selector):
         return self.driver.find_elements('css selector', selector)
@@ -286,49 +261,24 @@ class Browser:
         return WebDriverWait(self.driver, 60, ignored_exceptions=[StaleElementReferenceException]).until(
             lambda _: condition())
 
-    def upload(self, file):
-        self.all('.drop input')[0].send_keys(str(file))
-
-    def label(self):
-        return self.all('.look li span')[0].text if self.all('.look li') else None
+    def wait_for_breed(self, breed):
+        self.wait_for(lambda: [name.text for name in self.all('.look li span')][:1] == [breed])
 
     def pictures(self):
         return [image.get_attribute('src') for image in self.all('.maps img')]
 
 
-CHROMIUM, CHROMEDRIVER = '/usr/bin/chromium', '/usr/bin/chromedriver'
-
-
 @pytest.fixture
-def browsers(tmp_path):
-    """Function that starts a browser of its own."""
+def browser(server, tmp_path):
     if not (os.path.exists(CHROMIUM) and os.path.exists(CHROMEDRIVER)):
         pytest.skip('chromium and chromium-driver are not installed')
-    webdriver = pytest.importorskip('selenium.webdriver')
-    started = []
-
-    def start():
-        started.append(Browser(webdriver, tmp_path / str(len(started))))
-        return started[-1]
-
-    yield start
-    for browser in started:
-        browser.driver.quit()
-
-
-@pytest.fixture
-def browser(browsers, server):
-    browser = browsers()
-    browser.open(server.url)
-    return browser
+    browser = Browser(pytest.importorskip('selenium.webdriver'), server.url, tmp_path)
+    yield browser
+    browser.driver.quit()
 
 
 @pytest.mark.slow
 class TestBrowser:
-
-    def test_upload(self, browser):
-        browser.upload(CAT)
-        browser.wait_for(lambda: browser.label() == 'Maine Coon')
 
     def test_drop(self, browser):
         browser.driver.execute_script("""
@@ -338,7 +288,7 @@ class TestBrowser:
             document.querySelector('.drop').dispatchEvent(
                 new DragEvent('drop', {dataTransfer: transfer, bubbles: true, cancelable: true}));
         """, base64.b64encode(CAT.read_bytes()).decode())
-        browser.wait_for(lambda: browser.label() == 'Maine Coon')
+        browser.wait_for_breed('Maine Coon')
 
     def test_slider(self, browser):
         before = browser.pictures()
@@ -346,9 +296,9 @@ class TestBrowser:
         browser.wait_for(lambda: browser.all('.figures h3')[0].text == 'block 5')
         assert not set(before) & set(browser.pictures())
 
-    def test_asks_no_other_host_and_has_no_errors(self, browser, server):
-        browser.upload(CAT)
-        browser.wait_for(lambda: browser.label() == 'Maine Coon')
+    def test_an_upload_is_looked_at_without_another_host_or_an_error(self, browser, server):
+        browser.all('.drop input')[0].send_keys(str(CAT))
+        browser.wait_for_breed('Maine Coon')
         events = [json.loads(entry['message'])['message'] for entry in browser.driver.get_log('performance')]
         urls = [event['params']['request']['url'] for event in events if event['method'] == 'Network.requestWillBeSent']
         own = (f'{server.url}/', 'data:', 'blob:', 'chrome')  # the last is the browser's own empty tab

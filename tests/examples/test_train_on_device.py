@@ -63,12 +63,7 @@ def some_images(num=16, size=32):
 
 # augmentation
 
-def test_without_augmentation_images_stay_as_they_are():
-    images = some_images()
-    torch.testing.assert_close(augmentation()(images, torch.zeros(16, dtype=torch.bool)), images / 255)
-
-
-def test_flip_mirrors_the_images_that_it_names():
+def test_flip_mirrors_the_images_that_it_names_and_no_other():
     images, flip = some_images(2), torch.tensor([True, False])
     expected = torch.stack([images[0].flip(-1), images[1]]) / 255
     torch.testing.assert_close(augmentation()(images, flip), expected)
@@ -112,7 +107,7 @@ def test_the_learning_rate_rises_stays_and_decays(progress, scale):
 
 # training
 
-def test_training_learns_and_writes_weights_that_timm_loads(train, data_dir, tmp_path):
+def test_training_learns_and_writes_weights_that_timm_loads(train, tmp_path):
     final = train('--epochs', '20', '--lr', '1e-2', '--model-ema-decay', '0.9')[-1]
     assert final['top1'] == final['top1_ema'] == 100
     overlay = dict(file=str(tmp_path / 'run' / 'model.safetensors'), num_classes=2)

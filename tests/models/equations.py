@@ -1,15 +1,20 @@
 """ Comparison of a model with its equations, transcribed. """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 
-def randomize(model, scale=0.1):
+def randomize(model, scale=0.1, fused=True):
     """The model in float64, for evaluation, with weights of which every one counts: no norm the identity, no bias zero.
     """
     model = model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=scale)
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = fused
     return model
 
 
@@ -17,6 +22,7 @@ class Equations:
     """What the transcriptions of models of sets share, over the parameters of a model."""
 
     def __init__(self, model, num_heads):
+        self.tokens = partial(vit_tokens, model)
         self.p = dict(model.named_parameters())
         self.num_heads = num_heads
 
@@ -27,16 +33,6 @@ class Equations:
         mean = x.mean(-1, keepdim=True)
         variance = ((x - mean) ** 2).mean(-1, keepdim=True)
         return (x - mean) / (variance + eps).sqrt() * self.p[f'{name}.weight'] + self.p[f'{name}.bias']
-
-    def tokens(self, x, question=None, patch=4):
-        """Patches with their position embeddings, after the class token with the question."""
-        x = torch.einsum(
-            'bcyixj,dcij->byxd', x.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 1, 2, 4, 3, 5),
-            self.p['patch_embed.proj.weight'])
-        x = x.flatten(1, 2) + self.p['patch_embed.proj.bias'] + self.p['pos_embed']
-        if question is None:
-            return x
-        return torch.cat([self.p['cls_token'] + self.linear('question_embed.proj', question[:, None]), x], 1)
 
 
 def vit_tokens(model, x, question=None):

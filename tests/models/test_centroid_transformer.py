@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 import timm
 
-from tests.models import images, make_model
+from tests.models import make_model
 from tests.models.equations import assert_same, vit_tokens
-from timm_ait.models.centroid_transformer import CentroidAttention, CentroidBlock
+from timm_ait.models.centroid_transformer import CentroidAttention
 
 make_model = partial(make_model, 'test_centroid_transformer')
 
@@ -126,13 +126,6 @@ class TestCentroids:
         x = torch.randn(2, 3, *model.patch_embed.img_size)
         assert model.forward_features(x).shape == (2, grid[0] * grid[1], 64)
         assert model.forward_intermediates(x, intermediates_only=True)[-1].shape == (2, 64, *grid)
-
-    def test_blocks_before_see_tokens_and_blocks_after_see_centroids(self):
-        model = make_model(depth=5, centroid_index=3).eval()
-        grids = model.forward_intermediates(images(), intermediates_only=True)
-        assert [tuple(grid.shape[2:]) for grid in grids] == [(8, 8)] * 3 + [(4, 4)] * 2
-        assert [info['reduction'] for info in model.feature_info] == [4] * 3 + [8] * 2
-        assert [isinstance(block, CentroidBlock) for block in model.blocks] == [False] * 3 + [True] + [False]
 
 
 class TestLikeAnyTimmViT:

@@ -90,26 +90,6 @@ class TestEquations:
         assert_same(actual, expected, parameters)
 
 
-class TestCompetition:
-
-    def test_a_token_that_no_slot_selects_does_not_write(self):
-        torch.manual_seed(0)
-        layer = SharedWorkspace(16, num_heads=2, slot_dim=8, slot_heads=2, bottleneck=2, dtype=torch.float64)
-        torch.nn.init.zeros_(layer.gate_in.weight)  # the gates see the mean over all tokens, by their equation
-        x = torch.randn(1, 30, 16, dtype=torch.float64)
-        memory = torch.randn(1, 3, 8, dtype=torch.float64)
-        _, _, selected = reference_workspace(layer, x, memory)
-        losers = ~selected.any(dim=(0, 1, 2))
-        assert 0 < losers.sum() < 30
-        changed = x.clone()
-        changed[:, losers] *= 0.9  # a lower score where it was high
-        _, _, still_selected = reference_workspace(layer, changed, memory)
-        assert torch.equal(selected, still_selected)
-        assert torch.equal(layer.write(changed, memory), layer.write(x, memory))
-        changed[:, ~losers] *= 0.9
-        assert not torch.equal(layer.write(changed, memory), layer.write(x, memory))
-
-
 class TestLikeAnyTimmViT:
 
     @pytest.mark.parametrize('name, value', [

@@ -4,8 +4,6 @@ from functools import partial
 import pytest
 import torch
 
-from timm.layers import set_fused_attn
-
 from tests.models import images, make_model
 from tests.models.equations import Equations, assert_same, randomize
 
@@ -53,12 +51,8 @@ class TestEquations:
     @pytest.mark.parametrize('question_dim', [0, 5])
     @pytest.mark.parametrize('num_iterations', [1, 3])
     def test_outputs_and_gradients_are_those_of_the_paper(self, fused, question_dim, num_iterations):
-        set_fused_attn(fused)
-        try:
-            model = make_model(num_heads=4, question_dim=question_dim, num_iterations=num_iterations)
-        finally:
-            set_fused_attn(True)
-        model = randomize(model)
+        model = make_model(num_heads=4, question_dim=question_dim, num_iterations=num_iterations)
+        model = randomize(model, fused=fused)
         x = images(2, dtype=torch.float64).requires_grad_()
         question = torch.randn(2, question_dim, dtype=torch.float64) if question_dim else None
         asked = {'question': question} if question_dim else {}

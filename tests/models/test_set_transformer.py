@@ -3,8 +3,6 @@ from functools import partial
 import pytest
 import torch
 
-from timm.layers import set_fused_attn
-
 from tests.models import images, make_model
 from tests.models.equations import Equations, assert_same, randomize
 
@@ -55,12 +53,8 @@ class TestEquations:
     @pytest.mark.parametrize('fused', [True, False])
     @pytest.mark.parametrize('question_dim', [0, 5])
     def test_outputs_and_gradients_are_those_of_the_paper(self, fused, question_dim):
-        set_fused_attn(fused)
-        try:
-            model = make_model(depth=2, num_heads=4, question_dim=question_dim)
-        finally:
-            set_fused_attn(True)
-        model = randomize(model, scale=0.3)
+        model = make_model(depth=2, num_heads=4, question_dim=question_dim)
+        model = randomize(model, scale=0.3, fused=fused)
         x = images(2, dtype=torch.float64).requires_grad_()
         question = torch.randn(2, question_dim, dtype=torch.float64) if question_dim else None
         asked = {'question': question} if question_dim else {}
