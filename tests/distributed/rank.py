@@ -1,5 +1,4 @@
 """ What one rank does: run all scenarios and save their results. """
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,13 +7,17 @@ import torch.distributed as dist
 
 from tests.distributed import global_batch, one_memory
 
-if __name__ == '__main__':
-    dist.init_process_group('gloo', timeout=timedelta(seconds=30))
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+
+def run(rank: int, num_ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    # a collective that not all ranks reach gives up
+    dist.init_process_group(
+        'gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=num_ranks,
+        timeout=timedelta(seconds=60))
     results = {}
     for topic, scenarios in {'one_memory': one_memory.SCENARIOS, 'global_batch': global_batch.SCENARIOS}.items():
         for name, scenario in scenarios.items():
             print(f'rank {rank}: {topic}, {name}', flush=True)
             results[topic, name] = scenario(rank, num_ranks)
-    torch.save(results, Path(sys.argv[1]) / f'{rank}.pt')
+    torch.save(results, folder / f'{rank}.pt')
     dist.destroy_process_group()

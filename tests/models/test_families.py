@@ -319,7 +319,7 @@ def test_reset_classifier(name):
     model.reset_classifier(3)
     torch.testing.assert_close(model(x), model.get_classifier()(pooled))
     model.reset_classifier(3, 'max')
-    maximum = model.forward_features(x).amax(dim=1)
+    maximum = model.forward_features(x)[:, model.num_prefix_tokens:].amax(dim=1)
     torch.testing.assert_close(model(x), model.head(getattr(model, 'fc_norm', torch.nn.Identity())(maximum)))
 
 
