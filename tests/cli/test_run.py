@@ -145,7 +145,7 @@ class TestTimmScripts:
         assert json.loads((tmp_path / 'results.json').read_text())['top1'] == pytest.approx(100 * accuracy)
 
     @pytest.mark.slow
-    def test_bulk_runner_as_the_help_says(self, tmp_path):
+    def test_bulk_runner_as_docs_training_says(self, tmp_path):
         result = run(
             SCRIPTS / 'bulk_runner.py', '--model-list', 'test_ai[t]', '--sort-key', 'infer_samples_per_sec',
             '--results-file', tmp_path / 'results.csv', '-m', '1', 'timm_ait', 'run', SCRIPTS / 'benchmark.py',
