@@ -59,6 +59,7 @@ RULES = {
     r'python -m timm_ait run bulk_runner.py ': Rule(run=False, scripts=True),  # tests/cli/test_run.py runs it
     r'python -m timm_ait run ': Rule(scripts=True),
     r'python -m timm_ait (predict|explain|export) ': Rule(),
+    r'python -m benchmarks\.compare .*--device cuda': Rule(run=False),
     r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0 --batch-size 8'),
     r'python -m benchmarks\.validate': Rule(),
     r'python examples/on_device/train_on_device\.py ': Rule(
