@@ -121,7 +121,8 @@ class TestCheckpoints:
         ('flat', dict(global_pool='flat', img_size=64)),
     ], indirect=['saved'])
     def test_of_another_classifier_are_refused(self, saved, kwargs):
-        with pytest.raises(RuntimeError, match=r'global_pool\?\), nothing was loaded: another shape: .*head.weight \(10, '):
+        message = r'global_pool\?\), nothing was loaded: another shape: .*head.weight \(10, '
+        with pytest.raises(RuntimeError, match=message):
             self.load(saved[1], **kwargs)
 
     @pytest.mark.parametrize('pool', ['flat', 'avg'])
