@@ -18,7 +18,7 @@ import timm_ait  # noqa: F401, registers the models
 from benchmarks.compare.__main__ import main as compare_main
 from benchmarks.compare.data import augment, load_image_folder
 from benchmarks.compare.recipe import read_recipe
-from benchmarks.compare.training import create_run_model, evaluate_writing
+from benchmarks.compare.training import create_run_model, create_run_optimizer, evaluate_writing
 from benchmarks.results import main as results_main
 from timm_ait.data.sort_of_clevr import write_sort_of_clevr
 from timm_ait.data.triangle import triangles
@@ -289,7 +289,8 @@ def test_our_recipes_are_read():
         for recipe in recipes for run in recipe['runs'].values()}
     for recipe, run in runs.values():
         run = {**run, 'pretrained': False, 'pretrained_cfg_overlay': None}  # the weights are a run's output
-        create_run_model(recipe, run, num_classes=10)
+        model = create_run_model(recipe, run, num_classes=10)
+        create_run_optimizer(recipe, run, model)
 
 
 def assert_refused(result, output, *names):
