@@ -67,13 +67,13 @@ def _range(values: List[float]) -> str:
 
 
 def _learning_curves(results: Results, output: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
+    figure, axes = plt.subplots(figsize=(8.4, 4.2), layout='constrained')
     for i, (label, result) in enumerate(results.items()):
         logs: List[List[Dict[str, Any]]] = [run['log'] for run in result['runs']]
         accuracies = [statistics.mean(entry['accuracy']['all'] for entry in entries) for entries in zip(*logs)]
         style = '-' if i < 10 else '--'  # there are ten colours
         axes.plot([entry['step'] for entry in logs[0]], accuracies, style, label=label)
     axes.set(xlabel='step', ylabel='accuracy (%)')
-    axes.legend(fontsize=8)
+    figure.legend(loc='outside right upper', fontsize=8)
     figure.savefig(output / 'learning_curves.svg')
     plt.close(figure)
