@@ -61,7 +61,7 @@ RULES = {
     r'python -m timm_ait (predict|explain|export) ': Rule(),
     r'python -m benchmarks\.compare .*--device cuda': Rule(run=False),
     # Muon's bfloat16 products take minutes on some processors
-    r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0 --batch-size 8 --opt adamw'),
+    r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0 --batch-size 8 --opt adamw --opt-kwargs {}'),
     r'python -m benchmarks\.validate': Rule(),
     r'python examples/on_device/train_on_device\.py ': Rule(
         shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1', slow=True),
