@@ -182,15 +182,18 @@ class TestArguments:
         assert list(model.named_modules()) == before
         assert model.pretrained_cfg == cfg
 
-    def test_a_misspelt_argument_is_named(self):
+    def test_a_misspelt_argument_is_named_with_the_nearest_and_the_list(self):
         model = make_model()
-        with pytest.raises(TypeError, match="unexpected keyword argument 'num_slot'"):
+        message = r"'num_slot'.*Did you mean num_slots\?.*help\(timm_ait.GlobalWorkspace\)"
+        with pytest.raises(TypeError, match=message):
             timm_ait.add_workspace(model, num_slot=4)
         assert not workspaces(model)
+        with pytest.raises(TypeError, match=message):
+            timm.create_model('ait_from_timm', model='test_vit', num_slot=4)
 
     @pytest.mark.parametrize('gated', [True, False])
     def test_added_workspaces_are_always_gated(self, gated):
-        with pytest.raises(TypeError, match='gated'):
+        with pytest.raises(TypeError, match='gated.*always gated'):
             timm_ait.add_workspace(make_model(), gated=gated)
 
 

@@ -161,11 +161,18 @@ class TestOptions:
         with pytest.raises(ValueError, match=argument):
             make_model(name, **{argument: value})
 
-    @pytest.mark.parametrize('name', FAMILIES)
+    @pytest.mark.parametrize('name, misspelt, nearest', [
+        ('test_ait', 'num_slot', 'num_slots'),
+        ('test_set_transformer', 'num_inducings', 'num_inducing'),
+        ('test_perceiver', 'num_latent', 'num_latents'),
+        ('test_coordination', 'slots_dim', 'slot_dim'),
+        ('test_centroid_transformer', 'centroid_indx', 'centroid_index'),
+        *((name, 'drop_path', 'drop_path_rate') for name in FAMILIES),
+    ])
     @pytest.mark.parametrize('question_dim', [0, 5])
-    def test_a_misspelt_argument_is_named(self, name, question_dim):
-        with pytest.raises(TypeError, match="unexpected keyword argument 'num_slotts'"):
-            make_model(name, question_dim=question_dim, num_slotts=4)
+    def test_a_misspelt_argument_is_named_with_the_nearest_and_the_list(self, name, misspelt, nearest, question_dim):
+        with pytest.raises(TypeError, match=rf"'{misspelt}'.*Did you mean {nearest}\?.*help\(timm_ait\.models\."):
+            make_model(name, question_dim=question_dim, **{misspelt: 4})
 
     @pytest.mark.parametrize('name', BASELINES)
     @pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(64, 64, dtype=torch.bool)), dict(is_causal=True)])

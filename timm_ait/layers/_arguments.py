@@ -1,9 +1,10 @@
 """ Arguments: checks that name the argument, its value and what would do, and which are whose. """
+import difflib
 import inspect
 import math
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Iterable, Set, Tuple
 
-__all__ = ['check_at_least', 'check_choice', 'check_number', 'split_kwargs']
+__all__ = ['check_at_least', 'check_choice', 'check_known', 'check_number', 'options', 'split_kwargs']
 
 
 def check_at_least(minimum: int, **values) -> None:
@@ -27,8 +28,21 @@ def check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:
         raise ValueError(f'{name} must be one of {choices}, got {value!r}.')
 
 
+def check_known(names: Iterable[str], known: Set[str], where: str) -> None:
+    """Raise a TypeError that names the first unknown argument, the nearest valid one, and where all are listed."""
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f' Did you mean {nearest[0]}?' if nearest else ''
+            raise TypeError(f'Unknown argument {name!r}.{hint} The arguments are listed in help({where}).')
+
+
+def options(cls: type) -> Set[str]:
+    """Arguments of a layer's constructor but for `dim`, `device` and `dtype`."""
+    return inspect.signature(cls).parameters.keys() - {'dim', 'device', 'dtype'}
+
+
 def split_kwargs(cls: type, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Split keyword arguments into those of a layer, but for `dim`, `device` and `dtype`, and the others."""
-    options = inspect.signature(cls).parameters.keys() - {'dim', 'device', 'dtype'}
-    of_layer = {name: value for name, value in kwargs.items() if name in options}
+    """Split keyword arguments into the options of a layer and the others."""
+    of_layer = {name: value for name, value in kwargs.items() if name in options(cls)}
     return of_layer, {name: value for name, value in kwargs.items() if name not in of_layer}

@@ -18,7 +18,7 @@ from timm_ait.ops.memory import add_written_, project_memory, slot_statistics, u
 from timm_ait.ops.naive import WriteWeights
 from timm_ait.ops.workspace import read, write
 
-from ._arguments import check_at_least, check_choice, check_number, split_kwargs
+from ._arguments import check_at_least, check_choice, check_known, check_number, options, split_kwargs
 from .ranks import ranks_of
 from .step import StepwiseMemory
 
@@ -320,6 +320,7 @@ class WorkspaceMlp(Mlp):
             out_features: Output and token width E, the input width if None.
             **kwargs: Arguments of timm's `Mlp` and of `GlobalWorkspace`.
         """
+        check_known(kwargs, options(Mlp) | options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         super().__init__(in_features, hidden_features, out_features, device=device, dtype=dtype, **kwargs)
         self.workspace = GlobalWorkspace(out_features or in_features, device=device, dtype=dtype, **workspace_kwargs)

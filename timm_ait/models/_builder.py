@@ -1,6 +1,6 @@
 """ What the families share: configuration, construction, and what of a ViT they do not support. """
 import inspect
-from typing import Any, Callable, Dict, Optional, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg
 from timm.models.vision_transformer import VisionTransformer
 
-from timm_ait.layers._arguments import check_at_least
+from timm_ait.layers._arguments import check_at_least, check_known
 from timm_ait.weights import check_weights, say_where_weights_are
 
 __all__ = ['MasklessBlock', 'build_vit', 'cifar_cfg', 'reject_arguments', 'reject_masks']
@@ -61,13 +61,32 @@ def build_vit(
         )
 
 
-def reject_arguments(args: Tuple[Any, ...], kwargs: Dict[str, Any], reason: str, **supported) -> Dict[str, Any]:
-    """Arguments of a `VisionTransformer` by name, without those of which a model supports a single value.
+def reject_arguments(
+        model: VisionTransformer,
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+        reason: str,
+        also: Iterable[str] = (),
+        **supported,
+) -> Dict[str, Any]:
+    """Arguments of a model, by name, without those of which it supports a single value.
+
+    Args:
+        model: The model under construction, whose classes have the arguments.
+        args: Positional arguments, in the order of `VisionTransformer`.
+        kwargs: Keyword arguments.
+        reason: Why other values are not supported.
+        also: Further arguments that the model takes.
+        **supported: The value of each such argument.
 
     Raises:
-        ValueError: One of these has another value.
+        TypeError: An argument is unknown.
+        ValueError: One of `supported` has another value.
     """
     kwargs = {**inspect.signature(VisionTransformer).bind_partial(*args).arguments, **kwargs}
+    classes = [cls for cls in type(model).__mro__ if issubclass(cls, VisionTransformer)]
+    known = {name for cls in classes for name in inspect.signature(cls).parameters}
+    check_known(kwargs, {*known, *also} - {'args', 'kwargs'}, f'{classes[0].__module__}.{classes[0].__name__}')
     for name, value in supported.items():
         given = kwargs.pop(name, value)
         if given != value and (given or value):  # None, 0 and False are all off

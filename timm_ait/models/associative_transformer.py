@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers._arguments import split_kwargs
+from timm_ait.layers._arguments import options, split_kwargs
 from timm_ait.weights import shipped_cfg
 
 from ._builder import build_vit, cifar_cfg, reject_arguments, reject_masks
@@ -114,7 +114,8 @@ class AssociativeTransformer(VisionTransformer):
         unused = {} if attention else dict(
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are fixed with attention={attention}'
-        kwargs = reject_arguments(args, kwargs, reason, block_fn=None, **unused)
+        kwargs = reject_arguments(
+            self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock

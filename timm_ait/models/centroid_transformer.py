@@ -113,6 +113,7 @@ class CentroidTransformer(VisionTransformer):
             ValueError: An option of other blocks, or a size that is not possible.
         """
         kwargs = reject_arguments(
+            self,
             args,
             kwargs,
             'centroids start from the means of a full grid of tokens of one size',

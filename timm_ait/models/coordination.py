@@ -217,6 +217,7 @@ class Coordination(VisionTransformer):
             ValueError: An argument is out of its range, or is an option of self-attention.
         """
         kwargs = reject_arguments(
+            self,
             args,
             kwargs,
             'this model has no self-attention, and only patches have positions',

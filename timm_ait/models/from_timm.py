@@ -27,7 +27,7 @@ from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers._arguments import split_kwargs
+from timm_ait.layers._arguments import check_known, options, split_kwargs
 from timm_ait.weights import check_weights
 
 from .associative_transformer import AssociativeBlock
@@ -105,6 +105,9 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         ValueError: The model has no such MLPs or already has workspaces, or an argument is out of its range. After
             any error the model is unchanged.
     """
+    if 'gated' in workspace_kwargs:
+        raise TypeError('gated is not an argument of add_workspace: the workspaces that it adds are always gated.')
+    check_known(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
     architecture = type(model).__name__
     for name, module in model.named_modules():
         if isinstance(module, GlobalWorkspace):
@@ -223,7 +226,12 @@ def ait_from_timm(
         # first with the original classifier: where timm adapts it, timm no longer checks the other weights
         own_classifier = pretrained and not kwargs.keys() & {'global_pool', 'features_only'}
         num_classes = kwargs.pop('num_classes', None) if own_classifier else None
-        body = create_model(model, pretrained, **kwargs)
+        try:
+            body = create_model(model, pretrained, **kwargs)
+        except TypeError as e:
+            unknown = [name for name in kwargs if repr(name) in str(e)]
+            check_known(unknown, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
+            raise
         if num_classes not in (None, body.num_classes):
             body.reset_classifier(num_classes)
         return add_workspace(body, blocks, **workspace_kwargs)

@@ -131,6 +131,7 @@ class Perceiver(VisionTransformer):
             ValueError: An argument is out of its range or not supported.
         """
         kwargs = reject_arguments(
+            self,
             args,
             kwargs,
             'tokens are the patches and the question, and the blocks are those of the paper',

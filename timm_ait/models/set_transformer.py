@@ -135,6 +135,7 @@ class SetTransformer(VisionTransformer):
             ValueError: An argument is out of its range or not supported.
         """
         kwargs = reject_arguments(
+            self,
             args,
             kwargs,
             'the blocks are induced set attention blocks, with the norms, layers and initialisation of their paper',
