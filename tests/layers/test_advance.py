@@ -232,10 +232,15 @@ class TestHook:
         step(together, x)
         torch.testing.assert_close(layer.memory, together.memory)
 
-    def test_parameters_that_are_added_to_an_optimizer_later_are_found(self):
-        layer, optimizer = make_workspace(), sgd(nn.Linear(2, 2))
+    @pytest.mark.parametrize('give', [
+        lambda optimizer, parameters: optimizer.add_param_group(dict(params=parameters)),
+        lambda optimizer, parameters: optimizer.param_groups[0].update(params=parameters),
+    ], ids=['added', 'replaced'])
+    def test_parameters_that_an_optimizer_gets_later_are_found(self, give):
+        layer, other = make_workspace(), make_workspace()
+        optimizer = sgd(other)
         optimizer.step()
-        optimizer.add_param_group(dict(params=list(layer.parameters())))
+        give(optimizer, list(layer.parameters()))
         before = layer.memory.clone()
         layer(tokens()).sum().backward()
         optimizer.step()
@@ -319,8 +324,7 @@ class TestWarning:
     def test_a_model_that_is_trained_beside_others_does_not_warn(self):
         layer, other = make_workspace(), nn.Linear(2, 2)
         assert self.write(layer, 150, sgd(layer)) == []
-        with torch.no_grad():
-            assert self.write(layer, 150, sgd(other)) == []
+        assert self.write(layer, 150, sgd(other)) == []  # an accumulation
 
     def test_a_long_accumulation_does_not_warn(self):
         assert self.write(make_workspace(), 150) == []
@@ -386,7 +390,8 @@ class TestBalanceLoss:
         with pytest.warns(UserWarning, match='after the forward'):
             (balance_loss(layer) + layer(tokens()).sum()).backward()
 
-    def test_keeps_no_graph_beyond_the_step(self):
+    @pytest.mark.parametrize('end', [advance_memory, nn.Module.eval])
+    def test_keeps_no_graph_beyond_the_step_or_in_evaluation(self, end):
         layer = make_workspace()
         x = torch.zeros(4, 9, 24, requires_grad=True) + tokens()
         kept = weakref.ref(x)
@@ -394,7 +399,7 @@ class TestBalanceLoss:
         del x
         gc.collect()
         assert kept() is not None
-        advance_memory(layer)
+        end(layer)
         gc.collect()
         assert kept() is None
 
@@ -519,31 +524,41 @@ class TestCheckpointing:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that PyTorch runs, but for views."""
+    """Lists the operators that PyTorch runs, but for views."""
 
     def __init__(self):
         super().__init__()
-        self.number = 0
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         is_view = any(argument.alias_info is not None and not argument.alias_info.is_write
                       for argument in function._schema.arguments)
-        self.number += not is_view and function is not torch.ops.aten.promote_types.default
+        if not is_view and function is not torch.ops.aten.promote_types.default:
+            self.names.append(function.name())
         return result
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('gated', [False, True])
-def test_a_training_step_launches_few_operators(gated, dtype):
-    layer = make_workspace(gated=gated, bottleneck=0.1)
-    x = tokens().to(dtype).requires_grad_()
-    with Operators() as forward:
-        output = layer(x)
-    loss = output.float().square().mean() + balance_loss(layer)
-    with Operators() as backward:
-        loss.backward()
-    assert forward.number <= 60 and backward.number <= 70
+class TestOperators:
+
+    @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize('gated', [False, True])
+    def test_a_training_step_launches_few(self, gated, dtype):
+        layer = make_workspace(gated=gated, bottleneck=0.1)
+        x = tokens().to(dtype).requires_grad_()
+        with Operators() as forward:
+            output = layer(x)
+        loss = output.float().square().mean() + balance_loss(layer)
+        with Operators() as backward:
+            loss.backward()
+        assert len(forward.names) <= 60 and len(backward.names) <= 70
+
+    @pytest.mark.parametrize('bottleneck', [0.1, 10])
+    def test_a_training_step_with_a_mask_does_not_wait_for_a_value(self, bottleneck):
+        layer, mask = make_workspace(bottleneck=bottleneck), torch.ones(4, 9, dtype=torch.bool).tril(4)
+        with Operators() as operators:
+            (layer(tokens(), mask).square().mean() + balance_loss(layer)).backward()
+        assert 'aten::_local_scalar_dense' not in operators.names
 
 
 class TestCompile:

@@ -33,7 +33,8 @@ def count_write(workspace: nn.Module) -> None:
     if workspace.num_writes == 0:
         workspace.num_steps = _state['num_steps']
     workspace.num_writes += 1
-    has_stalled = workspace.num_writes == _MAX_WRITES and _state['num_steps'] > workspace.num_steps
+    others_stepped = not workspace.has_optimizer and _state['num_steps'] > workspace.num_steps
+    has_stalled = workspace.num_writes == _MAX_WRITES and others_stepped
     if has_stalled and _state['warned_at'] != _state['num_steps']:  # once for all workspaces of a model
         _state['warned_at'] = _state['num_steps']
         warnings.warn(
@@ -101,11 +102,11 @@ def _move(
 def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
     """Workspaces of which an optimizer holds parameters, in the order of these, which is that of all ranks.
 
-    Looked up once, and again where parameters were added.
+    Looked up once, and again where its parameters are others.
     """
-    num_parameters = [len(group['params']) for group in optimizer.param_groups]
+    identities = [id(parameter) for group in optimizer.param_groups for parameter in group['params']]
     known, references = _state['held'].get(optimizer, (None, ()))
-    if known != num_parameters:
+    if known != identities:
         owners: Dict[torch.Tensor, List[nn.Module]] = {}
         for workspace in all_workspaces():
             for parameter in workspace.parameters():
@@ -113,8 +114,10 @@ def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
         held = [
             workspace for group in optimizer.param_groups for parameter in group['params']
             for workspace in owners.get(parameter, ())]
+        for workspace in held:
+            workspace.has_optimizer = True
         references = [weakref.ref(workspace) for workspace in dict.fromkeys(held)]
-        _state['held'][optimizer] = num_parameters, references
+        _state['held'][optimizer] = identities, references
     return [workspace for workspace in (reference() for reference in references) if workspace is not None]
 
 

@@ -38,8 +38,9 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
 
     In your own training loop, add it to the criterion after each forward; timm's training tasks do so themselves. It is
     zero if no workspace wrote: in evaluation, or where the write is frozen. A workspace that the forward used several
-    times counts with each of its uses (compiled, with the last). The graph is kept until the backward, the next forward
-    or the optimizer's step; from then on the loss is its value alone, and a backward through it warns.
+    times, each use feeding the next, counts with all of them (compiled, or side by side, with the last). The graph is
+    kept until the backward, the next forward, `eval()` or the optimizer's step; from then on the loss is its value
+    alone, and a backward through it warns.
     """
     losses = [
         (workspace, workspace.balance) for _, workspace in named_workspaces(model)

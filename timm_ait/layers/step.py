@@ -29,9 +29,11 @@ class StepwiseMemory(nn.Module):
     Attributes:
         written: Sum (M, D) and number of the memories written since the last step; no buffers, which DDP would
             overwrite.
-        balance: Weighted balance loss of the last forward (scalar), with its graph until its backward or the step.
+        balance: Weighted balance loss of the last forward (scalar), with its graph until its backward, eval() or the
+            step.
         coverage: Share of the tokens that at least one slot selected in the last forward (scalar).
         num_writes: Forwards since the last step that were not compiled.
+        has_optimizer: Whether an optimizer that holds its parameters has stepped.
         process_group: The ranks that train the layer together, if named; see `ranks.ranks_of`.
         wrapper_group: Those of DDP or FSDP.
     """
@@ -44,6 +46,7 @@ class StepwiseMemory(nn.Module):
         self.coverage: Optional[torch.Tensor] = None
         self._balance_node: Optional[Any] = None  # of autograd's graph, which gave the output
         self.num_writes = 0
+        self.has_optimizer = False
         self.process_group = process_group
         self.wrapper_group: Optional[Any] = None
         register_workspace(self)
@@ -103,6 +106,11 @@ class StepwiseMemory(nn.Module):
         self.num_writes = 0
         self.release_balance()
 
+    def train(self, mode: bool = True) -> 'StepwiseMemory':
+        if not mode:
+            self.release_balance()
+        return super().train(mode)
+
     def release_balance(self) -> None:
         """Keep of the balance loss its value alone."""
         self.balance = None if self.balance is None else self.balance.detach()
@@ -111,8 +119,8 @@ class StepwiseMemory(nn.Module):
     def __getstate__(self) -> Dict[str, Any]:
         # what belongs to one step of one process stays behind when the layer is copied (EMA) or pickled
         return {
-            **self.__dict__, 'written': None, 'balance': None, '_balance_node': None, 'process_group': None,
-            'wrapper_group': None}
+            **self.__dict__, 'written': None, 'balance': None, '_balance_node': None, 'has_optimizer': False,
+            'process_group': None, 'wrapper_group': None}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)

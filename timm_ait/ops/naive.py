@@ -29,12 +29,12 @@ class WriteWeights(NamedTuple):
     norm_bias: torch.Tensor  # (D,)
 
 
-def num_kept(bottleneck: Union[int, float], num_tokens: int) -> int:
+def num_kept(bottleneck: Union[int, float], num_tokens: Union[int, torch.Tensor]) -> Union[int, torch.Tensor]:
     """Number k of tokens that each slot and head keep.
 
     Args:
         bottleneck: Number of tokens, or a float in (0, 1]: a fraction of them, rounded half up.
-        num_tokens: Number T of tokens, at least one.
+        num_tokens: Number T of tokens, at least one; for a fraction also an integer tensor, which is not waited for.
 
     Returns:
         1 to T.
@@ -43,7 +43,8 @@ def num_kept(bottleneck: Union[int, float], num_tokens: int) -> int:
         return min(bottleneck, num_tokens)
     # in integers, since compilers do not carry a float into a shape
     share = Fraction(bottleneck).limit_denominator(2 ** 20)
-    return max(1, (2 * num_tokens * share.numerator + share.denominator) // (2 * share.denominator))
+    kept = (2 * num_tokens * share.numerator + share.denominator) // (2 * share.denominator)
+    return kept.clamp_min(1) if isinstance(kept, torch.Tensor) else max(1, kept)
 
 
 def attend(
