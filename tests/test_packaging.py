@@ -12,6 +12,7 @@ from timm_ait.weights import weights_dir
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = 'ait_tiny_hybrid_75.sort_of_clevr'
+TOY = 'ait_small_patch32_64.triangle'  # its weights are left to the checkout and the Hub
 REPORT = f"""
 import json, sys, timm
 loaded = set(sys.modules)
@@ -20,10 +21,10 @@ added = sorted(set(sys.modules) - loaded)
 timm.create_model({SMALLEST!r}, pretrained=True)
 listed = 'analysis' in dir(timm_ait)
 attribute = timm_ait.analysis.__name__
-print(json.dumps(dict(package=timm_ait.__file__, added=added, listed=listed, attribute=attribute, sources={{
-    name: [timm.get_pretrained_cfg_value(name, key) for key in ('file', 'hf_hub_id')]
-    for name in {[folder.name for folder in weights_dir().iterdir() if folder.is_dir()]!r}
-}})))
+cfgs = {{
+    name: timm.get_pretrained_cfg(name).to_dict()
+    for name in {[folder.name for folder in weights_dir().iterdir() if folder.is_dir()]!r}}}
+print(json.dumps(dict(package=timm_ait.__file__, added=added, listed=listed, attribute=attribute, cfgs=cfgs)))
 """
 
 
@@ -69,20 +70,22 @@ class TestWheel:
         assert SMALLEST in {folder.name for folder in folders}
         for folder in folders:
             expected = {file.name for file in (weights_dir() / folder.name).iterdir()}
-            assert {file.name for file in folder.iterdir()} == expected
+            assert {file.name for file in folder.iterdir()} == ({'config.json'} if folder.name == TOY else expected)
 
     def test_the_wheel_is_typed(self, installed):
         assert (installed / 'timm_ait' / 'py.typed').is_file()
 
     def test_pretrained_models_come_from_the_wheel_or_the_hub(self, installed, report):
         assert report['package'].startswith(str(installed))
-        for name, (file, hub_id) in report['sources'].items():
-            folder = installed / 'timm_ait' / 'checkpoints' / name
-            assert file == (str(folder / 'model.safetensors') if folder.is_dir() else None)
-            assert hub_id.endswith(f'/{name}')
+        for name, cfg in report['cfgs'].items():
+            file = installed / 'timm_ait' / 'checkpoints' / name / 'model.safetensors'
+            assert cfg.get('file') == (None if name == TOY else str(file))
+            assert cfg['hf_hub_id'].endswith(f'/{name}')
 
-    def test_the_checkpoint_of_a_toy_task_is_left_to_the_hub(self, report):
-        assert report['sources']['ait_small_patch32_64.triangle'][0] is None
+    def test_every_model_has_the_config_of_its_checkpoint(self, report):
+        for name, cfg in report['cfgs'].items():
+            config = json.loads((weights_dir() / name / 'config.json').read_text())['pretrained_cfg']
+            assert {key: cfg[key] for key in config} == config
 
     def test_analysis_is_an_attribute_that_is_imported_when_it_is_used(self, report):
         assert report['listed'] and report['attribute'] == 'timm_ait.analysis'

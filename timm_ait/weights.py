@@ -57,9 +57,9 @@ def say_where_weights_are(
             raise
         name = hub_id.partition('/')[2]
         raise RuntimeError(
-            f'The weights of {name} are not part of this installation and cannot be downloaded from {hub_id} on the '
-            f"Hugging Face Hub: {e} They are also in a source checkout of timm_ait, in weights/{name}: load them with "
-            f"create_model('local-dir:<checkout>/weights/{name}', pretrained=True).") from e
+            f'The weights of {name} are not part of this installation. They are in a source checkout of timm_ait, in '
+            f"weights/{name}: load them with create_model('local-dir:<checkout>/weights/{name}', pretrained=True). "
+            f'They cannot be downloaded from {hub_id} on the Hugging Face Hub: {e}') from e
 
 
 def _names(entry: Any) -> List[str]:

@@ -76,15 +76,11 @@ class Look(NamedTuple):
 
 
 def credit(model: nn.Module, name: str) -> str:
-    """HTML line with a shipped model's accuracy, where its card tells it, and licence, with links to card and paper."""
+    """HTML line with a shipped model's accuracy and licence, with links to card and paper."""
     card = ModelCard.load(weights_dir() / name / 'README.md').data
-    accuracies = [result for result in card.eval_results or () if result.metric_type == 'accuracy']
-    parts = [html.escape(name)]
-    for result in accuracies:
-        percent = result.metric_value * 100. if result.metric_value <= 1. else result.metric_value  # cards have either
-        parts.append(f'{html.escape(result.metric_name or "accuracy")} {percent:.1f} % on '
-                     f'{html.escape(result.dataset_name)}')
-    parts += [
+    parts = [
+        html.escape(name),
+        *(f'{result.metric_name} {result.metric_value:.1f} % on {result.dataset_name}' for result in card.eval_results),
         f'licence {html.escape(str(card.license))}',
         f'<a href="https://huggingface.co/{model.pretrained_cfg["hf_hub_id"]}">model card</a>',
         f'<a href="{_PAPER}">paper</a>',
