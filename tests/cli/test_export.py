@@ -126,7 +126,9 @@ class TestTrainingArguments:
 
 class TestPretrained:
 
-    @pytest.mark.parametrize('source', [SMALLEST, weights_dir() / SMALLEST], ids=['name', 'folder'])
+    @pytest.mark.parametrize(
+        'source', [SMALLEST, weights_dir() / SMALLEST, weights_dir() / SMALLEST / 'model.safetensors'],
+        ids=['name', 'folder', 'file'])
     def test_keeps_its_names_tag_and_license(self, tmp_path, source):
         config = run(source, tmp_path / 'out')
         cfg = timm.get_pretrained_cfg(SMALLEST)

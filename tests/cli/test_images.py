@@ -107,6 +107,11 @@ class TestLoadImage:
         with pytest.raises(ValueError, match='mode'):
             load_image(tmp_path / 'image.tif')
 
+    def test_postscript_is_refused_before_it_could_run(self, tmp_path):
+        Image.new('L', (4, 4)).save(tmp_path / 'image.eps')
+        with pytest.raises(ValueError, match='PostScript'):
+            load_image(tmp_path / 'image.eps')
+
     @pytest.mark.parametrize('suffix', ['jpg', 'png', 'tif', 'webp'])
     @pytest.mark.parametrize('orientation, transpose', [
         (1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270),

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import pickle
 import shlex
 import shutil
 import textwrap
@@ -136,8 +137,11 @@ def _training_args(file: Path) -> Dict[str, Any]:
     """Arguments of train.py in its checkpoint; empty for other files of weights."""
     if file.suffix == '.safetensors':
         return {}
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(file, map_location='meta', weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(file, map_location='meta', weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError('it is not a file of weights alone; what else a pickle holds could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
@@ -189,6 +193,9 @@ def _blame(argument: str) -> Iterator[None]:
 
 def _main(args: argparse.Namespace) -> int:
     checkpoint = Path(args.checkpoint)
+    if checkpoint.name == 'model.safetensors' and checkpoint.with_name('config.json').is_file():
+        checkpoint = checkpoint.parent
+        args.checkpoint = str(checkpoint)
     fine_tuned, trained = checkpoint.is_file(), {}
     if fine_tuned:
         with _blame(f'CHECKPOINT {checkpoint} cannot be read'):

@@ -96,8 +96,8 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
     """Read the first frame of an image, turned upright by its EXIF orientation; of 16-bit images the upper 8 bits.
 
     Raises:
-        ValueError: The image is too large, which is checked before its pixels are read, or has 32-bit pixels, whose
-            range is unknown.
+        ValueError: The image is too large or PostScript, a program, both checked before its pixels are read; or it has
+            32-bit pixels, whose range is unknown.
         Exception: Any error of Pillow on a damaged file.
     """
     with _quiet(), Image.open(file) as image:
@@ -106,6 +106,8 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
             raise ValueError(f'{width} x {height} pixels are more than {MAX_PIXELS // 10 ** 6} million')
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
+        if image.format == 'EPS':
+            raise ValueError('PostScript is not read, since it is a program that Ghostscript would run')
         image.load()
         # errors of damaged EXIF data
         with contextlib.suppress(SyntaxError, TypeError, ValueError, LookupError, OverflowError, struct.error):
