@@ -60,8 +60,9 @@ RULES = {
     r'python -m timm_ait run ': Rule(scripts=True),
     r'python -m timm_ait (predict|explain|export) ': Rule(),
     r'python -m benchmarks\.compare .*--device cuda': Rule(run=False),
-    # Muon's bfloat16 products take minutes on some processors
-    r'python -m benchmarks\.compare ': Rule(shorten='--steps 1 --seeds 0 --batch-size 8 --opt adamw --opt-kwargs {}'),
+    # bfloat16 products, Muon's above all, take minutes on some processors
+    r'python -m benchmarks\.compare ': Rule(
+        shorten='--steps 1 --seeds 0 --batch-size 8 --opt adamw --opt-kwargs {} --amp-dtype float32'),
     r'python -m benchmarks\.validate': Rule(),
     r'python examples/on_device/train_on_device\.py ': Rule(
         shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1', slow=True),
@@ -191,11 +192,11 @@ def option(arguments: List[str], name: str) -> Optional[str]:
 
 
 def write_image_folder(folder: Path, num_classes: int, batch_size: int = 8) -> Path:
-    """The CIFAR-10 pictures of the examples, as many for training as fill a batch, and 2 a class for validation."""
+    """The CIFAR-10 pictures of the examples, as many for training as fill a batch, and one a class for validation."""
     images = ROOT / 'examples' / 'images' / 'cifar10'
     with open(images / 'labels.csv') as file:
         rows = sorted((row['label'], images / row['file']) for row in csv.DictReader(file))
-    for split, count in (('train', math.ceil(batch_size / num_classes)), ('validation', 2)):
+    for split, count in (('train', math.ceil(batch_size / num_classes)), ('validation', 1)):
         for i in range(num_classes):
             (folder / split / f'class{i:03}').mkdir(parents=True)
             for j in range(count):
@@ -318,8 +319,6 @@ class Workplace:
         if 'benchmarks.compare' in arguments and '--runs' not in arguments:
             recipe = yaml.safe_load((self.folder / arguments[3]).read_text())
             arguments += ['--runs', next(iter(recipe['runs']))]
-        if 'data' in arguments[:4] and self.exists(option(arguments, '--out') or ''):
-            arguments.append('--force')
         if '--pretrained' in arguments:
             config = option(arguments, '--config')
             model = option(arguments, '--model') or yaml.safe_load((self.folder / config).read_text())['model']
