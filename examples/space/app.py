@@ -80,7 +80,7 @@ def credit(model: nn.Module, name: str) -> str:
     card = ModelCard.load(weights_dir() / name / 'README.md').data
     parts = [
         html.escape(name),
-        *(f'{result.metric_name} {result.metric_value:.1f} % on {result.dataset_name}' for result in card.eval_results),
+        *(f'{result.metric_name} {result.metric_value:g} % on {result.dataset_name}' for result in card.eval_results),
         f'licence {html.escape(str(card.license))}',
         f'<a href="https://huggingface.co/{model.pretrained_cfg["hf_hub_id"]}">model card</a>',
         f'<a href="{_PAPER}">paper</a>',
