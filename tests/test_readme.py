@@ -104,6 +104,7 @@ class Snippet(NamedTuple):
 def snippets_of_markdown(document: str, text: str) -> List[Snippet]:
     """Blocks of shell (a snippet per command) and Python, and commands in prose, in their order."""
     snippets = []
+    text = re.sub(r'\A---\n.*?\n---\n', '', text, flags=re.DOTALL)  # a card's metadata
     for i, part in enumerate(re.split(r'^```', text, flags=re.MULTILINE)):
         language, _, body = part.partition('\n')
         if i % 2 == 0:
