@@ -21,16 +21,6 @@ def images():
     return torch.randn(4, 3, 32, 32)
 
 
-def trained(model, images):
-    """A model whose memory has moved and whose gates are open."""
-    for block in model.blocks:
-        if block.mlp.workspace.gate is not None:
-            torch.nn.init.ones_(block.mlp.workspace.gate)
-    model.train()(images)
-    timm_ait.advance_memory(model)
-    return model.eval()
-
-
 class TestTokens:
 
     def test_are_the_normed_inputs_of_the_workspaces(self, model, images):
@@ -100,13 +90,11 @@ class TestWriteAttention:
         assert attention.count_nonzero() == 3
 
 
-class TestCompetition:
-
-    @pytest.mark.parametrize('selected, coverage, overlap', [((2, 2, 2), 0.25, 1.), ((0, 1, 2, 3), 1., 0.)])
-    def test_of_slots_that_give_all_their_weight_to_one_of_four_tokens(self, selected, coverage, overlap):
-        figures = analysis.competition(F.one_hot(torch.tensor([selected]), 4).float())
-        assert (figures['coverage'], figures['overlap']) == (coverage, overlap)
-        assert figures['effective_tokens'] == pytest.approx(1.)
+@pytest.mark.parametrize('selected, coverage, overlap', [((2, 2, 2), 0.25, 1.), ((0, 1, 2, 3), 1., 0.)])
+def test_competition_of_slots_that_give_all_their_weight_to_one_of_four_tokens(selected, coverage, overlap):
+    figures = analysis.competition(F.one_hot(torch.tensor([selected]), 4).float())
+    assert (figures['coverage'], figures['overlap']) == (coverage, overlap)
+    assert figures['effective_tokens'] == pytest.approx(1.)
 
 
 class TestFixedPoints:
@@ -133,7 +121,9 @@ class TestRetrieval:
         torch.testing.assert_close(workspace(x), tokens + read)
 
     def test_energy_never_rises(self, model, images):
-        for name, tokens in analysis.collect_tokens(trained(model, images), images).items():
+        model.train()(images)
+        timm_ait.advance_memory(model)
+        for name, tokens in analysis.collect_tokens(model, images).items():
             figures = analysis.retrieval(model.get_submodule(name), tokens)
             assert figures['energy_rises'] == 0.
 
@@ -148,17 +138,14 @@ class TestRetrieval:
         assert figures['distance'] == pytest.approx(0., abs=1e-5)
 
 
-class TestReadShares:
-
-    def test_follow_layer_scale(self):
-        shares = []
-        for init_values in (1e-3, 2e-3):
-            torch.manual_seed(0)
-            model = timm.create_model('test_ait', init_values=init_values).eval()
-            torch.manual_seed(1)
-            shares.append(analysis.read_shares(model, torch.randn(1, 3, 32, 32))[FIRST])
-        assert shares[1]['residual_share'] == pytest.approx(2 * shares[0]['residual_share'], rel=0.05)
-        assert shares[1]['constant_share'] == pytest.approx(shares[0]['constant_share'], rel=0.05)
+def test_read_shares_follow_layer_scale():
+    shares = []
+    for init_values in (1e-3, 2e-3):
+        torch.manual_seed(0)
+        model = timm.create_model('test_ait', init_values=init_values).eval()
+        shares.append(analysis.read_shares(model, torch.randn(1, 3, 32, 32))[FIRST])
+    assert shares[1]['residual_share'] == pytest.approx(2 * shares[0]['residual_share'], rel=0.05)
+    assert shares[1]['constant_share'] == pytest.approx(shares[0]['constant_share'], rel=0.05)
 
 
 class TestAnalyse:

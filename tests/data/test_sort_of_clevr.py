@@ -8,9 +8,10 @@ from timm_ait.data import SortOfClevr
 from timm_ait.data.sort_of_clevr import ANSWERS, COLOURS, KINDS, ask, draw, scenes, write_sort_of_clevr
 
 
-def write(folder):
-    folder.mkdir()
-    write_sort_of_clevr(folder, 0, 30, 12)
+@pytest.fixture
+def folder(tmp_path):
+    write_sort_of_clevr(tmp_path, 0, 30, 12)
+    return tmp_path
 
 
 def objects_in(image):
@@ -77,13 +78,12 @@ class TestSortOfClevr:
         assert np.array_equal(questions[1], other_questions[0]) and np.array_equal(answers[1], other_answers[0])
         assert not np.array_equal(scenes(3, np.array([4])).centres, alone.centres)
 
-    def test_the_loader_gives_what_was_generated(self, tmp_path):
-        write(tmp_path / 'clevr')
+    def test_the_loader_gives_what_was_generated(self, folder):
         objects = scenes(0, np.arange(42))
         images = draw(objects)
         questions, answers = ask(0, np.arange(42), objects)
         for split, first, size in (('train', 0, 30), ('validation', 30, 12)):
-            data = SortOfClevr(tmp_path / 'clevr', split)
+            data = SortOfClevr(folder, split)
             assert len(data) == size * 30
             for item in (0, 31, len(data) - 1):
                 image, question, answer = data[item]
@@ -92,9 +92,8 @@ class TestSortOfClevr:
                 assert np.array_equal(question, questions[i, j]) and question.dtype == np.float32
                 assert answer == answers[i, j]
 
-    def test_the_loader_takes_kinds(self, tmp_path):
-        write(tmp_path / 'clevr')
-        data = SortOfClevr(tmp_path / 'clevr', 'validation', ['relational'])
+    def test_the_loader_takes_kinds(self, folder):
+        data = SortOfClevr(folder, 'validation', ['relational'])
         assert len(data) == 120
         assert {int(data[i][1][12:15].argmax()) for i in range(len(data))} == {1}
 

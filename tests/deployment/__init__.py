@@ -1,8 +1,4 @@
 """ An AiT goes wherever timm's ViT goes. The models and inputs of these tests. """
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import List
 
 import torch
@@ -20,11 +16,6 @@ def make_ait(**kwargs) -> nn.Module:
     model = tests.models.make_model('test_ait', **{**dict(img_size=16, depth=2, num_classes=5), **kwargs})
     train(model, 2)
     return model.eval()
-
-
-def make_vit(**kwargs) -> nn.Module:
-    """The same model without workspaces: timm's ViT."""
-    return make_ait(workspace=False, **kwargs)
 
 
 @torch.enable_grad()
@@ -52,17 +43,8 @@ def memories(model: nn.Module) -> List[torch.Tensor]:
     return [workspace.memory.clone() for workspace in workspaces(model)]
 
 
-def other_memory(model: nn.Module) -> None:
-    """Put other memories into a model, in place."""
-    for workspace in workspaces(model):
-        workspace.memory.data = nn.init.orthogonal_(torch.empty_like(workspace.memory))
-    model.eval()
-
-
-def run_without_timm_ait(code: str, directory: Path) -> None:
-    """Run Python in a directory, in a process that has neither timm_ait nor timm."""
-    code += "\nimport sys\nassert not {'timm', 'timm_ait'} & set(sys.modules)\n"
-    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
-    result = subprocess.run(
-        [sys.executable, '-c', code], cwd=directory, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def other_memory(*models: nn.Module) -> None:
+    """Put other memories into models, in place, the same into all."""
+    for model in models:
+        for workspace in workspaces(model):
+            workspace.memory.copy_(torch.eye(*workspace.memory.shape))

@@ -1,9 +1,13 @@
 """ `torch.export`, and files of it and of TorchScript that run without this package. """
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.export import Dim
 
-from tests.deployment import TOLERANCE, images, make_ait, other_memory, run_without_timm_ait
+from tests.deployment import TOLERANCE, images, make_ait, other_memory
 
 
 def export(model):
@@ -11,14 +15,17 @@ def export(model):
 
 
 def assert_files_compute_the_same(model, folder, *loads):
+    """In a process that has neither timm_ait nor timm."""
     torch.save((images(3), model(images(3)).detach()), folder / 'example.pt')
-    run_without_timm_ait(
-        'import torch\n'
+    code = (
+        'import sys, torch\n'
         'x, expected = torch.load("example.pt")\n'
         f'for module in ({", ".join(loads)},):\n'
-        f'    torch.testing.assert_close(module(x), expected, **{TOLERANCE})\n',
-        folder,
-    )
+        f'    torch.testing.assert_close(module(x), expected, **{TOLERANCE})\n'
+        'assert not {"timm", "timm_ait"} & set(sys.modules)\n')
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    result = subprocess.run([sys.executable, '-c', code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope='module')

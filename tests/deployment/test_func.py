@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.deployment import images, make_ait, workspaces
+from tests.deployment import images, make_ait, other_memory, workspaces
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +65,7 @@ class TestVmap:
 
     def test_over_an_ensemble_with_different_memories(self):
         models = [make_double() for _ in range(2)]
-        for workspace in workspaces(models[1]):
-            workspace.memory.copy_(torch.eye(*workspace.memory.shape))
+        other_memory(models[1])
         parameters, buffers = stack_module_state(models)
         base = copy.deepcopy(models[0])
         x = doubles()

@@ -8,18 +8,14 @@ from torchvision.models.feature_extraction import create_feature_extractor as to
 import timm
 from timm.models._features_fx import create_feature_extractor as timm_feature_extractor
 
-from tests.deployment import images, make_ait, memories, train, workspaces
+from tests.deployment import images, make_ait, memories, other_memory, train
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
-def features(model, x):
+def features(model):
     """Output of the last block."""
-    outputs = []
-    hook = model.blocks[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
-    model(x)
-    hook.remove()
-    return outputs[0]
+    return model.forward_intermediates(images(), output_fmt='NLC', intermediates_only=True)[-1]
 
 
 def last_block(extractor, model):
@@ -33,8 +29,7 @@ class TestSymbolicTrace:
         graph = torch.fx.symbolic_trace(model)
         before = graph(images())
         torch.testing.assert_close(before, model(images()))
-        for workspace in workspaces(model):
-            workspace.memory.copy_(torch.eye(*workspace.memory.shape))
+        other_memory(model)
         torch.testing.assert_close(graph(images()), model(images()))
         assert not torch.allclose(graph(images()), before)
 
@@ -57,8 +52,7 @@ class TestFeatureExtractors:
         extracted = last_block(extractor, model)
         for training in (False, True, False):
             model.train(training), extracted.train(training)
-            last = extracted(images())['last']
-            torch.testing.assert_close(last, features(model, images()))
+            torch.testing.assert_close(extracted(images())['last'], features(model))
 
     def test_that_trained_evaluate_with_the_memory_that_they_wrote(self, extractor):
         model = make_ait()
@@ -70,7 +64,7 @@ class TestFeatureExtractors:
         assert not any(torch.equal(old, new) for old, new in zip(before, memories(extracted)))
         last = extracted.eval()(images())['last']
         model.load_state_dict(extracted.state_dict(), strict=False)
-        torch.testing.assert_close(last, features(model.eval(), images()))
+        torch.testing.assert_close(last, features(model.eval()))
 
 
 def test_features_only_of_the_graph_are_those_of_the_hooks():

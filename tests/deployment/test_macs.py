@@ -4,20 +4,13 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.deployment import images, make_ait, make_vit
-from timm_ait.layers import GlobalWorkspace
-
-BATCH, TOKENS, DIM, SLOTS, SLOT_DIM = 2, 7, 24, 8, 16
-DEPTH, EMBED_DIM = 2, 64
+from tests.deployment import images, make_ait
+from tests.layers import make_workspace
 
 
-def make_workspace(**kwargs):
-    return GlobalWorkspace(DIM, SLOTS, SLOT_DIM, workspace_heads=4, bottleneck=5, **kwargs)
-
-
-def read_macs(num_tokens, dim=DIM, steps=1):
-    """Attractors of the slots, then scores and mean of the attractors for each token and step."""
-    return SLOTS * SLOT_DIM * dim + steps * 2 * num_tokens * SLOTS * dim
+def read_macs(num_tokens, dim, steps=1):
+    """Attractors of 8 slots of 16, then scores and mean of the attractors for each token and step."""
+    return 8 * 16 * dim + steps * 2 * num_tokens * 8 * dim
 
 
 def count_torch(model, *inputs):
@@ -38,11 +31,10 @@ COUNTERS = pytest.mark.parametrize('count', [count_torch, count_fvcore])
 @pytest.mark.parametrize('steps', [1, 3])
 def test_of_evaluation(count, steps):
     layer = make_workspace(retrieval_steps=steps).eval()
-    assert count(layer, torch.randn(BATCH, TOKENS, DIM)) == read_macs(BATCH * TOKENS, steps=steps)
+    assert count(layer, torch.randn(2, 7, 24)) == read_macs(2 * 7, 24, steps)
 
 
 @COUNTERS
 def test_of_a_model_beyond_its_vit(count):
-    x = images(BATCH)
-    num_tokens = BATCH * 16
-    assert count(make_ait(), x) - count(make_vit(), x) == DEPTH * read_macs(num_tokens, EMBED_DIM)
+    x = images(2)
+    assert count(make_ait(), x) - count(make_ait(workspace=False), x) == 2 * read_macs(2 * 16, 64)

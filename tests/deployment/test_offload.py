@@ -13,11 +13,6 @@ from tests.deployment import images, make_ait, memories, train, workspaces
 from tests.layers import make_workspace
 
 
-def on_meta(**kwargs):
-    with torch.device('meta'):
-        return make_workspace(**kwargs)
-
-
 class TestAccelerate:
 
     @pytest.fixture(autouse=True)
@@ -79,13 +74,14 @@ class TestMeta:
 
     @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
     def test_to_empty_and_reset(self, memory_update):
-        layer = on_meta(memory_update=memory_update).to_empty(device='cpu')
-        layer.reset_parameters()
+        with torch.device('meta'):
+            layer = make_workspace(memory_update=memory_update)
+        layer.to_empty(device='cpu').reset_parameters()
         layer.eval()
         torch.testing.assert_close(layer.stored_memory().norm(dim=-1), torch.ones(8))
         assert layer(torch.randn(2, 24)).isfinite().all()
 
     @pytest.mark.parametrize('training', [False, True])
     def test_is_shapes_alone(self, training):
-        output = on_meta().train(training)(torch.randn(2, 3, 24, device='meta'))
+        output = make_workspace(device='meta').train(training)(torch.randn(2, 3, 24, device='meta'))
         assert output.is_meta and output.shape == (2, 3, 24)

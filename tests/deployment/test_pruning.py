@@ -1,4 +1,6 @@
 """ Pruning and parametrisations in training, beside a layer that has the effective weights. """
+from functools import partial
+
 import pytest
 import torch
 import torch.nn as nn
@@ -11,17 +13,11 @@ from timm_ait.layers import balance_loss
 NAMES = ['q', 'k', 'v', 'proj', 'attractors']
 
 
-def prune_half(module):
-    prune.l1_unstructured(module, 'weight', amount=0.5)
-
-
-def prune_rows(module):
-    prune.ln_structured(module, 'weight', amount=0.5, n=2, dim=0)
-
-
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('method', [
-    prune_half, prune_rows, weight_norm, nn.utils.weight_norm, spectral_norm, orthogonal],
+    partial(prune.l1_unstructured, name='weight', amount=0.5),
+    partial(prune.ln_structured, name='weight', amount=0.5, n=2, dim=0),
+    weight_norm, nn.utils.weight_norm, spectral_norm, orthogonal],
     ids=['prune_half', 'prune_rows', 'weight_norm', 'old_weight_norm', 'spectral_norm', 'orthogonal'])
 def test_weights_train_as_their_effective_values_would(method):
     layer, plain = make_workspace().double(), make_workspace().double()

@@ -1,5 +1,6 @@
 """ int8: PyTorch's dynamic quantisation, torchao, and quantised export (pt2e). """
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     get_default_x86_inductor_quantization_config,
 )
 
-from tests.deployment import images, make_ait, memories, train, workspaces
+from tests.deployment import images, make_ait, memories, other_memory, train, workspaces
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -20,16 +21,14 @@ def dynamic(model):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
-def weight_only(model):
+def torchao(config, model):
     model = copy.deepcopy(model)
-    quantize_(model, Int8WeightOnlyConfig())
+    quantize_(model, config)
     return model
 
 
-def dynamic_torchao(model):
-    model = copy.deepcopy(model)
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
+weight_only = partial(torchao, Int8WeightOnlyConfig())
+dynamic_torchao = partial(torchao, Int8DynamicActivationInt8WeightConfig())
 
 
 def pt2e(model):
@@ -64,9 +63,7 @@ def test_the_workspace_reads_a_memory_that_is_loaded_later(quantize):
     quantized = quantize(model)
     assert all(torch.equal(a, b) for a, b in zip(memories(quantized), memories(model)))
     before = quantized(images(8))
-    for workspace, of_float in zip(workspaces(quantized), workspaces(model)):
-        for w in (workspace, of_float):
-            w.memory.copy_(torch.eye(*w.memory.shape))
+    other_memory(quantized, model)
     assert not torch.equal(quantized(images(8)), before)
     assert relative_error(quantized(images(8)), model(images(8))) < 0.1
 

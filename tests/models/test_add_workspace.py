@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch.utils.hooks import RemovableHandle
 
 import timm
@@ -269,10 +269,9 @@ class TestArchitecture:
                 'ait_from_timm', model='test_vit', pretrained=True, num_classes=num_classes, **kwargs)
 
     @pytest.mark.parametrize('with_workspaces', [True, False])
-    def test_weights_of_a_file(self, tmp_path, with_workspaces):
+    def test_weights_of_ones_own(self, with_workspaces):
         model = make_ait() if with_workspaces else make_model()
-        save_file(model.state_dict(), tmp_path / 'model.safetensors')
-        overlay = dict(file=str(tmp_path / 'model.safetensors'), num_classes=5)
+        overlay = dict(state_dict=model.state_dict(), num_classes=5)
         loaded = timm.create_model('ait_from_timm', pretrained=True, pretrained_cfg_overlay=overlay, **self.kwargs)
         assert torch.equal(logits(loaded, images()), logits(model, images()))
 

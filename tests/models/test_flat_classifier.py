@@ -4,25 +4,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 import timm
 from timm.models import save_for_hf
 
 from tests.models import images, make_model
+from tests.models.equations import randomize
 
 E, N = 64, 64
 
 make_flat = partial(make_model, 'test_ait', global_pool='flat')
-
-
-def randomize_classifier(model):
-    """Weights of which every one counts, and that vary smoothly over the tokens."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in (model.fc_norm.weight, model.fc_norm.bias, model.head.weight, model.head.bias):
-            parameter.normal_()
-    return model.eval()
 
 
 @pytest.mark.parametrize('name, paper', [('ait_small', 15.8), ('ait_medium', 45.9), ('ait_base', 91.0)])
@@ -34,7 +25,7 @@ def test_parameters_are_as_many_as_in_the_paper(name, paper):
 class TestForward:
 
     def test_logits_are_a_linear_map_of_all_normed_features(self):
-        model, x = randomize_classifier(make_flat()), images()
+        model, x = randomize(make_flat()), images(dtype=torch.float64)
         tokens = model.forward_features(x)
         assert tokens.shape == (4, N, E)
         flat = F.layer_norm(tokens.flatten(1), (N * E,), model.fc_norm.weight, model.fc_norm.bias, 1e-6)
@@ -107,27 +98,24 @@ def test_another_image_size_is_refused():
 
 class TestCheckpoints:
 
-    def load(self, file, **kwargs):
-        return timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs)
-
-    @pytest.fixture(params=['flat', 'avg'])
-    def saved(self, request, tmp_path):
-        save_file(make_flat(global_pool=request.param).state_dict(), tmp_path / 'model.safetensors')
-        return request.param, tmp_path / 'model.safetensors'
+    def load(self, weights, **kwargs):
+        overlay = dict(state_dict=dict(weights))
+        return timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
     @pytest.mark.parametrize('saved, kwargs', [
         ('flat', dict(global_pool='avg')),
         ('avg', dict(global_pool='flat')),
         ('flat', dict(global_pool='flat', img_size=64)),
-    ], indirect=['saved'])
+    ])
     def test_of_another_classifier_are_refused(self, saved, kwargs):
         message = r'global_pool\?\), nothing was loaded: another shape: .*head.weight \(10, '
         with pytest.raises(RuntimeError, match=message):
-            self.load(saved[1], **kwargs)
+            self.load(make_flat(global_pool=saved).state_dict(), **kwargs)
 
+    @pytest.mark.parametrize('saved', ['flat', 'avg'])
     @pytest.mark.parametrize('pool', ['flat', 'avg'])
     def test_of_any_pooling_serve_other_classes_at_another_size(self, saved, pool):
-        model = self.load(saved[1], global_pool=pool, num_classes=3, img_size=64)
-        weights = load_file(saved[1])
+        weights = make_flat(global_pool=saved).state_dict()
+        model = self.load(weights, global_pool=pool, num_classes=3, img_size=64)
         assert torch.equal(model.blocks[0].mlp.fc1.weight, weights['blocks.0.mlp.fc1.weight'])
         assert model(images(size=64)).shape == (4, 3)
