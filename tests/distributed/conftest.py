@@ -17,5 +17,4 @@ def ranks(request, tmp_path_factory):
 @pytest.fixture
 def results(ranks, request):
     """Those of a scenario, a list by rank."""
-    topic = request.module.__name__.rpartition('test_')[2]
-    return lambda name: [result[topic, name] for result in ranks]
+    return lambda name: [result[request.cls.topic, name] for result in ranks]
