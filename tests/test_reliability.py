@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,7 +20,6 @@ from safetensors.torch import load_file
 import timm
 from timm.models import save_for_hf
 
-import timm_ait  # noqa: F401, registers the models
 from timm_ait.__main__ import main as command_line
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
@@ -40,7 +38,7 @@ TENSORS = {
     'another precision': lambda rng, x: x.to(rng.choice([torch.float16, torch.float64])),
     'nan': lambda rng, x: x * float('nan'),
 }
-ADAPTED = ('head.', 'pos_embed', 'patch_embed.')  # by timm, to other classes, image sizes and channels
+ADAPTED = ('pos_embed', 'patch_embed.')  # by timm, to other image sizes and channels
 
 
 @pytest.fixture(scope='module')
@@ -68,29 +66,22 @@ def test_a_checkpoint_with_a_damaged_tensor_is_refused_or_loaded_as_it_is(checkp
             if not key.startswith(ADAPTED):
                 torch.testing.assert_close(value, stored[key].to(value.dtype), rtol=0., atol=0., equal_nan=True)
     else:
-        with pytest.raises(RuntimeError, match='nothing was loaded'):
+        problem = f'{key} {stored[key].dtype}' if kind == 'another kind of number' else key
+        with pytest.raises(RuntimeError, match=f'nothing was loaded: .*{problem}'):
             load()
 
 
-def encoded(form, mode, **options):
-    stream = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(stream, form, **options)
-    return form.lower(), stream.getvalue()
-
-
-IMAGES = [
-    encoded('JPEG', 'CMYK'), encoded('PNG', 'I;16'), encoded('GIF', 'P'), encoded('BMP', 'RGB'),
-    encoded('TIFF', 'RGB', compression='tiff_lzw'), encoded('WEBP', 'RGB')]
+MODES = {'jpeg': 'CMYK', 'png': 'I;16', 'gif': 'P', 'bmp': 'RGB', 'tiff': 'RGB', 'webp': 'RGB'}
+NOISE = Image.frombytes('RGB', (64, 48), random.Random(0).randbytes(64 * 48 * 3))
 
 
 @few
-@given(image=st.sampled_from(IMAGES), kind=st.sampled_from(sorted(BYTES)), seed=seeds)
-def test_a_damaged_image_is_classified_or_named_beside_a_good_one(checkpoint, image, kind, seed):
-    form, data = image
-    good, damaged = checkpoint / 'image.png', checkpoint / f'damaged.{form}'
-    Image.new('RGB', (32, 32), 'red').save(good)
-    damaged.write_bytes(BYTES[kind](random.Random(seed), data))
+@given(suffix=st.sampled_from(sorted(MODES)), kind=st.sampled_from(sorted(BYTES)), seed=seeds)
+def test_a_damaged_image_is_classified_or_named_beside_a_good_one(checkpoint, suffix, kind, seed):
+    good, damaged = checkpoint / 'image.png', checkpoint / f'damaged.{suffix}'
+    NOISE.save(good)
+    NOISE.convert(MODES[suffix]).save(damaged, compression='tiff_lzw')
+    damaged.write_bytes(BYTES[kind](random.Random(seed), damaged.read_bytes()))
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = command_line([
             'predict', str(good), str(damaged), '--model', f'local-dir:{checkpoint}', '--device', 'cpu', '--json'])
@@ -121,11 +112,11 @@ ImageDataset.set_epoch = set_epoch
 ], ids=['between epochs', 'while saving'])
 def test_a_killed_run_of_timms_train_script_resumes_to_the_same_end(tmp_path, awaited, options):
     (tmp_path / 'seed_epochs.py').write_text(SEED_EPOCHS)
-    generator = np.random.default_rng(0)
+    rng = random.Random(0)
     for i in range(60):
         file = tmp_path / 'data' / ('validation' if i < 12 else 'train') / 'abc'[i % 3] / f'{i}.png'
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+        Image.frombytes('RGB', (32, 32), rng.randbytes(32 * 32 * 3)).save(file)
 
     def start(experiment):
         place = tmp_path / experiment

@@ -3,13 +3,11 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 import timm
 from timm.layers import PatchDropout
@@ -20,50 +18,25 @@ from benchmarks.compare.data import augment, load_image_folder
 from benchmarks.compare.recipe import read_recipe
 from benchmarks.compare.training import create_run_model, create_run_optimizer, evaluate_writing
 from benchmarks.results import main as results_main
-from timm_ait.data.sort_of_clevr import write_sort_of_clevr
 from timm_ait.data.triangle import triangles
-from timm_ait.layers.published import PublishedWorkspace
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(embed_dim=24, depth=1, num_heads=2, num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=8)
 
 
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for split, count in (('train', 12), ('validation', 6)):
-        for i, name in enumerate(('dark', 'light')):
-            (folder / split / name).mkdir(parents=True)
-            for j in range(count):
-                pixels = (rng.random((32, 32, 3)) * 90 + 150 * i).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f'{j}.png')
-    return folder
+def compare(recipe, data_dir, output, *options):
+    """Run the command; returns the results of all runs."""
+    file = output.parent / 'recipe.yaml'
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    compare_main([str(file), '--data-dir', str(data_dir), '--output', str(output), *options])
+    return json.loads((output / 'results.json').read_text())['results']
 
 
-class Commands:
-    """Runs the commands in this process, and keeps what they printed."""
-
-    def __init__(self, capsys):
-        self.capsys = capsys
-
-    def run(self, main, *arguments):
-        try:
-            main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        return SimpleNamespace(returncode=code, **self.capsys.readouterr()._asdict())
-
-    def compare(self, recipe, data_dir, output, *arguments):
-        file = output.parent / 'recipe.yaml'
-        file.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
-        return self.run(compare_main, file, '--data-dir', data_dir, '--output', output, *arguments)
-
-
-@pytest.fixture
-def commands(capsys):
-    return Commands(capsys)
+def column(output, name):
+    """Cells of a column of the table, by run."""
+    lines = (output / 'table.md').read_text().splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
+    return {row[0]: row[header.index(name)] for row in rows}
 
 
 @pytest.fixture(scope='module')
@@ -71,10 +44,14 @@ def one_run(images, tmp_path_factory):
     """Recipe and output of a run with one seed."""
     recipe = recipe_of(seeds=[0], amp_dtype='float32')
     recipe['runs'].pop('ViT')
-    folder = tmp_path_factory.mktemp('one_run')
-    (folder / 'recipe.yaml').write_text(yaml.safe_dump(recipe))
-    compare_main([str(folder / 'recipe.yaml'), '--data-dir', str(images), '--output', str(folder / 'out')])
-    return recipe, folder / 'out'
+    output = tmp_path_factory.mktemp('one_run') / 'out'
+    compare(recipe, images, output)
+    return recipe, output
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / 'out'
 
 
 def recipe_of(**changes):
@@ -94,50 +71,40 @@ def recipe_of(**changes):
     }
 
 
-def test_a_recipe_gives_a_table_and_learning_curves(commands, images, tmp_path):
-    output = tmp_path / 'out'
-    result = commands.compare(recipe_of(), images, output)
-    assert result.returncode == 0, result.err
-    table = (output / 'table.md').read_text()
-    assert table in result.out
-    assert [line.split('|')[1].strip() for line in table.splitlines()] == ['', '---', 'AiT', 'ViT']
-    assert table.count('±') == 2
-    results = json.loads((output / 'results.json').read_text())['results']
-    run = results['AiT']['runs'][1]
-    assert [entry['step'] for entry in run['log']] == [2, 4]
-    assert run['parameters'] > results['ViT']['runs'][1]['parameters'] > 0
-    assert run['macs'] > results['ViT']['runs'][1]['macs'] > 0
-    assert run['training_rate'] > 0 and run['inference_rate'] > 0
+def test_a_recipe_gives_a_table_and_learning_curves(capsys, images, output):
+    results = compare(recipe_of(), images, output)
+    assert (output / 'table.md').read_text() in capsys.readouterr().out
+    assert list(results) == list(column(output, '')) == ['AiT', 'ViT']
+    assert all('±' in accuracy for accuracy in column(output, 'accuracy').values())
+    ait, vit = (result['runs'][1] for result in results.values())
+    assert [entry['step'] for entry in ait['log']] == [2, 4]
+    assert ait['parameters'] > vit['parameters'] > 0
+    assert ait['macs'] > vit['macs'] > 0
+    assert ait['training_rate'] > 0 and ait['inference_rate'] > 0
     assert (output / 'learning_curves.svg').read_text().startswith('<?xml')
 
 
-def test_a_run_may_have_seeds_of_its_own(commands, images, tmp_path):
+def test_a_run_may_have_seeds_of_its_own(images, output):
     recipe = recipe_of(seeds=[0], steps=1)
     recipe['runs']['AiT']['seeds'] = [1, 2]
-    result = commands.compare(recipe, images, tmp_path / 'out')
-    assert result.returncode == 0, result.err
-    assert sorted(str(path.parent.relative_to(tmp_path / 'out')) for path in tmp_path.rglob('result.json')) == [
+    compare(recipe, images, output)
+    assert sorted(str(path.parent.relative_to(output)) for path in output.rglob('result.json')) == [
         'AiT/seed1', 'AiT/seed2', 'ViT/seed0']
-    assert result.out.count('±') == 1
-    header, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in
-                        (tmp_path / 'out' / 'table.md').read_text().splitlines()]
-    assert {row[0]: row[header.index('seeds')] for row in rows} == {'AiT': '2', 'ViT': '1'}
+    assert column(output, 'seeds') == {'AiT': '2', 'ViT': '1'}
+    assert ['±' in accuracy for accuracy in column(output, 'accuracy').values()] == [True, False]
 
 
-def test_gates_may_have_a_learning_rate_of_their_own(commands, images, tmp_path):
+def test_gates_may_have_a_learning_rate_of_their_own(images, output):
     gated = dict(model='ait_small', gated=True, **TINY)
-    recipe = recipe_of(
+    results = compare(recipe_of(
         seeds=[0], steps=1, warmup_steps=0, opt='adamw', lr=1.0e-4, layer_decay=0.5,
-        runs={'as the body': gated, 'faster': {**gated, 'gate_lr': 1.0e-2}})
-    result = commands.compare(recipe, images, tmp_path / 'out')
-    assert result.returncode == 0, result.err
-    runs = json.loads((tmp_path / 'out' / 'results.json').read_text())['results']
+        runs={'as the body': gated, 'faster': {**gated, 'gate_lr': 1.0e-2}}), images, output)
     # Adam's first step is the learning rate; the block is one layer below the head
-    assert runs['as the body']['runs'][0]['gates'] == pytest.approx([0.5e-4], rel=1e-2)
-    assert runs['faster']['runs'][0]['gates'] == pytest.approx([1.0e-2], rel=1e-2)
+    assert results['as the body']['runs'][0]['gates'] == pytest.approx([0.5e-4], rel=1e-2)
+    assert results['faster']['runs'][0]['gates'] == pytest.approx([1.0e-2], rel=1e-2)
 
 
-def test_the_last_steps_may_see_all_patches(commands, images, tmp_path, monkeypatch):
+def test_the_last_steps_may_see_all_patches(images, output, monkeypatch):
     forward, shares = PatchDropout.forward, []
 
     def record(self, x):
@@ -147,56 +114,46 @@ def test_the_last_steps_may_see_all_patches(commands, images, tmp_path, monkeypa
 
     monkeypatch.setattr(PatchDropout, 'forward', record)
     runs = {'AiT': dict(model='ait_small', patch_drop_rate=0.5, **TINY)}
-    recipe = recipe_of(seeds=[0], steps=3, eval_every=3, all_patches_from=2, runs=runs)
-    result = commands.compare(recipe, images, tmp_path / 'out')
-    assert result.returncode == 0, result.err
+    compare(recipe_of(seeds=[0], steps=3, eval_every=3, all_patches_from=2, runs=runs), images, output)
     assert shares[:3] == pytest.approx([0.5, 0.5, 1.], abs=0.02)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(commands, images, one_run, tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_result(images, one_run, output):
     recipe, whole = one_run
-    interrupted = Path(shutil.copytree(whole, tmp_path / 'out'))
+    shutil.copytree(whole, output)
     # as it was when the second of two evaluations had not been reached
-    run = interrupted / 'AiT' / 'seed0'
+    run = output / 'AiT' / 'seed0'
     (run / 'result.json').unlink()
-    (run / 'last.pth.tar').unlink()
-    (run / 'checkpoint-1.pth.tar').rename(run / 'last.pth.tar')
-    assert commands.compare(recipe, images, interrupted).returncode == 0
-    whole, resumed = (json.loads((folder / 'AiT' / 'seed0' / 'result.json').read_text())
-                      for folder in (whole, interrupted))
+    (run / 'checkpoint-1.pth.tar').replace(run / 'last.pth.tar')
+    resumed = compare(recipe, images, output)['AiT']['runs'][0]
+    expected = json.loads((whole / 'AiT' / 'seed0' / 'result.json').read_text())
     assert [entry['step'] for entry in resumed['log']] == [2, 4]
-    assert resumed['log'] == whole['log'] and resumed['accuracy'] == whole['accuracy']
+    assert resumed['log'] == expected['log'] and resumed['accuracy'] == expected['accuracy']
 
 
-def test_finished_runs_are_kept(commands, one_run, tmp_path):
+def test_finished_runs_are_kept(one_run, output):
     recipe, finished = one_run
-    output = Path(shutil.copytree(finished, tmp_path / 'out'))
+    shutil.copytree(finished, output)
     before = (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns
-    result = commands.compare(recipe, tmp_path / 'no_data_is_needed', output)
-    assert result.returncode == 0, result.err
+    compare(recipe, 'no_data_is_needed', output)
     assert (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns == before
 
 
-def test_runs_of_other_settings_are_not_mixed(commands, images, one_run, tmp_path):
+def test_runs_of_other_settings_are_not_mixed(capsys, images, one_run, output):
     recipe, finished = one_run
-    output = Path(shutil.copytree(finished, tmp_path / 'out'))
-    table = (output / 'table.md').read_bytes()
-    result = commands.compare(recipe, images, output, '--steps', '6')
-    assert result.returncode == 2 and 'trained with other settings' in result.err
-    assert (output / 'table.md').read_bytes() == table
+    shutil.copytree(finished, output)
+    with pytest.raises(SystemExit, match='2'):
+        compare(recipe, images, output, '--steps', '6')
+    assert 'trained with other settings' in capsys.readouterr().err
+    assert (output / 'table.md').read_bytes() == (finished / 'table.md').read_bytes()
 
 
-@pytest.mark.parametrize('run', [
-    {'model': 'ait_small'}, {'model': 'ait_small', 'workspace': False}, {'model': 'coordination_small'},
-    {'model': 'set_transformer_small'}, {'model': 'perceiver_small'}, {'model': 'centroid_transformer_small'},
-], ids=lambda run: '-'.join(map(str, run.values())))
-def test_every_family_takes_the_convolutional_stem(run, tmp_path):
-    recipe_file = tmp_path / 'recipe.yaml'
-    recipe_file.write_text(yaml.safe_dump(recipe_of(
-        dataset='sort_of_clevr', image_size=75, conv_stem=[8, 16, 24], model_kwargs={'num_heads': 2},
-        runs={'x': run})))
-    model = create_run_model(read_recipe(recipe_file), run, num_classes=10)
-    assert model.patch_embed(torch.zeros(1, 3, 75, 75)).shape == (1, 10 * 10, 24)
+@pytest.mark.parametrize('label', [
+    'AiT', 'ViT', 'Coordination', 'Set Transformer', 'Perceiver', 'Centroid Transformer'])
+def test_every_family_takes_the_convolutional_stem(label):
+    recipe = read_recipe(ROOT / 'examples' / 'compare_sort_of_clevr.yaml')
+    model = create_run_model(recipe, recipe['runs'][label], num_classes=10)
+    assert model.patch_embed(torch.zeros(1, 3, 75, 75)).shape == (1, 5 * 5, 128)
     assert model(torch.zeros(2, 3, 75, 75), question=torch.zeros(2, 18)).shape == (2, 10)
 
 
@@ -228,52 +185,34 @@ class TestAugmentation:
         assert (windows == cropped).flatten(2).all(2).any(0).all()
 
 
-def test_a_published_workspace_is_also_evaluated_while_it_writes(commands, images, tmp_path):
+def test_a_published_workspace_is_also_evaluated_while_it_writes(images, output):
     runs = {'AiT': dict(model='published_body', dim=64), 'ViT': dict(model='published_body', dim=64, mlp='plain')}
-    recipe = recipe_of(seeds=[0], steps=1, runs=runs, mean=[0.5, 0.4, 0.3], clip_grad=0)
-    result = commands.compare(recipe, images, tmp_path / 'out')
-    assert result.returncode == 0, result.err
-    results = json.loads((tmp_path / 'out' / 'results.json').read_text())['results']
-    assert [list(results[label]['runs'][0]['accuracy']) for label in runs] == [['all', 'writing'], ['all']]
-    header, _, ait, vit = [line.split('|') for line in (tmp_path / 'out' / 'table.md').read_text().splitlines()]
-    writing = header.index(' accuracy, writing ')
-    assert ait[writing].strip() and not vit[writing].strip()
+    compare(recipe_of(seeds=[0], steps=1, runs=runs, mean=[0.5, 0.4, 0.3], clip_grad=0), images, output)
+    assert all(column(output, 'accuracy, all').values())
+    writing = column(output, 'accuracy, writing')
+    assert writing['AiT'] and not writing['ViT']
 
 
 def test_evaluating_while_writing_leaves_the_memory_as_it_was(images):
-    torch.manual_seed(0)
-    model = timm.create_model('published_body', dim=64)
-    split = load_image_folder(str(images), 'train', 32, 3)
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    written = []
-    for module in model.modules():
-        if isinstance(module, PublishedWorkspace):
-            module.register_forward_hook(lambda module, *_: written.append(module.memory.clone()))
-    accuracy = evaluate_writing(model, split, batch_size=8)
+    model, written = timm.create_model('published_body', dim=64), []
+    before = [buffer.clone() for buffer in model.buffers()]
+    workspace = model.blocks[0].mlp.workspace
+    workspace.register_forward_hook(lambda *_: written.append(workspace.memory.clone()))
+    accuracy = evaluate_writing(model, load_image_folder(str(images), 'train', 32, 3), batch_size=8)
     assert accuracy * 24 / 100 == pytest.approx(round(accuracy * 24 / 100))
-    assert len(written) == 2 * 3 and not torch.equal(written[0], written[2])
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, before[name]), name
+    assert len(written) == 3 and not torch.equal(written[0], written[1])
+    assert all(torch.equal(buffer, stored) for buffer, stored in zip(model.buffers(), before))
 
 
-@pytest.fixture(scope='module')
-def sort_of_clevr(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('sort_of_clevr')
-    write_sort_of_clevr(folder, seed=0, num_train=4, num_validation=2)
-    return folder
-
-
-def test_questions_are_counted_by_kind(commands, sort_of_clevr, tmp_path):
-    recipe = recipe_of(
+def test_questions_are_counted_by_kind(sort_of_clevr, output):
+    results = compare(recipe_of(
         dataset='sort_of_clevr', image_size=75, kinds=['non_relational', 'relational'], seeds=[0], hflip=False,
         vflip=False, crop_padding=0, runs={
             'plain': dict(model='ait_small', patch_size=15, **TINY),
             'stem': dict(model='ait_tiny_hybrid_75', depth=1),
-        })
-    result = commands.compare(recipe, sort_of_clevr, tmp_path / 'out')
-    assert result.returncode == 0, result.err
-    for label in recipe['runs']:
-        accuracy = json.loads((tmp_path / 'out' / label / 'seed0' / 'result.json').read_text())['accuracy']
+        }), sort_of_clevr, output)
+    for result in results.values():
+        accuracy = result['runs'][0]['accuracy']
         assert list(accuracy) == ['all', 'non_relational', 'relational']
         assert accuracy['all'] == pytest.approx((accuracy['non_relational'] + accuracy['relational']) / 2)
 
@@ -293,11 +232,12 @@ def test_our_recipes_are_read():
         create_run_optimizer(recipe, run, model)
 
 
-def assert_refused(result, output, *names):
-    """The command ended with one line that has the names, and wrote nothing."""
-    message = result.err.split('error: ')[-1]
-    assert result.returncode == 2 and message.count('\n') == 1, result.err
-    assert all(name in message for name in names), message
+def assert_refused(capsys, images, output, names, recipe, *options):
+    """A mistake is answered in one line with these names, and nothing is written."""
+    with pytest.raises(SystemExit, match='2'):
+        compare(recipe, images, output, *options)
+    message = capsys.readouterr().err.split('error: ')[-1]
+    assert message.count('\n') == 1 and all(name in message for name in names), message
     assert not output.exists()
 
 
@@ -328,13 +268,12 @@ class TestBadInput:
         (dict(dataset='sort_of_clevr'), ['image_size', '75']),
         (dict(batch_size=25), ['batch_size', '25', '24']),
     ], ids=str)
-    def test_recipe(self, commands, images, tmp_path, change, names):
-        assert_refused(commands.compare(recipe_of(**change), images, tmp_path / 'out'), tmp_path / 'out', *names)
+    def test_recipe(self, capsys, images, output, change, names):
+        assert_refused(capsys, images, output, names, recipe_of(**change))
 
     @pytest.mark.parametrize('argument', [['--runs', 'AiT', 'MLP'], ['--device', 'gpu'], ['--steps', '0']])
-    def test_argument(self, commands, images, tmp_path, argument):
-        result = commands.compare(recipe_of(), images, tmp_path / 'out', *argument)
-        assert_refused(result, tmp_path / 'out', argument[0].strip('-'), argument[-1])
+    def test_argument(self, capsys, images, output, argument):
+        assert_refused(capsys, images, output, [argument[0].strip('-'), argument[-1]], recipe_of(), *argument)
 
 
 def test_an_option_replaces_the_recipes(tmp_path):
@@ -344,13 +283,12 @@ def test_an_option_replaces_the_recipes(tmp_path):
     assert [run['seeds'] for run in recipe['runs'].values()] == [[3, 4], [3, 4]]
 
 
-def test_results_go_into_their_part_of_the_page(commands, one_run, tmp_path):
+def test_results_go_into_their_part_of_the_page(one_run, tmp_path):
     shutil.copytree(one_run[1], tmp_path / 'mine')
     page = tmp_path / 'PAGE.md'
     page.write_text('# Before\n<!-- begin generated: mine -->\nold\n<!-- end generated: mine -->\nafter\n')
     for _ in range(2):  # the second time it replaces its own text
-        result = commands.run(results_main, tmp_path / 'mine', '--page', page)
-        assert result.returncode == 0, result.err
+        results_main([str(tmp_path / 'mine'), '--page', str(page)])
         text = page.read_text()
         assert text.startswith('# Before\n<!-- begin generated: mine -->\n4 steps of 8')
         assert text.endswith('<!-- end generated: mine -->\nafter\n')

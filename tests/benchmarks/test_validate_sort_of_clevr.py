@@ -5,25 +5,16 @@ import torch
 
 import timm
 
-import timm_ait  # noqa: F401, registers the models
 from benchmarks.validate_sort_of_clevr import main
 from timm_ait.data import SortOfClevr
-from timm_ait.data.sort_of_clevr import write_sort_of_clevr
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('sort_of_clevr')
-    write_sort_of_clevr(folder, seed=0, num_train=1, num_validation=10)
-    return folder
-
-
-def test_accuracy_is_that_of_each_kind(data, capsys):
-    main(['ait_tiny_hybrid_75', '--data-dir', str(data)])
+def test_accuracy_is_that_of_each_kind(sort_of_clevr, capsys):
+    main(['ait_tiny_hybrid_75', '--data-dir', str(sort_of_clevr)])
     printed = capsys.readouterr().out
     model = timm.create_model('ait_tiny_hybrid_75', pretrained=True).eval()
     for kind in ('non_relational', 'relational'):
-        images, questions, answers = zip(*SortOfClevr(str(data), 'validation', [kind]))
+        images, questions, answers = zip(*SortOfClevr(str(sort_of_clevr), 'validation', [kind]))
         images = torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
             logits = model(images, question=torch.stack([torch.from_numpy(question) for question in questions]))
@@ -39,8 +30,8 @@ def test_accuracy_is_that_of_each_kind(data, capsys):
     (['ait_small'], 'ait_small'),
     (['no_such_model'], 'no_such_model'),
 ])
-def test_bad_input(data, capsys, arguments, name):
+def test_bad_input(sort_of_clevr, capsys, arguments, name):
     with pytest.raises(SystemExit, match='2'):
-        main([arguments[0], '--data-dir', str(data), *arguments[1:]])
+        main([arguments[0], '--data-dir', str(sort_of_clevr), *arguments[1:]])
     message = capsys.readouterr().err.split('error: ')[-1]
     assert name in message and message.count('\n') == 1

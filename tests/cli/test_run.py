@@ -1,15 +1,10 @@
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-import timm
-from timm.models import save_for_hf
 
 from timm_ait.__main__ import main
 from timm_ait.cli.labels import read_labels
@@ -26,10 +21,9 @@ def run(*args, python=(sys.executable,)):
     return subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
 
 
-def write(folder, text, name='script.py'):
-    file = folder / name
-    file.write_text(text)
-    return file
+def write(folder, text):
+    (folder / 'script.py').write_text(text)
+    return folder / 'script.py'
 
 
 @pytest.fixture
@@ -39,10 +33,7 @@ def state(monkeypatch):
     monkeypatch.setattr(sys, 'path', sys.path[:])
 
 
-REPORT = """
-import json, sys
-print(json.dumps([__name__, __file__, sys.argv, sys.path[0]]))
-"""
+REPORT = 'import json, sys; print(json.dumps([__name__, __file__, sys.argv, sys.path[0]]))'
 
 
 class TestRun:
@@ -59,44 +50,29 @@ class TestRun:
     def test_as_python_runs_it(self, state, capsys, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / 'scripts').mkdir()
-        write(tmp_path / 'scripts', 'VALUE = 3', name='neighbour_of_the_script.py')
+        (tmp_path / 'scripts/neighbour_of_the_script.py').write_text('VALUE = 3')
         write(tmp_path / 'scripts', 'import sys, neighbour_of_the_script as n; print(sys.argv, sys.path[0], n.VALUE)')
         plain = subprocess.run([sys.executable, 'scripts/script.py', '-v'], capture_output=True, text=True)
         main(['run', 'scripts/script.py', '-v'])
         assert capsys.readouterr().out == plain.stdout != ''
 
-    @pytest.mark.parametrize('code', [0, 3])
-    def test_exit_code_of_the_script(self, state, tmp_path, code):
-        with pytest.raises(SystemExit) as exit_:
-            main(['run', str(write(tmp_path, f'import sys; sys.exit({code})'))])
-        assert exit_.value.code == code
+    def test_exit_code_of_the_script(self, state, tmp_path):
+        with pytest.raises(SystemExit, match='3'):
+            main(['run', str(write(tmp_path, 'import sys; sys.exit(3)'))])
 
     @pytest.mark.parametrize('name', ['missing.py', '.'])
-    def test_missing_script(self, capsys, monkeypatch, name):
-        monkeypatch.setattr(runpy, 'run_path', None)
-        with pytest.raises(SystemExit, match='2'):
-            main(['run', name])
-        assert f'no file {name!r}' in capsys.readouterr().err
+    def test_missing_script(self, error_of, name):
+        assert f'no file {name!r}' in error_of('run', name)
 
 
 WORKERS = """
-import sys
 import timm
-import torch
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, model):
-        self.model = model
-    def __len__(self):
-        return 2
-    def __getitem__(self, index):
-        return self.model(torch.zeros(1, 3, 32, 32))[0].detach()
+from torch.utils.data import DataLoader
 
 if __name__ == '__main__':
-    images = Images(timm.create_model('test_ait').eval())
-    for context in sys.argv[1:]:
-        loader = torch.utils.data.DataLoader(images, num_workers=1, multiprocessing_context=context)
-        print(context, sum(len(batch) for batch in loader))
+    models = [timm.create_model('test_ait')]
+    loader = DataLoader(models, batch_size=None, num_workers=1, multiprocessing_context='spawn')
+    print(*(type(model).__name__ for model in loader))
 """
 
 
@@ -104,8 +80,8 @@ class TestProcesses:
 
     @pytest.mark.slow
     def test_workers_of_a_data_loader(self, tmp_path):
-        result = run(write(tmp_path, WORKERS), 'spawn')
-        assert result.stdout == 'spawn 2\n', result.stderr
+        result = run(write(tmp_path, WORKERS))
+        assert result.stdout == 'AssociativeTransformer\n', result.stderr
 
     @pytest.mark.slow
     def test_under_torchrun(self, tmp_path):
@@ -124,18 +100,11 @@ torch.distributed.destroy_process_group()
 @pytest.mark.skipif(SCRIPTS is None, reason="set TIMM_SCRIPTS to the folder of timm's scripts")
 class TestTimmScripts:
 
-    def test_validate_measures_the_accuracy_that_predict_does(self, capsys, tmp_path):
-        torch.manual_seed(0)
-        labels = read_labels(EXAMPLES / 'labels.csv')
-        model = timm.create_model('test_ait')
-        torch.nn.init.normal_(model.head.weight)
-        names = sorted(set(labels.values()))  # the order validate.py gives folders
-        save_for_hf(model, tmp_path / 'model', model_config={'label_names': names}, safe_serialization=True)
-        for file, label in labels.items():
+    def test_validate_measures_the_accuracy_that_predict_does(self, capsys, model, tmp_path):
+        for file, label in read_labels(EXAMPLES / 'labels.csv').items():
             (tmp_path / 'data' / label).mkdir(parents=True, exist_ok=True)
             (tmp_path / 'data' / label / file.name).symlink_to(file)
 
-        model = f'local-dir:{tmp_path / "model"}'
         main(['predict', str(EXAMPLES), '--model', model, '--labels', str(EXAMPLES / 'labels.csv'), '--json'])
         accuracy = json.loads(capsys.readouterr().out)['accuracy']
         result = run(

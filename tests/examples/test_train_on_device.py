@@ -4,7 +4,6 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,36 +11,19 @@ from safetensors.torch import load_file, save_file
 
 import timm
 
-import timm_ait  # noqa: F401, registers the models
+from tests.benchmarks import write_images
 
-EXAMPLES = Path(__file__).parents[2] / 'examples' / 'on_device'
-sys.path.insert(0, str(EXAMPLES))
+sys.path.insert(0, str(Path(__file__).parents[2] / 'examples' / 'on_device'))
 
 import augment_on_device  # noqa: E402
 import cifar_teacher  # noqa: E402, F401, registers the model
 import train_on_device  # noqa: E402
 
-NO_AUGMENTATION = dict(
-    crop_padding=0, scale=None, ratio=(3 / 4, 4 / 3), train_interpolation='bilinear', aa_prob=0., aa_strength=0.5,
-    cutout=0)
-
-
-@pytest.fixture(scope='module')
-def data_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for split, num_images in (('train', 12), ('validation', 4)):
-        for i, name in enumerate(('dark', 'light')):
-            (folder / split / name).mkdir(parents=True)
-            for j in range(num_images):
-                pixels = (rng.random((32, 32, 3)) * 90 + 150 * i).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f'{j}.png')
-    return folder
-
 
 @pytest.fixture
-def train(data_dir, tmp_path):
+def train(tmp_path):
     """Run the program; gives what it logged."""
+    data_dir = write_images(tmp_path / 'images')
 
     def run(*options, output=tmp_path / 'run'):
         train_on_device.main([
@@ -53,12 +35,13 @@ def train(data_dir, tmp_path):
 
 
 def augmentation(size=(32, 32), seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
-    return augment_on_device.Augmentation(Namespace(**{**NO_AUGMENTATION, **options}), size, generator)
+    args = train_on_device.get_parser().parse_args([])  # nothing is augmented by default
+    vars(args).update(options)
+    return augment_on_device.Augmentation(args, size, torch.Generator().manual_seed(seed))
 
 
-def some_images(num=16, size=32):
-    return torch.randint(256, (num, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+def some_images(num=16):
+    return torch.randint(256, (num, 3, 32, 32), dtype=torch.uint8)
 
 
 # augmentation
