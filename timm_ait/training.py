@@ -6,16 +6,13 @@ scaling and gradient accumulation treat it as they treat the criterion.
 """
 import functools
 import logging
-import sys
 from typing import Any, Callable, Dict
 
 from timm.task import TrainingTask
 
+from timm_ait.layers.advance import named_workspaces
 from timm_ait.layers.balance import balance_loss, record_balance_losses
-from timm_ait.layers.registry import named_workspaces
 from timm_ait.ops.graph import depends_on
-
-__all__ = ['install_balance_loss']
 
 _logger = logging.getLogger(__name__)
 
@@ -52,8 +49,7 @@ def install_balance_loss() -> None:
 
     @functools.wraps(call)
     def call_and_add(self: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
-        # looked up when it runs, so that a reload of this module is seen
-        return sys.modules[__name__].call_with_balance_loss(call, self, *args, **kwargs)
+        return call_with_balance_loss(call, self, *args, **kwargs)
 
     call_and_add.adds_balance_loss = True
     TrainingTask.__call__ = call_and_add

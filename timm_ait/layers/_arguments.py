@@ -4,8 +4,6 @@ import inspect
 import math
 from typing import Any, Dict, Iterable, Set, Tuple
 
-__all__ = ['check_at_least', 'check_choice', 'check_known', 'check_number', 'options', 'split_kwargs']
-
 
 def check_at_least(minimum: int, **values) -> None:
     """Raise a ValueError that names the first value that is not an integer, or too small."""

@@ -1,6 +1,5 @@
 """ When the memory moves: with the parameters, once per optimizer step. """
-import functools
-import sys
+import threading
 import warnings
 import weakref
 from typing import Dict, List, Optional, Tuple
@@ -11,21 +10,37 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from timm_ait.ops.memory import project_memory
 
-from .ranks import ProcessGroups, ranks_of
-from .registry import all_workspaces, named_workspaces
-
-__all__ = ['advance_memory', 'count_write']
+from .ranks import ranks_of
 
 # forwards that write without the memory moving, before a warning
 _MAX_WRITES = 100
 
 _state = globals().setdefault('_state', {  # outlives a reload of this module
+    'lock': threading.Lock(),  # of the workspaces
+    'workspaces': weakref.WeakSet(),  # all there are
     'held': weakref.WeakKeyDictionary(),  # by optimizer, see `_held_workspaces`
     'parts': weakref.WeakSet(),  # optimizers inside of others, which make their steps
     'num_steps': 0,  # of optimizers
     'warned_at': None,  # number of steps then
     'hooks': [],
 })
+
+
+def register_workspace(workspace: nn.Module) -> None:
+    """Note a workspace, also a copied or unpickled one."""
+    with _state['lock']:
+        _state['workspaces'].add(workspace)
+
+
+def all_workspaces() -> List[nn.Module]:
+    """Every workspace there is; other threads may make and drop some meanwhile."""
+    with _state['lock']:
+        return list(_state['workspaces'])
+
+
+def named_workspaces(model: nn.Module) -> List[Tuple[str, nn.Module]]:
+    """Workspaces of a model, also those of a class that was reloaded since."""
+    return [(name, module) for name, module in model.named_modules() if getattr(module, 'is_workspace', False)]
 
 
 def count_write(workspace: nn.Module) -> None:
@@ -58,7 +73,7 @@ def advance_memory(model: nn.Module) -> None:
 @torch.no_grad()
 def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = None) -> None:
     """Move memories to the mean of what was written, unless a scaler has found its gradients not to be finite."""
-    together: Dict[Tuple, Tuple[ProcessGroups, List[nn.Module]]] = {}
+    written, together = [], {}
     for workspace in workspaces:
         ranks = ranks_of(workspace)
         if ranks is not None:
@@ -66,37 +81,22 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
         elif workspace.written is not None:
             total, count = workspace.written
             if count.device.type != 'cpu' or count > 0:  # to ask another device is to wait for it
-                _move(workspace, total, count, found_inf)
+                written.append((workspace, total, count))
     for ranks, members in together.values():
-        for workspace, (total, count) in zip(members, _sum_over_ranks(members, ranks)):
-            _move(workspace, total, count, found_inf)
-
-
-def _sum_over_ranks(workspaces: List[nn.Module], ranks: ProcessGroups) -> List[Tuple[torch.Tensor, torch.Tensor]]:
-    """What all ranks wrote, (M, D), and how often (scalar), in one collective of M * D + 1 numbers per workspace."""
-    parts = [part.flatten() for workspace in workspaces for part in workspace.written_since_step()]
-    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
-    sums = ranks.sum(torch.cat([part.to(dtype) for part in parts])).split([part.numel() for part in parts])
-    return [
-        (total.view_as(workspace.memory), count.view(()))
-        for workspace, total, count in zip(workspaces, sums[::2], sums[1::2])]
-
-
-def _move(
-        workspace: nn.Module,
-        total: torch.Tensor,
-        count: torch.Tensor,
-        found_inf: Optional[torch.Tensor],
-) -> None:
-    moves = count > 0
-    if found_inf is not None:
-        moves = moves & (found_inf.to(count.device) == 0)
-    mean = project_memory(total / count.clamp_min(1), workspace.memory_update)
-    workspace.memory.copy_(torch.where(moves, mean.to(workspace.memory.dtype), workspace.memory))
-    if workspace.written is not None:
+        # one collective of M * D + 1 numbers per workspace
+        parts = [part.flatten() for workspace in members for part in workspace.written_since_step()]
+        sums = ranks.sum(torch.cat(parts)).split([part.numel() for part in parts])
+        written += zip(members, sums[::2], sums[1::2])
+    for workspace, total, count in written:
+        memory, count = workspace.memory, count.view(())
+        moves = count > 0
+        if found_inf is not None:
+            moves = moves & (found_inf.to(count.device) == 0)
+        mean = project_memory(total.view_as(memory) / count.clamp_min(1), workspace.memory_update)
+        memory.copy_(torch.where(moves, mean.to(memory.dtype), memory))
         for part in workspace.written:
             part.masked_fill_(moves, 0)
-    workspace.end_step()
+        workspace.end_step()
 
 
 def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
@@ -104,16 +104,15 @@ def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
 
     Looked up once, and again where its parameters are others.
     """
-    identities = [id(parameter) for group in optimizer.param_groups for parameter in group['params']]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    identities = [id(parameter) for parameter in parameters]
     known, references = _state['held'].get(optimizer, (None, ()))
     if known != identities:
         owners: Dict[torch.Tensor, List[nn.Module]] = {}
         for workspace in all_workspaces():
             for parameter in workspace.parameters():
                 owners.setdefault(parameter, []).append(workspace)
-        held = [
-            workspace for group in optimizer.param_groups for parameter in group['params']
-            for workspace in owners.get(parameter, ())]
+        held = [workspace for parameter in parameters for workspace in owners.get(parameter, ())]
         for workspace in held:
             workspace.has_optimizer = True
         references = [weakref.ref(workspace) for workspace in dict.fromkeys(held)]
@@ -121,14 +120,14 @@ def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
     return [workspace for workspace in (reference() for reference in references) if workspace is not None]
 
 
-def _before_step(optimizer: torch.optim.Optimizer) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
     """Note the part of a `ZeroRedundancyOptimizer`: it holds other layers' parameters on each rank, its whole all."""
     part = getattr(optimizer, 'optim', None)
     if isinstance(part, torch.optim.Optimizer):
         _state['parts'].add(part)
 
 
-def _after_step(optimizer: torch.optim.Optimizer) -> None:
+def _after_step(optimizer: torch.optim.Optimizer, *_) -> None:
     _state['num_steps'] += 1
     if optimizer not in _state['parts']:
         held = _held_workspaces(optimizer)
@@ -140,6 +139,6 @@ def _after_step(optimizer: torch.optim.Optimizer) -> None:
 for hook in _state['hooks']:
     hook.remove()
 _state['hooks'] = [
-    register_optimizer_step_pre_hook(lambda optimizer, *_: sys.modules[__name__]._before_step(optimizer)),
-    register_optimizer_step_post_hook(lambda optimizer, *_: sys.modules[__name__]._after_step(optimizer)),
+    register_optimizer_step_pre_hook(_before_step),
+    register_optimizer_step_post_hook(_after_step),
 ]

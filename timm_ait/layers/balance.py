@@ -8,9 +8,7 @@ from typing import Dict, Iterator, List, Optional
 import torch
 import torch.nn as nn
 
-from .registry import named_workspaces
-
-__all__ = ['balance_loss', 'memory_statistics', 'record_balance_losses']
+from .advance import named_workspaces
 
 _record: ContextVar[Optional[List[torch.Tensor]]] = ContextVar('balance_losses', default=None)
 

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 
 from timm.layers import use_fused_attn
 
-__all__ = ['CrossAttention', 'attend']
-
 
 def attend(
         queries: torch.Tensor,

@@ -9,8 +9,6 @@ import torch
 
 from .workspace import GlobalWorkspace, WorkspaceMlp
 
-__all__ = ['PublishedWorkspace', 'convert_published_workspace', 'published_workspace_mlp']
-
 
 class PublishedWorkspace(GlobalWorkspace):
     """The workspace exactly as the published implementation computes it in training.
@@ -31,12 +29,9 @@ class PublishedWorkspace(GlobalWorkspace):
 
 
 def published_workspace_mlp(in_features: int, hidden_features: Optional[int] = None, **kwargs) -> WorkspaceMlp:
-    """The MLP and workspace of the published implementation.
+    """The MLP and workspace of the published implementation, for tokens of width E = `in_features`.
 
-    Args:
-        in_features: Token width E.
-        hidden_features: Hidden width, E if None.
-        **kwargs: Arguments of `PublishedWorkspace`.
+    The hidden width is E by default; the other arguments are those of `PublishedWorkspace`.
 
     Raises:
         ValueError: An argument is out of its range.

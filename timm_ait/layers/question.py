@@ -4,15 +4,12 @@ import torch.nn as nn
 
 from timm.models import register_notrace_module
 
-__all__ = ['QuestionEmbed']
-
 
 @register_notrace_module  # symbolic tracing does not know the shape
 class QuestionEmbed(nn.Module):
-    """Linear embedding of a question vector into a token."""
+    """Linear embedding of a question vector, of width Q = `question_dim`, into a token, of width E = `embed_dim`."""
 
     def __init__(self, question_dim: int, embed_dim: int, device=None, dtype=None) -> None:
-        """From question vectors of width Q = `question_dim` to tokens of width E = `embed_dim`."""
         super().__init__()
         self.question_dim = question_dim
         self.proj = nn.Linear(question_dim, embed_dim, device=device, dtype=dtype)

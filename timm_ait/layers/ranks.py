@@ -1,15 +1,10 @@
 """ Which processes train a model together, and what their workspaces exchange. """
 import functools
-import sys
 from typing import Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-
-from .registry import named_workspaces
-
-__all__ = ['ProcessGroups', 'ranks_of']
 
 
 class _AllReduce(torch.autograd.Function):
@@ -63,10 +58,9 @@ def ranks_of(workspace: nn.Module) -> Optional[ProcessGroups]:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     meshes = [parameter.device_mesh for parameter in workspace.parameters() if hasattr(parameter, 'device_mesh')]
-    if workspace.process_group is not None:
-        groups = [workspace.process_group]
-    elif workspace.wrapper_group is not None:
-        groups = [workspace.wrapper_group]
+    group = workspace.process_group or workspace.wrapper_group
+    if group is not None:
+        groups = [group]
     elif meshes:
         groups = meshes[0].get_all_groups()
     else:
@@ -75,14 +69,8 @@ def ranks_of(workspace: nn.Module) -> Optional[ProcessGroups]:
     return ProcessGroups(groups) if groups else None
 
 
-def note_group(wrapper: nn.Module) -> None:
-    """Let the workspaces inside of a wrapper that averages gradients know over which processes it does."""
-    for _, workspace in named_workspaces(wrapper):
-        workspace.wrapper_group = wrapper.process_group
-
-
 def _wrap(cls: type) -> None:
-    """Note the group of every wrapper of a class, which does not tell the modules inside of it."""
+    """Let workspaces know over which processes a wrapper around them, of this class, averages gradients."""
     init = cls.__init__
     if getattr(init, 'notes_group', False):
         return
@@ -90,7 +78,9 @@ def _wrap(cls: type) -> None:
     @functools.wraps(init)
     def init_and_note_group(self, *args, **kwargs) -> None:
         init(self, *args, **kwargs)
-        sys.modules[__name__].note_group(self)
+        for module in self.modules():
+            if getattr(module, 'is_workspace', False):
+                module.wrapper_group = self.process_group
 
     init_and_note_group.notes_group = True
     cls.__init__ = init_and_note_group

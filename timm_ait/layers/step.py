@@ -7,10 +7,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from timm_ait.ops.graph import depends_on, in_backward, is_recomputed
 
-from .advance import count_write
-from .registry import register_workspace
-
-__all__ = ['StepwiseMemory']
+from .advance import count_write, register_workspace
 
 
 def _forget_written(workspace: nn.Module, incompatible_keys: Any) -> None:
@@ -18,37 +15,24 @@ def _forget_written(workspace: nn.Module, incompatible_keys: Any) -> None:
     workspace.written = None
 
 
-def _is_exporting() -> bool:
-    """`torch.compiler.is_exporting`, which up to torch 2.10 is true in torch.compile as well."""
-    return torch.compiler._is_exporting_flag
-
-
 class StepwiseMemory(nn.Module):
-    """Base of a layer whose buffer `memory` (M, D) moves with the parameters, to the mean of what was written.
-
-    Attributes:
-        written: Sum (M, D) and number of the memories written since the last step; no buffers, which DDP would
-            overwrite.
-        balance: Weighted balance loss of the last forward (scalar), with its graph until its backward, eval() or the
-            step.
-        coverage: Share of the tokens that at least one slot selected in the last forward (scalar).
-        num_writes: Forwards since the last step that were not compiled.
-        has_optimizer: Whether an optimizer that holds its parameters has stepped.
-        process_group: The ranks that train the layer together, if named; see `ranks.ranks_of`.
-        wrapper_group: Those of DDP or FSDP.
-    """
+    """Base of a layer whose buffer `memory` (M, D) moves with the parameters, to the mean of what was written."""
     is_workspace = True
+    # sum (M, D) and number of the memories written since the last step; no buffers, which DDP would overwrite
+    written: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+    # weighted balance loss of the last forward (scalar), with its graph until its backward, eval() or the step
+    balance: Optional[torch.Tensor] = None
+    _balance_node: Optional[Any] = None  # of autograd's graph, which gave the output
+    # share of the tokens that at least one slot selected in the last forward (scalar)
+    coverage: Optional[torch.Tensor] = None
+    num_writes = 0  # forwards since the last step that were not compiled
+    has_optimizer = False  # whether one that holds its parameters has stepped
+    wrapper_group: Optional[Any] = None  # ranks of DDP or FSDP
 
     def __init__(self, process_group: Optional[Any] = None) -> None:
+        """Of the ranks that train the layer together, if named; see `ranks.ranks_of`."""
         super().__init__()
-        self.written: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
-        self.balance: Optional[torch.Tensor] = None
-        self.coverage: Optional[torch.Tensor] = None
-        self._balance_node: Optional[Any] = None  # of autograd's graph, which gave the output
-        self.num_writes = 0
-        self.has_optimizer = False
         self.process_group = process_group
-        self.wrapper_group: Optional[Any] = None
         register_workspace(self)
         self.register_load_state_dict_post_hook(_forget_written)
 
@@ -63,7 +47,8 @@ class StepwiseMemory(nn.Module):
                 'A workspace has no parameters of its own here and cannot write: nn.DataParallel and FSDP with flat '
                 'parameters keep them elsewhere. Use DistributedDataParallel, fully_shard (FSDP2) or '
                 'use_orig_params=True.')
-        if _is_exporting() or torch.jit.is_tracing():
+        # torch.compiler.is_exporting is, up to torch 2.10, true in torch.compile as well
+        if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
             raise RuntimeError(
                 'A workspace cannot be exported or traced in training mode: its memory would not advance. Call '
                 'model.eval().')

@@ -22,14 +22,11 @@ from ._arguments import check_at_least, check_choice, check_known, check_number,
 from .ranks import ranks_of
 from .step import StepwiseMemory
 
-__all__ = ['GlobalWorkspace', 'WorkspaceMlp']
-
 MEMORY_INITS = {
     'normal': nn.init.normal_,
     'uniform': lambda memory: nn.init.uniform_(memory, -1., 1.),
     'identity': nn.init.eye_,
 }
-MEMORY_UPDATES = ('orthogonal', 'normalize')
 
 
 class Projection(nn.Module):
@@ -123,7 +120,8 @@ class GlobalWorkspace(StepwiseMemory):
             reset_memory: Start every write from the initial memory, which evaluation reads; nothing is remembered.
             global_batch: In distributed training, let the tokens of all ranks compete, not those of each rank.
             process_group: The ranks that train the layer together, whose memories are averaged; by default those of
-                DDP, FSDP, or FSDP2's mesh. Copies of the layer have none.
+                DDP, FSDP, or FSDP2's mesh. Needed for a global batch under FSDP2 if its mesh is a part of all ranks,
+                since a forward does not see the mesh. Copies of the layer have none.
 
         Raises:
             ValueError: An argument is out of its range.
@@ -142,7 +140,7 @@ class GlobalWorkspace(StepwiseMemory):
         if memory_init == 'identity' and num_slots > slot_dim:
             raise ValueError(
                 f"memory_init='identity' needs num_slots <= slot_dim, got {num_slots} slots of width {slot_dim}.")
-        check_choice('memory_update', memory_update, MEMORY_UPDATES)
+        check_choice('memory_update', memory_update, ('orthogonal', 'normalize'))
         check_number('balance_weight', balance_weight, 0., float('inf'))
         dd = {'device': device, 'dtype': dtype}
 
@@ -182,10 +180,6 @@ class GlobalWorkspace(StepwiseMemory):
 
         self.reset_parameters()
 
-    def init_weights(self) -> None:
-        """Called by timm's ViT initialisation, which would otherwise leave its own in the projections."""
-        self.reset_parameters()
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise parameters and memory."""
@@ -196,6 +190,9 @@ class GlobalWorkspace(StepwiseMemory):
         memory = MEMORY_INITS[self.memory_init](torch.empty_like(self.memory, dtype=torch.float32))
         self.memory.copy_(project_memory(memory, self.memory_update))
         self.end_step()
+
+    # called by timm's ViT initialisation, which would otherwise leave its own in the projections
+    init_weights = reset_parameters
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Write (in training) and read.
@@ -240,6 +237,7 @@ class GlobalWorkspace(StepwiseMemory):
         write_modules = (self.q, self.k, self.v, self.proj, self.slot_norm)
         is_trained = [parameter.requires_grad for module in write_modules for parameter in module.parameters()]
         if is_trained and not any(is_trained):
+            self.balance = None
             return self._read(x)
         self.check_it_can_write(x, token_mask, has_parameters=bool(is_trained))
 
@@ -313,13 +311,7 @@ class WorkspaceMlp(Mlp):
             dtype=None,
             **kwargs,
     ) -> None:
-        """
-        Args:
-            in_features: Input width.
-            hidden_features: Hidden width, the input width if None.
-            out_features: Output and token width E, the input width if None.
-            **kwargs: Arguments of timm's `Mlp` and of `GlobalWorkspace`.
-        """
+        """As `Mlp`, whose output width is the token width E, with arguments of `GlobalWorkspace` among its own."""
         check_known(kwargs, options(Mlp) | options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         super().__init__(in_features, hidden_features, out_features, device=device, dtype=dtype, **kwargs)

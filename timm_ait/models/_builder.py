@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm_ait.layers._arguments import check_at_least, check_known
 from timm_ait.weights import check_weights, say_where_weights_are
 
-__all__ = ['MasklessBlock', 'build_vit', 'cifar_cfg', 'reject_arguments', 'reject_masks']
+# arguments of models of 32 px images in 64 patches
+CIFAR_ARGS = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 
 
 def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -73,8 +74,7 @@ def reject_arguments(
 
     Args:
         model: The model under construction, whose classes have the arguments.
-        args: Positional arguments, in the order of `VisionTransformer`.
-        kwargs: Keyword arguments.
+        args, kwargs: Its arguments, positional ones in the order of `VisionTransformer`.
         reason: Why other values are not supported.
         also: Further arguments that the model takes.
         **supported: The value of each such argument.

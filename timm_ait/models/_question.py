@@ -9,8 +9,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers import QuestionEmbed
 
-__all__ = ['QuestionViT']
-
 
 class QuestionViT(VisionTransformer):
     """Mixin for models that take a question, which is added to the class token.

@@ -17,26 +17,15 @@ import dataclasses
 from functools import partial
 from typing import Dict
 
-import torch
-
 from timm.models import PretrainedCfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
-from timm.models.vision_transformer import checkpoint_filter_fn as vit_checkpoint_filter_fn
 
 from timm_ait.weights import shipped_cfg
 
 from ._builder import build_vit, cifar_cfg
 from .associative_transformer import AssociativeTransformer, QuestionAssociativeTransformer
-from .from_timm import add_fresh_workspaces
+from .from_timm import checkpoint_filter_fn
 
 __all__ = []
-
-
-def checkpoint_filter_fn(
-        state_dict: Dict[str, torch.Tensor],
-        model: AssociativeTransformer,
-) -> Dict[str, torch.Tensor]:
-    """As the ViT's. A ViT's checkpoint gets new workspaces, which start as the identity."""
-    return add_fresh_workspaces(vit_checkpoint_filter_fn(state_dict, model), model)
 
 
 def _cfgs(*vits: str) -> Dict[str, PretrainedCfg]:

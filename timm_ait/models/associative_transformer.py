@@ -6,9 +6,8 @@ memory, and every token reads from it by Hopfield retrieval.
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     Yuwei Sun, Hideya Ochiai, Zhirong Wu, Stephen Lin, Ryota Kanai. CVPR 2025.
 
-The paper's classifier, a LayerNorm and a linear layer over the features of all tokens, is `global_pool='flat'`.
-Parameters with it, against the paper's: small 15.7M (15.8M), medium 45.8M (45.9M), base 91.0M (91.0M), of which the
-classifier has 0.6M.
+Parameters with the paper's classifier, `global_pool='flat'`, against the paper's: small 15.7M (15.8M), medium 45.8M
+(45.9M), base 91.0M (91.0M), of which the classifier has 0.6M.
 """
 from functools import partial
 from typing import Optional, Type
@@ -25,7 +24,7 @@ from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers._arguments import options, split_kwargs
 from timm_ait.weights import shipped_cfg
 
-from ._builder import build_vit, cifar_cfg, reject_arguments, reject_masks
+from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
@@ -34,8 +33,7 @@ __all__ = ['AssociativeTransformer']
 @torch.fx.wrap
 @register_notrace_function
 def attended_tokens(attn_mask: Optional[torch.Tensor], batch_size: int) -> Optional[torch.Tensor]:
-    """Tokens (B, N) that at least one may attend to, by a boolean or additive mask for (B, heads, N, N); None for all.
-    """
+    """Tokens (B, N) that any may attend to, by a boolean or additive mask for (B, heads, N, N); None for all."""
     if attn_mask is None:
         return None
     # the softmax gives no weight to -inf, to the lowest number of the dtype, or to -1e4
@@ -155,13 +153,11 @@ class AssociativeTransformer(VisionTransformer):
                 "weights for every token of a full grid. Choose another pooling, such as 'avg'.")
         old_width = self.head_hidden_size
         super().reset_classifier(num_classes, 'avg' if flat else global_pool)
-        self.head_hidden_size = self.embed_dim
+        num_tokens = 1
         if flat:
-            self.global_pool = 'flat'
-            self.attn_pool = nn.Flatten(1)
-            self.head_hidden_size *= self.patch_embed.num_patches
-            if self.pool_include_prefix:
-                self.head_hidden_size += self.embed_dim * self.num_prefix_tokens
+            self.global_pool, self.attn_pool = 'flat', nn.Flatten(1)
+            num_tokens = self.patch_embed.num_patches + self.pool_include_prefix * self.num_prefix_tokens
+        self.head_hidden_size = num_tokens * self.embed_dim
         dd = get_device_dtype(self)
         if self.head_hidden_size != old_width and not isinstance(self.fc_norm, nn.Identity):
             self.fc_norm = self.norm_layer(self.head_hidden_size, **dd).train(self.training)
@@ -203,40 +199,37 @@ default_cfgs = generate_default_cfgs({
 
 _create_ait = partial(build_vit, AssociativeTransformer, QuestionAssociativeTransformer, checkpoint_filter_fn)
 
-# the paper's input, 32 px images in 64 patches, and its classifier ('flat') or average pooling ('avg')
-_PAPER = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
-
 
 @register_model
 def ait_small(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 32 px, patch 4. """
-    model_args = dict(_PAPER, embed_dim=768, depth=2, num_heads=12)
+    model_args = dict(CIFAR_ARGS, embed_dim=768, depth=2, num_heads=12)
     return _create_ait('ait_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_small_patch32_64(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Small, 2 blocks, 64 px, patch 32: the paper's for Triangle. """
-    model_args = dict(_PAPER, img_size=64, patch_size=32, global_pool='avg', embed_dim=768, depth=2, num_heads=12)
+    model_args = dict(CIFAR_ARGS, img_size=64, patch_size=32, embed_dim=768, depth=2, num_heads=12)
     return _create_ait('ait_small_patch32_64', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_medium(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Medium, 6 blocks, 32 px, patch 4. """
-    model_args = dict(_PAPER, embed_dim=768, depth=6, num_heads=12)
+    model_args = dict(CIFAR_ARGS, embed_dim=768, depth=6, num_heads=12)
     return _create_ait('ait_medium', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def ait_base(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT-Base, 12 blocks, 32 px, patch 4. """
-    model_args = dict(_PAPER, embed_dim=768, depth=12, num_heads=12)
+    model_args = dict(CIFAR_ARGS, embed_dim=768, depth=12, num_heads=12)
     return _create_ait('ait_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 # images of 224 px in 196 patches, otherwise the same
-_IMAGENET = dict(img_size=224, patch_size=16, class_token=False, global_pool='avg')
+_IMAGENET = dict(CIFAR_ARGS, img_size=224, patch_size=16)
 
 
 @register_model
@@ -293,6 +286,6 @@ def ait_tiny_hybrid_75(pretrained: bool = False, **kwargs) -> AssociativeTransfo
 def test_ait(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT for unit tests. """
     model_args = dict(
-        _PAPER, global_pool='avg', embed_dim=64, depth=3, num_heads=2,
+        CIFAR_ARGS, embed_dim=64, depth=3, num_heads=2,
         num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
     return _create_ait('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 
 from timm_ait.layers._arguments import check_at_least
 
-from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['CentroidTransformer']
@@ -70,16 +70,9 @@ class CentroidBlock(MasklessBlock, Block):
     that of tokens and centroids.
     """
 
-    def __init__(
-            self,
-            *args,
-            grid_size: Tuple[int, int],
-            num_prefix_tokens: int = 0,
-            pool_size: int = 2,
-            **kwargs,
-    ) -> None:
+    def __init__(self, grid_size: Tuple[int, int], num_prefix_tokens: int, pool_size: int, **kwargs) -> None:
         """As `Block`, for a grid of tokens of this height and width after the prefix tokens."""
-        super().__init__(*args, **{**kwargs, 'attn_layer': CentroidAttention})
+        super().__init__(**{**kwargs, 'attn_layer': CentroidAttention})
         self.grid_size = grid_size
         self.num_prefix_tokens = num_prefix_tokens
         self.pool_size = pool_size
@@ -125,12 +118,7 @@ class CentroidTransformer(VisionTransformer):
         def block_fn(**block_kwargs) -> nn.Module:
             if block_kwargs['depth'] != centroid_index:
                 return Block(**block_kwargs)
-            return CentroidBlock(
-                grid_size=self.patch_embed.grid_size,
-                num_prefix_tokens=self.num_prefix_tokens,
-                pool_size=centroid_pool,
-                **block_kwargs,
-            )
+            return CentroidBlock(self.patch_embed.grid_size, self.num_prefix_tokens, centroid_pool, **block_kwargs)
 
         super().__init__(block_fn=block_fn, **kwargs)
         if centroid_index >= len(self.blocks):
@@ -182,26 +170,23 @@ default_cfgs = generate_default_cfgs({
 
 _create_centroid = partial(build_vit, CentroidTransformer, QuestionCentroidTransformer, checkpoint_filter_fn)
 
-# 32 px images in 64 patches, 16 centroids, average pooling
-_CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
-
 
 @register_model
 def centroid_transformer_small(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer, 1 block before and 1 after the centroid block, 32 px, patch 4. """
-    model_args = dict(_CIFAR, embed_dim=640, depth=3, num_heads=10, centroid_index=1)
+    model_args = dict(CIFAR_ARGS, embed_dim=640, depth=3, num_heads=10, centroid_index=1)
     return _create_centroid('centroid_transformer_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def centroid_transformer_base(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer, 6 blocks before and 5 after the centroid block, 32 px, patch 4. """
-    model_args = dict(_CIFAR, embed_dim=768, depth=12, num_heads=12, centroid_index=6)
+    model_args = dict(CIFAR_ARGS, embed_dim=768, depth=12, num_heads=12, centroid_index=6)
     return _create_centroid('centroid_transformer_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_centroid_transformer(pretrained: bool = False, **kwargs) -> CentroidTransformer:
     """ Centroid Transformer for unit tests. """
-    model_args = dict(_CIFAR, embed_dim=64, depth=3, num_heads=2, centroid_index=1)
+    model_args = dict(CIFAR_ARGS, embed_dim=64, depth=3, num_heads=2, centroid_index=1)
     return _create_centroid('test_centroid_transformer', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -13,7 +13,7 @@ are those of the AiT of the name; the slots are 320 wide, not 768 as the tokens,
 """
 from collections import OrderedDict
 from functools import partial
-from typing import Set, Tuple
+from typing import Dict, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -25,7 +25,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.layers.cross_attention import attend
 
-from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['Coordination']
@@ -159,21 +159,11 @@ class CoordinationBlock(MasklessBlock, Block):
     The memory (B, M, D) is passed on among the tokens: after the first P, in as many tokens as it fills.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            num_slots: int,
-            slot_dim: int,
-            slot_heads: int,
-            bottleneck: int,
-            num_prefix_tokens: int,
-            **kwargs,
-    ) -> None:
-        super().__init__(dim, num_heads, **{**kwargs, 'attn_layer': nn.Identity})  # replaced below
-        shared = ('qkv_bias', 'proj_bias', 'attn_drop', 'proj_drop', 'device', 'dtype')
-        self.attn = SharedWorkspace(
-            dim, num_heads, slot_dim, slot_heads, bottleneck, **{name: kwargs[name] for name in shared})
+    def __init__(self, num_prefix_tokens: int, num_slots: int, slots: Dict[str, int], **kwargs) -> None:
+        """As `Block`, after P prefix tokens, with M slots and other arguments of `SharedWorkspace`."""
+        super().__init__(**{**kwargs, 'attn_layer': nn.Identity})  # replaced below
+        shared = ('dim', 'num_heads', 'qkv_bias', 'proj_bias', 'attn_drop', 'proj_drop', 'device', 'dtype')
+        self.attn = SharedWorkspace(**slots, **{name: kwargs[name] for name in shared})
         self.num_slots = num_slots
         self.num_prefix_tokens = num_prefix_tokens
 
@@ -224,10 +214,10 @@ class Coordination(VisionTransformer):
             qk_norm=False, scale_attn_norm=False, attn_layer=None, block_fn=None, no_embed_class=True,
         )
         check_at_least(1, num_slots=num_slots)
-        sizes = dict(num_slots=num_slots, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
+        slots = dict(slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
 
         def block_fn(**block_kwargs) -> nn.Module:
-            return CoordinationBlock(num_prefix_tokens=self.num_prefix_tokens, **sizes, **block_kwargs)
+            return CoordinationBlock(self.num_prefix_tokens, num_slots, slots, **block_kwargs)
 
         super().__init__(block_fn=block_fn, no_embed_class=True, **kwargs)
         memory = LearnedSlots(
@@ -254,21 +244,18 @@ default_cfgs = generate_default_cfgs({
 
 _create_coordination = partial(build_vit, Coordination, QuestionCoordination, checkpoint_filter_fn)
 
-# 32 px images in 64 patches, average pooling
-_CIFAR = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
-
 
 @register_model
 def coordination_small(pretrained: bool = False, **kwargs) -> Coordination:
     """ Coordination, 2 blocks, 32 px, patch 4. """
-    model_args = dict(_CIFAR, embed_dim=768, depth=2, num_heads=12)
+    model_args = dict(CIFAR_ARGS, embed_dim=768, depth=2, num_heads=12)
     return _create_coordination('coordination_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def coordination_base(pretrained: bool = False, **kwargs) -> Coordination:
     """ Coordination, 12 blocks, 32 px, patch 4. """
-    model_args = dict(_CIFAR, embed_dim=768, depth=12, num_heads=12)
+    model_args = dict(CIFAR_ARGS, embed_dim=768, depth=12, num_heads=12)
     return _create_coordination('coordination_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
@@ -276,5 +263,5 @@ def coordination_base(pretrained: bool = False, **kwargs) -> Coordination:
 def test_coordination(pretrained: bool = False, **kwargs) -> Coordination:
     """ Coordination for unit tests. """
     model_args = dict(
-        _CIFAR, embed_dim=64, depth=3, num_heads=2, num_slots=4, slot_dim=32, slot_heads=2, bottleneck=3)
+        CIFAR_ARGS, embed_dim=64, depth=3, num_heads=2, num_slots=4, slot_dim=32, slot_heads=2, bottleneck=3)
     return _create_coordination('test_coordination', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,8 +1,4 @@
-""" Any timm transformer as an Associative Transformer
-
-Gated global workspaces are added to the MLPs of a transformer that was trained without them. While the gates are zero,
-as they start, the model computes exactly what it did before; fine-tuning opens them.
-"""
+""" Any timm transformer as an Associative Transformer """
 import dataclasses
 import inspect
 import re
@@ -80,10 +76,10 @@ _UNMASKED = {cls.__bases__[1]: cls for cls in _Unmasked.__subclasses__()}
 def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **workspace_kwargs) -> ModelT:
     """Add gated global workspaces to the MLPs of a timm transformer, in place.
 
-    The gates start at zero, so the model computes what it did before. Its state dict keeps its keys and gets new ones,
-    `….mlp.workspace.*`. timm's training tasks add the balance loss; in your own training loop, add
-    `timm_ait.balance_loss(model)`. Its gradient reaches the whole body from the first step, that of the criterion
-    reaches a workspace once its gate has opened.
+    While the gates are zero, as they start, the model computes exactly what it did before; fine-tuning opens them. Its
+    state dict keeps its keys and gets new ones, `….mlp.workspace.*`. timm's training tasks add the balance loss; in
+    your own training loop, add `timm_ait.balance_loss(model)`. Its gradient reaches the whole body from the first step,
+    that of the criterion reaches a workspace once its gate has opened.
 
     timm's `save_for_hf` and `push_to_hf_hub` write the result as architecture `ait_from_timm`, which `create_model`
     builds with its workspaces again.
@@ -123,7 +119,7 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         if not blocks or not all(-num_blocks <= i < num_blocks for i in blocks):
             raise ValueError(f'blocks must be block numbers from {-num_blocks} to {num_blocks - 1}, got {blocks!r}.')
         mlps = [mlps[i] for i in sorted({i % num_blocks for i in blocks})]
-    workspaces = []
+    added = []
     for name, mlp in mlps:
         last = getattr(mlp, 'fc2', None)
         if not isinstance(last, nn.Linear):
@@ -136,11 +132,11 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
             raise ValueError(
                 f'{name} of {architecture} is in a {type(block).__name__}, whose attn_mask is not supported: masked '
                 'tokens would be written into the workspaces.')
-        workspaces.append(GlobalWorkspace(
-            last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs))
+        workspace = GlobalWorkspace(
+            last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs)
+        added.append((block, mlp, workspace))
 
-    for (name, mlp), workspace in zip(mlps, workspaces):
-        block = model.get_submodule(name.rpartition('.')[0])
+    for block, mlp, workspace in added:
         mlp.workspace = workspace.train(mlp.training)
         if type(block) is Block and type(mlp) is Mlp:
             block.__class__, mlp.__class__ = AssociativeBlock, WorkspaceMlp
@@ -162,11 +158,14 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
     return model
 
 
-def add_fresh_workspaces(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Add the freshly initialised gated workspaces of a model to a state dict without workspaces.
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Apply the filter of the body, by timm's convention in the module of its class, and add fresh gated workspaces.
 
-    A state dict with any workspace is returned as it is, and so must have all of them.
+    A state dict with any workspace gets none, and so must have all of them.
     """
+    filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    if filter_fn is not None:
+        state_dict = filter_fn(state_dict, model)
     if any('.workspace.' in key for key in state_dict):
         return state_dict
     fresh = {
@@ -175,15 +174,6 @@ def add_fresh_workspaces(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         for key, value in module.state_dict().items()
     }
     return {**state_dict, **fresh}
-
-
-@check_weights
-def _checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Apply the filter of the body, by timm's convention in the module of its class, and add fresh workspaces."""
-    filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
-    if filter_fn is not None:
-        state_dict = filter_fn(state_dict, model)
-    return add_fresh_workspaces(state_dict, model)
 
 
 default_cfgs = generate_default_cfgs({
@@ -254,7 +244,7 @@ def ait_from_timm(
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=_checkpoint_filter_fn,
+        pretrained_filter_fn=check_weights(checkpoint_filter_fn),
         feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
         **kwargs,
     )

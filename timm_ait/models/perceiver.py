@@ -16,12 +16,13 @@ Parameters without the classifier: small 14.3M, in AiT-Small's width and number 
 the paper's ImageNet model, 1024, with 12 blocks as AiT-Base. Shared blocks count once, so the number of iterations is
 free: 3 in small and 2 in base, about the multiplications of the AiT of that name.
 """
-from typing import Any, Dict, List, Optional, Set, Tuple, Type, Union
+import copy
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 
-from timm.layers import LayerNorm, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import checkpoint, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -38,19 +39,10 @@ __all__ = ['Perceiver']
 class CrossAttentionBlock(Block):
     """Cross-attention module: latents attend to the tokens, then a dense block; both residual, with norms before."""
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int = 1,
-            norm_layer: Type[nn.Module] = LayerNorm,
-            device=None,
-            dtype=None,
-            **kwargs,
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int = 1, **kwargs) -> None:
         """As timm's `Block`, of latents and tokens of the same width."""
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads, norm_layer=norm_layer, **{**kwargs, 'attn_layer': CrossAttention}, **dd)
-        self.norm_tokens = norm_layer(dim, **dd)
+        super().__init__(dim, num_heads, **{**kwargs, 'attn_layer': CrossAttention})
+        self.norm_tokens = copy.deepcopy(self.norm1)
 
     def forward(self, latents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Update the latents (B, M, E) with what they read from the tokens (B, N, E)."""
@@ -64,27 +56,16 @@ class PerceiverEncoder(MasklessBlock):
     The first cross-attention has weights of its own, the others share theirs, and so do all latent transformers.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            depth: int,
-            num_latents: int,
-            num_iterations: int,
-            device=None,
-            dtype=None,
-            **block_kwargs,
-    ) -> None:
-        """As `Perceiver`; `block_kwargs` are those of its blocks."""
+    def __init__(self, dim: int, num_heads: int, depth: int, num_latents: int, num_iterations: int, **kwargs) -> None:
+        """As `Perceiver` and, the others, as timm's `Block`."""
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
         self.grad_checkpointing = False
         self.num_iterations = num_iterations
-        self.latents = nn.Parameter(torch.empty(1, num_latents, dim, **dd))
-        self.cross_attns = nn.ModuleList([
-            CrossAttentionBlock(dim, **block_kwargs, **dd) for _ in range(min(2, num_iterations))])
+        self.latents = nn.Parameter(
+            torch.empty(1, num_latents, dim, device=kwargs['device'], dtype=kwargs['dtype']))
+        self.cross_attns = nn.ModuleList([CrossAttentionBlock(dim, **kwargs) for _ in range(min(2, num_iterations))])
         self.latent_transformers = nn.ModuleList([
-            nn.Sequential(*[Block(dim, num_heads, **block_kwargs, **dd) for _ in range(depth)])])
+            nn.Sequential(*[Block(dim, num_heads, **kwargs) for _ in range(depth)])])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -28,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
 
 __all__ = ['SetTransformer']
@@ -179,8 +179,8 @@ default_cfgs = generate_default_cfgs({
 
 _create_set_transformer = partial(build_vit, SetTransformer, QuestionSetTransformer, checkpoint_filter_fn)
 
-# 32 px images in 64 patches, of which a question, but no class token, has no position
-_CIFAR = dict(img_size=32, patch_size=4, class_token=False, no_embed_class=True, global_pool='map')
+# a question has no position
+_CIFAR = dict(CIFAR_ARGS, no_embed_class=True, global_pool='map')
 
 
 @register_model

@@ -4,8 +4,6 @@ from typing import Optional, Set
 import torch
 from torch.autograd.graph import Node
 
-__all__ = ['depends_on', 'in_backward', 'is_recomputed']
-
 
 def in_backward() -> bool:
     """Whether a backward is running: a forward inside of it is one that gradient checkpointing computes again."""

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 
 from .graph import is_recomputed
 
-__all__ = ['add_written_', 'polar', 'project_memory', 'slot_statistics', 'update_memory']
-
 # Polynomials a x + b x^3 + c x^5 that in turn take singular values to one. These take all in [1e-12, 1] there in the
 # fewest steps, each as close to one as possible on the results of those before (The Polar Express, arXiv 2505.16932).
 _FAST = (
@@ -176,11 +174,6 @@ def add_written_(total: torch.Tensor, count: torch.Tensor, written: torch.Tensor
         is_finite = written.isfinite().all()
         total.add_(torch.where(is_finite, written, 0.))
         count.add_(is_finite)
-
-
-@add_written_.register_fake
-def _(total: torch.Tensor, count: torch.Tensor, written: torch.Tensor) -> None:
-    pass
 
 
 def slot_statistics(memory: torch.Tensor) -> Dict[str, float]:

@@ -13,11 +13,6 @@ from typing import NamedTuple, Optional, Tuple, Union
 import torch
 import torch.nn.functional as F
 
-__all__ = [
-    'WriteWeights', 'attend', 'balance_loss', 'energy', 'num_kept', 'polar', 'read', 'retrieve', 'update_memory',
-    'write',
-]
-
 
 class WriteWeights(NamedTuple):
     """Parameters of the write, heads outermost."""
@@ -114,9 +109,7 @@ def write(
     Args:
         tokens: Squashed tokens, (T, E).
         memory: Memory before the write, (M, D).
-        weights: Projections and slot LayerNorm.
-        num_heads: Number of heads A.
-        bottleneck: Tokens that each slot and head keep, as `num_kept`.
+        bottleneck: As `num_kept`.
         token_mask: Which tokens there are, (T,); the others neither write nor count.
 
     Returns:
@@ -151,13 +144,10 @@ def read(
         residual: Optional[torch.Tensor] = None,
         gate: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Retrieval added to a residual, `residual + gate * retrieve(tokens)`.
+    """Retrieval by normed tokens (T, E) from attractors (M, E) at inverse temperature beta, added to a residual,
+    `residual + gate * retrieve(tokens)`.
 
     Args:
-        tokens: Normed tokens, (T, E).
-        attractors: (M, E).
-        beta: Inverse temperature.
-        num_steps: Number of retrieval steps.
         residual: (T, E), the tokens themselves if None.
         gate: Factor per channel, (E,), one if None.
     """

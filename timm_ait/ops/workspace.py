@@ -13,8 +13,6 @@ import torch.nn.functional as F
 
 from .naive import WriteWeights, num_kept
 
-__all__ = ['num_kept', 'read', 'write']
-
 
 def _keep_best_of_all(scores: torch.Tensor, k: int, ranks: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     """Which of this rank's scores (R, n) are among the k best of all ranks, and the best of all (R, 1)."""
