@@ -47,17 +47,13 @@ def observed(model: nn.Module, modules: Dict[str, nn.Module], hook: Optional[Cal
 
     The modes of all modules are restored afterwards, and the hooks removed.
     """
-    training = [module for module in model.modules() if module.training]
-    handles = [module.register_forward_hook(functools.partial(hook, name)) for name, module in modules.items()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
+    with contextlib.ExitStack() as undo, torch.no_grad():
+        for module in model.modules():
+            undo.callback(setattr, module, 'training', module.training)
+        for name, module in modules.items():
+            undo.callback(module.register_forward_hook(functools.partial(hook, name)).remove)
+        model.eval()
+        yield
 
 
 def read_shares(
@@ -66,11 +62,9 @@ def read_shares(
         visit: Optional[Callable[[str, torch.Tensor], Any]] = None,
         **kwargs,
 ) -> Dict[str, Dict[str, float]]:
-    """How much the reading of each layer adds.
+    """How much the reading of each layer adds, for images (B, C, H, W).
 
     Args:
-        model: Model with workspaces.
-        images: (B, C, H, W).
         visit: Called in the same pass with each layer's name and normed tokens (B, N, E) in float32.
         **kwargs: Passed to the model with the images, such as the question.
 
@@ -81,7 +75,8 @@ def read_shares(
         'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal.
 
     Raises:
-        ValueError: The model has no workspaces, or asks for a question.
+        ValueError: The model has no workspaces.
+        TypeError: It needs a question.
     """
     shares, reads = {}, {}
 
@@ -97,8 +92,7 @@ def read_shares(
             shares[name] = {'residual_share': float('nan'), 'constant_share': constant}
 
     def after_block(name: str, block: nn.Module, inputs: Any, output: torch.Tensor):
-        read = reads.pop(name)
-        read = block.ls2(read) if hasattr(block, 'ls2') else read
+        read = block.ls2(reads.pop(name)) if hasattr(block, 'ls2') else reads.pop(name)
         ratios = read.float().norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-20)
         shares[name]['residual_share'] = float(ratios.mean())
 
@@ -112,10 +106,7 @@ def read_shares(
 
 
 def collect_tokens(model: nn.Module, images: torch.Tensor, **kwargs) -> Dict[str, torch.Tensor]:
-    """Input tokens of each workspace after its norm, (B, N, E) in float32.
-
-    Arguments and errors are those of `read_shares`.
-    """
+    """Input tokens of each workspace after its norm, (B, N, E) in float32; arguments and errors as in `read_shares`."""
     tokens: Dict[str, torch.Tensor] = {}
     read_shares(model, images, tokens.__setitem__, **kwargs)
     return tokens
@@ -130,7 +121,6 @@ def write_attention(
     """Weights with which tokens would write into the slots, (A, M, T), zero where a token is not selected.
 
     Args:
-        workspace: Layer that writes.
         tokens: Normed tokens (T, E), or (B, N, E) for those of a batch, which all compete with each other.
         bottleneck: Tokens that each slot and head keep, a float is a share of T; by default the layer's own.
 
@@ -150,10 +140,7 @@ def write_attention(
 
 
 def competition(attention: torch.Tensor) -> Dict[str, float]:
-    """How tokens compete for slots and slots share tokens.
-
-    Args:
-        attention: Write weights, zero outside the selected tokens, (..., A, M, T).
+    """How tokens compete for slots and slots share tokens, by their write weights (..., A, M, T).
 
     Returns:
         'coverage': Share of tokens that at least one slot and head selected.
@@ -203,14 +190,11 @@ def fixed_points(
         max_steps: int = 100,
         tolerance: float = 1e-3,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Repeat Hopfield retrieval until it converges.
+    """Repeat Hopfield retrieval of states (T, E) from attractors (M, E) until it converges.
 
     Source: theorem 2 of `Hopfield Networks is All You Need`.
 
     Args:
-        state: Initial states (T, E).
-        attractors: X (M, E).
-        beta: Inverse temperature.
         max_steps: Largest number of steps, at least 1.
         tolerance: Step length at convergence, relative to the largest norm of an attractor.
 
@@ -229,11 +213,9 @@ def fixed_points(
 
 
 def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, float]:
-    """What tokens read, and the fixed points that repeated reading reaches.
+    """What normed tokens (..., E) read, and the fixed points that repeated reading reaches.
 
-    Args:
-        workspace: Layer that reads.
-        tokens: Normed tokens, (..., E). Up to 2,048 of them, evenly spaced, are followed to their fixed points.
+    Up to 2,048 of the tokens, evenly spaced, are followed to their fixed points.
 
     Returns:
         'effective_slots': Mean over tokens of exp(entropy of the read weights), 1 to M.
@@ -269,12 +251,9 @@ def analyse(
         batches: Iterable[torch.Tensor],
         bottleneck: Optional[Union[int, float]] = None,
 ) -> Dict[str, Dict[str, float]]:
-    """Figures of every workspace, for batches of images. The tokens of a batch compete with each other.
+    """Figures of every workspace, for batches of images (B, C, H, W), normalised for the model.
 
-    Args:
-        model: Model with workspaces, without questions.
-        batches: At least one batch of images (B, C, H, W), normalised for the model.
-        bottleneck: As `write_attention`.
+    The tokens of a batch compete with each other, for the bottleneck of `write_attention`.
 
     Returns:
         By layer, means over the batches: what `competition`, `retrieval` and `read_shares` return, as far as the layer
@@ -297,10 +276,12 @@ def analyse(
     for images in batches:
         for name, shares in read_shares(model, images, visit).items():
             figures[name][-1].update(shares)
-    result = {}
-    for name, workspace in found.items():
-        if not figures[name]:
-            raise ValueError('batches: at least one is needed, got none')
-        result[name] = {key: sum(f[key] for f in figures[name]) / len(figures[name]) for key in figures[name][0]}
-        result[name].update(slot_statistics(workspace.stored_memory()))
-    return result
+    if not all(figures.values()):
+        raise ValueError('batches: at least one is needed, got none')
+    return {
+        name: {
+            **{key: sum(f[key] for f in of_layer) / len(of_layer) for key in of_layer[0]},
+            **slot_statistics(found[name].stored_memory()),
+        }
+        for name, of_layer in figures.items()
+    }

@@ -10,11 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from timm.models import PretrainedCfg, resolve_pretrained_cfg
 
-__all__ = ['check_weights', 'say_where_weights_are', 'shipped_cfg', 'weights_dir']
-
 _HUB_USER = 'timm-ait'
-
-FilterFn = Callable[[Dict[str, torch.Tensor], nn.Module], Dict[str, torch.Tensor]]
 
 
 def weights_dir() -> Path:
@@ -62,14 +58,6 @@ def say_where_weights_are(
             f'They cannot be downloaded from {hub_id} on the Hugging Face Hub: {e}') from e
 
 
-def _names(entry: Any) -> List[str]:
-    return [entry] if isinstance(entry, str) else list(entry or ())
-
-
-def _list(items: List[str]) -> str:
-    return ', '.join(items[:3]) + (f' and {len(items) - 3} more' if len(items) > 3 else '')
-
-
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Compare keys, shapes and dtypes before anything is loaded.
 
@@ -80,11 +68,14 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
     Raises:
         RuntimeError: The weights do not match the model.
     """
+    def names(entry: Any) -> List[str]:
+        return [entry] if isinstance(entry, str) else list(entry or ())
+
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     adapted = ()
     if getattr(model, 'num_classes', None) != cfg.get('num_classes') or cfg.get('label_offset'):
-        adapted = tuple(f'{name}.' for name in [*_names(cfg.get('classifier')), 'norm', 'fc_norm', 'attn_pool'])
-    first_convs = [f'{name}.weight' for name in _names(cfg.get('first_conv'))]
+        adapted = tuple(f'{name}.' for name in [*names(cfg.get('classifier')), 'norm', 'fc_norm', 'attn_pool'])
+    first_convs = [f'{name}.weight' for name in names(cfg.get('first_conv'))]
 
     expected = model.state_dict()
     other_shape = [
@@ -101,18 +92,18 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
             f'{key} {value.dtype}' for key, value in state_dict.items()
             if key in expected and expected[key].is_floating_point() and not value.is_floating_point()],
     }
-    text = '; '.join(f'{problem}: {_list(items)}' for problem, items in problems.items() if items)
-    if text:
-        raise RuntimeError(text)
+    if any(problems.values()):
+        raise RuntimeError('; '.join(
+            f'{problem}: {", ".join(items[:3])}' + (f' and {len(items) - 3} more' if len(items) > 3 else '')
+            for problem, items in problems.items() if items))
     return {key: value for key, value in state_dict.items() if key not in other_shape}
 
 
-def check_weights(filter_fn: FilterFn) -> FilterFn:
+def check_weights(filter_fn: Callable) -> Callable:
     """Make a checkpoint filter reject weights of another width or depth.
 
     With another number of classes, timm would load only the weights that fit, without an error.
     """
-
     def checked(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
         try:
             return _check_fit(filter_fn(state_dict, model), model)

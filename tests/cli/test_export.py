@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 
 import onnxruntime
@@ -133,7 +134,7 @@ class TestPretrained:
         assert config['label_names'] == list(cfg.label_names)
         assert (config['pretrained_cfg']['tag'], config['pretrained_cfg']['license']) == (cfg.tag, cfg.license)
 
-    @pytest.mark.parametrize('options', [('--model', 'ait_base'), ('--num-classes', '3'), ('--no-ema',)], ids=' '.join)
+    @pytest.mark.parametrize('options', [('--model', 'ait_base'), ('--num-classes', '0'), ('--no-ema',)], ids=' '.join)
     def test_refuses_options_of_a_training(self, refused, options):
         refused(options[0], SMALLEST, *options)
 
@@ -200,11 +201,12 @@ class TestMistakes:
             checkpoint.write_bytes(checkpoint.read_bytes()[:checkpoint.stat().st_size // 2])
         else:
             torch.save({'list': [1], 'empty': {}, 'code': os.getcwd}[content], checkpoint)
-        refused('CHECKPOINT', checkpoint, *TRAINED)
+        refused('weights alone' if content in ('text', 'code') else 'CHECKPOINT', checkpoint, *TRAINED)
 
-    @pytest.mark.parametrize('name', ['nowhere', '.', 'last.pth.tar'])
-    def test_of_the_data_set(self, refused, checkpoint, tmp_path, name):
-        refused('--data-dir', checkpoint, *TRAINED, '--data-dir', tmp_path / name)
+    @pytest.mark.parametrize('name, message', [
+        ('nowhere', 'it does not exist'), ('.', 'names for'), ('last.pth.tar', '--data-dir')])
+    def test_of_the_data_set(self, refused, checkpoint, tmp_path, name, message):
+        refused(message, checkpoint, *TRAINED, '--data-dir', tmp_path / name)
 
     def test_values_out_of_range(self, refused, checkpoint, tmp_path):
         state_dict = timm.create_model('test_ait', num_classes=3).state_dict()
@@ -226,9 +228,14 @@ class TestMistakes:
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
     @pytest.mark.parametrize('package', ['onnx', 'onnxscript'])
-    def test_a_missing_package_is_named(self, refused, checkpoint, monkeypatch, package):
-        monkeypatch.setitem(sys.modules, package, None)
-        refused(package, checkpoint, *TRAINED, '--onnx')
+    def test_a_missing_package_is_named(self, checkpoint, tmp_path, package):
+        # in a process of its own: where torch.onnx has exported before, it no longer imports them
+        code = f'import sys; sys.modules[{package!r}] = None; from timm_ait.__main__ import main; main(sys.argv[1:])'
+        arguments = ['export', checkpoint, '--out', tmp_path / 'out', *TRAINED, '--onnx']
+        result = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True)
+        error = result.stderr.splitlines()[-1]
+        assert result.returncode == 2 and f'--out {tmp_path / "out"}, nothing was written' in error and package in error
+        assert not (tmp_path / 'out').exists()
 
     def test_questions_have_no_onnx(self, refused, train):
         refused('--onnx', train(model_kwargs=dict(question_dim=3)), '--onnx')

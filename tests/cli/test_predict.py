@@ -94,6 +94,11 @@ class TestSheet:
         error = error_of('predict', images, '--sheet', tmp_path / name)
         assert '--sheet' in error and str((tmp_path / name).parent) in error and message in error
 
+    def test_too_many_images(self, error_of, tmp_path):
+        for i in range(1001):
+            (tmp_path / f'{i}.png').touch()
+        assert '--sheet has room for 1000 images, got 1001' in error_of('predict', tmp_path, '--sheet', 'sheet.png')
+
     def test_a_failed_write_leaves_the_old_sheet(self, capsys, model, images, tmp_path, monkeypatch):
         def save(image, file):
             Path(file).write_bytes(b'half a file')
@@ -139,6 +144,22 @@ class TestErrors:
         torch.nn.init.constant_(model.head.bias, float('nan'))
         error = error_of('predict', images, '--model', save(model))
         assert str(images / 'a.jpg') in error and "the model's output is not a number" in error
+
+
+@pytest.mark.parametrize('command', ['predict', 'explain --out out'])
+class TestErrorsOfBothCommands:
+
+    def test_a_path_that_does_not_exist(self, error_of, images, command):
+        assert 'IMAGE: there is no file or folder nowhere' in error_of(*command.split(), images, 'nowhere')
+
+    def test_no_file_can_be_read(self, error_of, model, tmp_path, monkeypatch, command):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / 'broken.png').write_text('not an image')
+        verb = 'classified' if command == 'predict' else 'explained'
+        lines = error_of(*command.split(), 'broken.png', '--model', model).splitlines()
+        assert any(line.startswith(f'broken.png: cannot be {verb}') for line in lines)
+        assert lines[-1].endswith(f'error: IMAGE: none of the files could be {verb}, see above')
+        assert os.listdir() == ['broken.png']
 
 
 class TestCommandLine:

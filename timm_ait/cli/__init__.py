@@ -9,8 +9,6 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Callable, Iterator
 
-__all__ = ['integer', 'one_line', 'output_folder', 'quietly', 'staged']
-
 
 def one_line(error: BaseException) -> str:
     """Type and message of an exception on one line, shortened to about 400 characters."""
@@ -29,10 +27,8 @@ def quietly(command: Callable[[Namespace], int], parser: ArgumentParser, args: N
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails
         return 1
-    except ValueError as e:
-        parser.error(str(e))
-    except OSError as e:
-        parser.error(one_line(e))
+    except (OSError, ValueError) as e:
+        parser.error(one_line(e) if isinstance(e, OSError) else str(e))
 
 
 def integer(minimum: int) -> Callable[[str], int]:

@@ -1,12 +1,9 @@
 """ Write a synthetic data set: python -m timm_ait data triangle|sort-of-clevr --out FOLDER. """
 import argparse
-import functools
 
 from timm_ait.data import sort_of_clevr, triangle
 
 from . import integer, output_folder, quietly, staged
-
-__all__ = ['add_parser']
 
 _DATA_SETS = {
     'triangle': (triangle, triangle.write_triangle),
@@ -27,7 +24,7 @@ def add_parser(commands) -> None:
     parser.add_argument('--train', type=integer(1), metavar='N', help='training images (default: 50000 or 9800)')
     parser.add_argument('--validation', type=integer(1), metavar='N',
                         help='validation images (default: 10000 or 200)')
-    parser.set_defaults(main=functools.partial(quietly, _main, parser))
+    parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -1,12 +1,10 @@
 """ Show what a model's workspaces do with image files: python -m timm_ait explain IMAGE … --out FOLDER """
 import argparse
-import functools
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,15 +17,10 @@ from timm.data import resolve_model_data_config
 from timm_ait.analysis import analyse, collect_tokens, read_weights, workspaces, write_attention
 from timm_ait.ops.workspace import num_kept
 
-from . import integer, one_line, output_folder, quietly, staged
-from .images import add_arguments, find_images, image_classifier, load_model
+from . import integer, output_folder, quietly, staged
+from .images import add_arguments, each_file, find_images, image_classifier, load_model
 from .labels import class_names
 from .sheet import Tile, contact_sheet, fit
-
-__all__ = [
-    'LayerMaps', 'add_parser', 'describe', 'draw_heat', 'draw_read', 'draw_sheet', 'input_picture', 'layer_maps',
-    'layer_name', 'read_legend', 'select_slots', 'smooth', 'token_grid',
-]
 
 _PANEL = 208  # pixels
 _BOTTLENECK = 0.1  # share of the picture's tokens that each slot and head select; that of training is for whole batches
@@ -37,26 +30,17 @@ _SLOT_COLOURS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00
 
 
 class LayerMaps(NamedTuple):
-    """ What the patches of one picture write and read in one layer, on their grid of height H and width W.
-
-    `selected` (M, H, W): number of heads in which a slot selects the patch, None if the layer does not write. `read`
-    (M, H, W): weights with which the patch reads the slots, None if the layer does not read. `num_kept`: tokens that
-    each slot and head keep. `figures`: those of `analyse`.
-    """
+    """ What the patches of one picture write and read in one layer, on their grid of height H and width W. """
     name: str
-    selected: Optional[torch.Tensor]
-    read: Optional[torch.Tensor]
+    selected: Optional[torch.Tensor]  # heads in which a slot selects a patch (M, H, W), None if the layer never writes
+    read: Optional[torch.Tensor]  # weights with which a patch reads the slots (M, H, W), None if the layer never reads
     num_heads: int
-    num_kept: int
-    figures: Dict[str, float]
+    num_kept: int  # tokens that each slot and head keep
+    figures: Dict[str, float]  # those of `analyse`
 
 
 def token_grid(num_tokens: int, num_prefix_tokens: int, height: int, width: int) -> Tuple[int, int]:
-    """Height and width of the grid of patches, whose sides are in proportion to the image's.
-
-    Raises:
-        ValueError: There is no such grid.
-    """
+    """Height and width of the grid of patches, in proportion to the image's; a ValueError if there is no such grid."""
     num_patches = num_tokens - num_prefix_tokens
     rows = max(1, round(math.sqrt(max(0, num_patches) * height / width)))
     if num_patches < 1 or num_patches % rows:
@@ -225,20 +209,37 @@ def add_parser(commands) -> None:
                         help='layers to draw, evenly spaced from the first to the last (default: %(default)s)')
     parser.add_argument('--slots', type=integer(1), default=5, metavar='N',
                         help='slots to draw of each layer, whose heads agree most (default: %(default)s)')
-    parser.set_defaults(main=functools.partial(quietly, _main, parser))
+    parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
 
 def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
     model = load_model(args.model, args.device)
     workspaces(model)  # raises an error if it has none
-    classify, stems = image_classifier(model), set()
-    for file in tqdm(files, unit='image', file=sys.stderr):
-        try:
-            sheet, numbers = _explain(model, classify, file, args)
-        except Exception as e:  # Pillow raises many kinds of errors on damaged files
-            tqdm.write(f'{file}: cannot be explained ({one_line(e)})', file=sys.stderr)
-            continue
+    classify = image_classifier(model)
+
+    def explain(file: Path) -> Tuple[Image.Image, Dict[str, Any]]:
+        _, image, probabilities = classify(file)
+        probability, index = (x.item() for x in probabilities.max(dim=-1))
+        description = class_names(model)[1][index]
+        maps = layer_maps(model, image, _BOTTLENECK)
+        drawn = torch.linspace(len(maps) - 1, 0, min(args.layers, len(maps))).round().int().sort().values
+        title = [
+            f'{file.name}: {probability:.0%} {description}, says {args.model.rpartition("/")[2]}',
+            f'{len(drawn)} of {len(maps)} layers: the slot that each patch reads most, and what slots would write, '
+            f'{maps[0].num_kept} tokens a head',
+        ]
+        picture = input_picture(image[0], resolve_model_data_config(model))
+        return draw_sheet(picture, title, [maps[i] for i in drawn], args.slots), {
+            'file': str(file),
+            'model': args.model,
+            'prediction': {'index': index, 'description': description, 'probability': probability},
+            'bottleneck': _BOTTLENECK,
+            'layers': [_numbers(layer, args.slots) for layer in maps],
+        }
+
+    errors, stems = [], set()
+    for file, (sheet, numbers) in each_file(explain, files, 'explained', errors):
         names = itertools.chain([file.stem], (f'{file.stem}-{i}' for i in itertools.count(2)))
         stem = next(name for name in names if name not in stems)
         stems.add(stem)
@@ -246,28 +247,4 @@ def _main(args: argparse.Namespace) -> int:
             sheet.save(folder / f'{stem}.png')
             (folder / f'{stem}.json').write_text(json.dumps(numbers))
         tqdm.write(str(args.out / f'{stem}.png'))
-    if not stems:
-        raise ValueError('IMAGE: none of the files could be explained, the reasons are above')
-    return 0 if len(stems) == len(files) else 1
-
-
-def _explain(model: nn.Module, classify: Callable, file: Path, args: argparse.Namespace) -> Tuple[Image.Image, Dict]:
-    """Sheet and numbers of an image file."""
-    _, image, probabilities = classify(file)
-    probability, index = (x.item() for x in probabilities.max(dim=-1))
-    description = class_names(model)[1][index]
-    maps = layer_maps(model, image, _BOTTLENECK)
-    drawn = torch.linspace(len(maps) - 1, 0, min(args.layers, len(maps))).round().int().sort().values
-    title = [
-        f'{file.name}: {probability:.0%} {description}, says {args.model.rpartition("/")[2]}',
-        f'{len(drawn)} of {len(maps)} layers: the slot that each patch reads most, and what slots would write, '
-        f'{maps[0].num_kept} tokens a head',
-    ]
-    picture = input_picture(image[0], resolve_model_data_config(model))
-    return draw_sheet(picture, title, [maps[i] for i in drawn], args.slots), {
-        'file': str(file),
-        'model': args.model,
-        'prediction': {'index': index, 'description': description, 'probability': probability},
-        'bottleneck': _BOTTLENECK,
-        'layers': [_numbers(layer, args.slots) for layer in maps],
-    }
+    return 1 if errors else 0

@@ -1,7 +1,6 @@
 """ Write a checkpoint in Hub layout: python -m timm_ait export CHECKPOINT|MODEL --out FOLDER. """
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -10,7 +9,7 @@ import shlex
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -22,8 +21,6 @@ from timm.utils import ParseKwargs
 from timm_ait.layers import GlobalWorkspace
 
 from . import integer, one_line, output_folder, quietly, staged
-
-__all__ = ['add_parser', 'export', 'write_onnx']
 
 # entries of a pretrained config that describe its task
 _TASK = ('label_names', 'label_descriptions', 'tag', 'license', 'description', 'origin_url', 'notes')
@@ -42,20 +39,15 @@ def export(
         fine_tuned: bool = True,
         onnx: bool = False,
 ) -> Dict[str, Any]:
-    """Write config.json and model.safetensors of a model into a folder, as timm and transformers load them.
+    """Write config.json, whose contents are returned, and model.safetensors, as timm and transformers load them.
 
     Args:
         model: A timm model with its weights. It is converted to `dtype` in place.
-        folder: Checkpoint folder, created if it does not exist.
-        dtype: Precision on disk.
         label_names: Names of the classes, by default those of the pretrained config unless `fine_tuned`.
         data_config: Preprocessing that differs from the pretrained config, as in `timm.models.save_for_hf`.
         fine_tuned: The model was trained further or from scratch, so that class names, tag and license of its
             pretrained config no longer apply and are left out.
         onnx: Also write model.onnx, see `write_onnx`.
-
-    Returns:
-        The contents of config.json.
 
     Raises:
         ValueError: Some weights are not finite in this precision, or the preprocessing does not fit the model. Nothing
@@ -124,7 +116,7 @@ def write_onnx(model: nn.Module, file: Path) -> None:
         dynamic_shapes=({0: torch.export.Dim('batch')},),
         verbose=False,
     )
-    if importlib.util.find_spec('onnxruntime'):  # else the file is not compared with the model
+    if importlib.util.find_spec('onnxruntime'):
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
@@ -133,26 +125,11 @@ def write_onnx(model: nn.Module, file: Path) -> None:
             torch.testing.assert_close(logits, model(batch), rtol=1e-3, atol=1e-4)
 
 
-def _training_args(file: Path) -> Dict[str, Any]:
-    """Arguments of train.py in its checkpoint; empty for other files of weights."""
-    if file.suffix == '.safetensors':
-        return {}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(file, map_location='meta', weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError('it is not a file of weights alone; what else a pickle holds could run code') from e
-    args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    return vars(args) if isinstance(args, argparse.Namespace) else {}
-
-
-class _ParseKwargs(ParseKwargs):
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if value and '=' not in value:
-                raise argparse.ArgumentError(self, f'{value!r} is not KEY=VALUE')
-        super().__call__(parser, namespace, values, option_string)
+def _assignment(text: str) -> str:
+    """Type of an argument: KEY=VALUE, or nothing."""
+    if text and '=' not in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not KEY=VALUE')
+    return text
 
 
 def add_parser(commands) -> None:
@@ -164,13 +141,13 @@ def add_parser(commands) -> None:
                     'checkpoint of train.py holds the arguments of its training: they are the defaults of --model, '
                     '--num-classes, --model-kwargs and --data-dir, and say how images are preprocessed.',
     )
-    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+    parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT',
                         help='checkpoint of train.py, folder in Hub layout, or name of a pretrained model, which keeps '
                              'its class names, tag and license')
     parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER', help='folder to write to')
     parser.add_argument('--model', metavar='NAME', help='model that was trained')
     parser.add_argument('--num-classes', type=integer(0), metavar='N', help='number of classes')
-    parser.add_argument('--model-kwargs', nargs='*', action=_ParseKwargs, metavar='KEY=VALUE',
+    parser.add_argument('--model-kwargs', nargs='*', type=_assignment, action=ParseKwargs, metavar='KEY=VALUE',
                         help='further arguments of the model, as given to train.py')
     parser.add_argument('--data-dir', type=Path, metavar='FOLDER',
                         help='data set that was trained on: its class folders are the names of the classes')
@@ -180,7 +157,7 @@ def add_parser(commands) -> None:
     parser.add_argument('--onnx', action='store_true',
                         help='also write model.onnx, in float32, for images alone; needs the packages onnx and '
                              'onnxscript')
-    parser.set_defaults(main=functools.partial(quietly, _main, parser))
+    parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
 
 @contextlib.contextmanager
@@ -192,19 +169,12 @@ def _blame(argument: str) -> Iterator[None]:
 
 
 def _main(args: argparse.Namespace) -> int:
-    checkpoint = Path(args.checkpoint)
-    if checkpoint.name == 'model.safetensors' and checkpoint.with_name('config.json').is_file():
-        checkpoint = checkpoint.parent
-        args.checkpoint = str(checkpoint)
-    fine_tuned, trained = checkpoint.is_file(), {}
-    if fine_tuned:
-        with _blame(f'CHECKPOINT {checkpoint} cannot be read'):
-            trained = _training_args(checkpoint)
-        model = _load_trained(args, trained)
-    else:
-        model = _load_pretrained(args)
+    if args.checkpoint.name == 'model.safetensors' and args.checkpoint.with_name('config.json').is_file():
+        args.checkpoint = args.checkpoint.parent
+    fine_tuned = args.checkpoint.is_file()
+    model, trained = _load_trained(args) if fine_tuned else (_load_pretrained(args), {})
     if args.onnx and hasattr(model, 'question_embed'):
-        raise ValueError(f'--onnx is for image models, {checkpoint} answers questions about images')
+        raise ValueError(f'--onnx is for image models, {args.checkpoint} answers questions about images')
 
     names, data_dir = None, args.data_dir
     trained_on = trained.get('data_dir') or trained.get('data') or ''
@@ -212,6 +182,8 @@ def _main(args: argparse.Namespace) -> int:
         data_dir = trained_on
     if data_dir:
         with _blame(f'--data-dir {data_dir}'):
+            if not os.path.exists(data_dir):
+                raise ValueError('it does not exist')
             split, class_map = trained.get('train_split') or 'train', trained.get('class_map') or ''
             indices = create_dataset('', str(data_dir), split, class_map=class_map).reader.class_to_idx
             names = sorted(indices, key=indices.get)
@@ -220,12 +192,24 @@ def _main(args: argparse.Namespace) -> int:
     data_config = {key: trained[key] for key in _PREPROCESSING if trained.get(key)}
     with _blame(f'--out {args.out}, nothing was written'):
         config = export(model, args.out, getattr(torch, args.dtype), names, data_config, fine_tuned, args.onnx)
-    _report(model, config, args)
+
+    num_classes, input_size = config['num_classes'], config['pretrained_cfg']['input_size']
+    names = config.get('label_names') or ()
+    shown = textwrap.shorten(', '.join(names.values() if isinstance(names, dict) else names), 60, placeholder=' …')
+    if not names:
+        shown = "ImageNet's" if infer_imagenet_subset(config) else 'without names; --data-dir gives them'
+    print(f'{args.out}: {config["architecture"]} in {args.dtype}' + (', model.onnx in float32' if args.onnx else ''))
+    print(f'classes: {num_classes} ({shown})')
+    print('input: ' + ' x '.join(map(str, input_size)))
+    if num_classes > 0 and input_size[0] in (1, 3) and not hasattr(model, 'question_embed'):
+        print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out}")}')
     return 0
 
 
-def _load_trained(args: argparse.Namespace, trained: Dict[str, Any]) -> nn.Module:
-    """Model with the weights of a training."""
+def _load_trained(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
+    """Model with the weights of a training, and the arguments of train.py as far as its checkpoint has them."""
+    with _blame(f'CHECKPOINT {args.checkpoint} cannot be read'):
+        trained = _training_args(args.checkpoint)
     name = args.model or trained.get('model')
     if not name:
         raise ValueError(f'--model is needed: {args.checkpoint} does not contain the name of its model')
@@ -238,32 +222,32 @@ def _load_trained(args: argparse.Namespace, trained: Dict[str, Any]) -> nn.Modul
     with _blame(f'--model {name}, --num-classes and --model-kwargs, together {arguments}'):
         model = create_model(name, **arguments)
     with _blame(f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
-        # a pickle: torch's reader of tensors alone runs no code in it
-        load_checkpoint(model, args.checkpoint, use_ema=not args.no_ema, weights_only=True)
-    return model
+        load_checkpoint(model, args.checkpoint, use_ema=not args.no_ema)
+    return model, trained
+
+
+def _training_args(file: Path) -> Dict[str, Any]:
+    """Arguments of train.py in its checkpoint; empty for other files of weights."""
+    if file.suffix == '.safetensors':
+        return {}
+    try:
+        # a pickle: torch's reader of tensors alone, also timm's default, runs no code in it
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(file, map_location='meta', weights_only=True)
+    except (IndexError, pickle.UnpicklingError) as e:
+        raise ValueError('it is not a file of weights alone; what else a pickle holds could run code') from e
+    args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    return vars(args) if isinstance(args, argparse.Namespace) else {}
 
 
 def _load_pretrained(args: argparse.Namespace) -> nn.Module:
     """Pretrained model, by its name or from a folder in Hub layout."""
-    for option in ('model', 'num_classes', 'no_ema'):
-        if getattr(args, option):
-            raise ValueError(f'--{option.replace("_", "-")} is for checkpoints of train.py, {args.checkpoint} is none')
-    is_folder = Path(args.checkpoint, 'config.json').is_file()
+    given = {'model': args.model, 'num-classes': args.num_classes, 'no-ema': args.no_ema or None}
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f'--{option} is for checkpoints of train.py, {args.checkpoint} is none')
+    is_folder = (args.checkpoint / 'config.json').is_file()
     problem = 'cannot be loaded' if is_folder else 'is no file, folder in Hub layout or pretrained model'
     with _blame(f'CHECKPOINT {args.checkpoint} {problem}'):
-        return create_model(
-            f'local-dir:{args.checkpoint}' if is_folder else args.checkpoint, True, **(args.model_kwargs or {}))
-
-
-def _report(model: nn.Module, config: Dict[str, Any], args: argparse.Namespace) -> None:
-    """Print what was written, and a command to try it."""
-    num_classes, input_size = config['num_classes'], config['pretrained_cfg']['input_size']
-    names = config.get('label_names') or ()
-    shown = textwrap.shorten(', '.join(names.values() if isinstance(names, dict) else names), 60, placeholder=' …')
-    if not names:
-        shown = "ImageNet's" if infer_imagenet_subset(config) else 'without names; --data-dir gives them'
-    print(f'{args.out}: {config["architecture"]} in {args.dtype}' + (', model.onnx in float32' if args.onnx else ''))
-    print(f'classes: {num_classes} ({shown})')
-    print('input: ' + ' x '.join(map(str, input_size)))
-    if num_classes > 0 and input_size[0] in (1, 3) and not hasattr(model, 'question_embed'):
-        print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out}")}')
+        name = f'local-dir:{args.checkpoint}' if is_folder else str(args.checkpoint)
+        return create_model(name, pretrained=True, **(args.model_kwargs or {}))

@@ -3,22 +3,20 @@ import argparse
 import contextlib
 import os
 import struct
+import sys
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import create_model
 
 from . import one_line
-
-__all__ = [
-    'MAX_ASPECT_RATIO', 'MAX_PIXELS', 'add_arguments', 'find_images', 'image_classifier', 'load_image', 'load_model',
-]
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
@@ -136,6 +134,24 @@ def image_classifier(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, to
         return image, x, probabilities
 
     return classify
+
+
+def each_file(function: Callable, files: Sequence[Path], verb: str, errors: List[Dict]) -> Iterator[Tuple[Path, Any]]:
+    """Files with a function's results. Those it fails on are reported and added to `errors`.
+
+    Raises:
+        ValueError: It fails on all.
+    """
+    for file in tqdm(files, unit='image', file=sys.stderr):
+        try:
+            result = function(file)
+        except Exception as e:  # Pillow raises many kinds of errors on damaged files
+            errors.append({'file': str(file), 'error': f'cannot be {verb} ({one_line(e)})'})
+            tqdm.write(f'{file}: {errors[-1]["error"]}', file=sys.stderr)
+        else:
+            yield file, result
+    if len(errors) == len(files):
+        raise ValueError(f'IMAGE: none of the files could be {verb}, see above')
 
 
 def load_model(name: str, device: Optional[str] = None) -> nn.Module:

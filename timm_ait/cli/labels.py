@@ -8,8 +8,6 @@ import torch.nn as nn
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-__all__ = ['class_names', 'match_labels', 'read_labels']
-
 
 def read_labels(file: Path) -> Dict[Path, str]:
     """Labels by resolved path, from a CSV file with the columns `file`, relative to its own folder, and `label`.

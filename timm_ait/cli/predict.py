@@ -1,20 +1,16 @@
 """ Classify image files with a pretrained model: python -m timm_ait predict IMAGE … """
 import argparse
-import functools
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any, Dict
 
 from tqdm import tqdm
 
-from . import integer, one_line, quietly, staged
-from .images import MAX_ASPECT_RATIO, MAX_PIXELS, add_arguments, find_images, image_classifier, load_model
+from . import integer, quietly, staged
+from .images import MAX_ASPECT_RATIO, MAX_PIXELS, add_arguments, each_file, find_images, image_classifier, load_model
 from .labels import class_names, match_labels, read_labels
 from .sheet import Tile, contact_sheet, fit, sheet_file
-
-__all__ = ['add_parser']
 
 _THUMBNAIL = 128  # pixels
 _MAX_TILES = 1000  # a sheet of about 5000 px square
@@ -37,7 +33,7 @@ def add_parser(commands) -> None:
                         help='true classes, to report the accuracy: columns file (relative to the CSV file) and label')
     parser.add_argument('--sheet', type=sheet_file, metavar='FILE', help='write a contact sheet, .png or .jpg')
     parser.add_argument('--json', action='store_true', help='print one JSON document')
-    parser.set_defaults(main=functools.partial(quietly, _main, parser))
+    parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -55,14 +51,8 @@ def _main(args: argparse.Namespace) -> int:
     def describe(index: int) -> Dict[str, Any]:
         return {'index': index, 'name': names[index], 'description': descriptions[index]}
 
-    classify, images, errors, tiles = image_classifier(model), [], [], []
-    for file in tqdm(files, unit='image', file=sys.stderr):
-        try:
-            image, _, probabilities = classify(file)
-        except Exception as e:  # Pillow raises many kinds of errors on damaged files
-            errors.append({'file': str(file), 'error': f'cannot be classified ({one_line(e)})'})
-            tqdm.write(f'{file}: {errors[-1]["error"]}', file=sys.stderr)
-            continue
+    images, errors, tiles = [], [], []
+    for file, (image, _, probabilities) in each_file(image_classifier(model), files, 'classified', errors):
         values, indices = probabilities.topk(min(args.topk, len(names)))
         best = list(zip(values.tolist(), indices.tolist()))
         target = targets.get(file.resolve())
@@ -81,8 +71,6 @@ def _main(args: argparse.Namespace) -> int:
         if args.sheet:
             tiles.append(Tile(fit(image, _THUMBNAIL), [classes[0], truth], frame=_FRAMES.get(correct)))
 
-    if not images:
-        raise ValueError('IMAGE: none of the files could be classified, see above')
     if args.sheet:
         columns = math.ceil(1.1 * math.sqrt(len(tiles)))
         rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]

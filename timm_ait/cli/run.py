@@ -3,13 +3,10 @@
 timm's validate.py, inference.py and benchmark.py have no option to import a package; run this way they know its models.
 """
 import argparse
-import functools
 import os
 import runpy
 import sys
 from pathlib import Path
-
-__all__ = ['add_parser']
 
 _EPILOG = """\
 Other Python processes that the script starts do not import timm_ait. In a script of your own whose workers create
@@ -31,7 +28,7 @@ def add_parser(commands) -> None:
     )
     # argparse's REMAINDER after a positional loses a `--` that follows it, PARSER does not
     parser.add_argument('command', nargs=argparse.PARSER, metavar='SCRIPT.py', help='script and its arguments')
-    parser.set_defaults(main=functools.partial(_main, parser))
+    parser.set_defaults(main=lambda args: _main(parser, args))
 
 
 def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

@@ -4,11 +4,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, Optional, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from . import output_folder
-
-__all__ = ['Tile', 'contact_sheet', 'fit', 'sheet_file']
 
 _MARGIN, _LINE = 8, 18  # pixels
 
@@ -28,13 +26,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def contact_sheet(rows: Sequence[Sequence[Tile]], size: int, title: Sequence[str] = ()) -> Image.Image:
-    """Draw rows of tiles. Lines that are too long are cut.
-
-    Args:
-        rows: At least one; the images have sides of at most `size`.
-        size: Width and height of an image's place, in pixels.
-        title: Lines above all.
-    """
+    """Draw rows of tiles, whose images have sides of at most `size` pixels, below a title. Long lines are cut."""
     font = ImageFont.load_default(14)
     width, top = size + 2 * _MARGIN, _MARGIN + _LINE * len(title)
     heights = [width + _LINE * max(len(tile.lines) for tile in row) for row in rows]
@@ -51,11 +43,9 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], size: int, title: Sequence[str
     for row, height in zip(rows, heights):
         for i, (image, lines, squares, frame) in enumerate(row):
             x, y = i * width + _MARGIN, top + size + 5
-            left, above = x + (size - image.width) // 2, top + (size - image.height) // 2
-            sheet.paste(image, (left, above))
             if frame:
-                box = (left - 3, above - 3, left + image.width + 2, above + image.height + 2)
-                draw.rectangle(box, outline=frame, width=3)
+                image = ImageOps.expand(image, 3, frame)
+            sheet.paste(image, (x + (size - image.width) // 2, top + (size - image.height) // 2))
             for text, square in zip_longest(lines, squares):
                 if square:
                     draw.rectangle((x, y + 3, x + 10, y + 13), square)

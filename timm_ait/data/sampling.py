@@ -1,31 +1,41 @@
 """ Random numbers that depend on the seed and a sample's index alone, and the indices of a data set. """
-from typing import Iterator, Tuple
+from typing import Callable, Iterator, Tuple
 
 import numpy as np
 from tqdm import tqdm
-
-__all__ = ['chunks', 'uniforms']
 
 _CHUNK = 500
 
 
 def uniforms(seed: int, indices: np.ndarray, draw: int, size: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), from one counter-based stream a sample.
-
-    Args:
-        seed: Seed of the data set.
-        indices: Sample indices (n,).
-        draw: Which draw of a sample it is; each has its own numbers.
-        size: Numbers a sample.
-
-    Returns:
-        (n, size) float64.
-    """
+    """Uniform numbers in [0, 1), (n, size) float64, from one counter-based stream for each draw of a sample."""
     numbers = np.empty((len(indices), size))
     for row, index in zip(numbers, indices):
         # the lowest counter word is left to the stream itself
         np.random.Generator(np.random.Philox(key=seed, counter=[0, int(index), draw, 0])).random(out=row)
     return numbers
+
+
+def first_valid(
+        seed: int,
+        indices: np.ndarray,
+        size: int,
+        propose: Callable[..., Tuple[np.ndarray, np.ndarray]],
+        *properties: np.ndarray,
+        draw: int = 1,
+) -> np.ndarray:
+    """The first valid of several attempts at each sample, (n, …), by rejection.
+
+    From numbers (n, size) and the samples' properties (n, …), `propose` makes attempts (n, a, …) and says which of them
+    are valid (n, a). Samples without a valid one are tried again with the numbers of the next draw.
+    """
+    attempts, valid = propose(uniforms(seed, indices, draw, size), *properties)
+    chosen = attempts[np.arange(len(indices)), valid.argmax(1)]
+    missing = ~valid.any(1)
+    if missing.any():
+        of_missing = [values[missing] for values in properties]
+        chosen[missing] = first_valid(seed, indices[missing], size, propose, *of_missing, draw=draw + 1)
+    return chosen
 
 
 def chunks(num_train: int, num_validation: int) -> Iterator[Tuple[str, np.ndarray]]:

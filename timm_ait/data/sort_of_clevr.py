@@ -24,7 +24,7 @@ from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from .sampling import chunks, uniforms
+from .sampling import chunks, first_valid, uniforms
 
 __all__ = [
     'ANSWERS', 'COLOURS', 'IMAGE_SIZE', 'KINDS', 'NUM_TRAIN', 'NUM_VALIDATION', 'QUESTION_DIM', 'Scenes',
@@ -65,41 +65,22 @@ def _squared_distances(centres: np.ndarray) -> np.ndarray:
     return ((centres[..., :, None, :] - centres[..., None, :, :]) ** 2).sum(-1)
 
 
-def _is_valid(centres: np.ndarray) -> np.ndarray:
-    """Whether no objects overlap, and each has one nearest and one farthest other; (..., 6, 2) to (...)."""
+def _propose(numbers: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Centres (n, a, 6, 2) from numbers (n, 12 a), and which are valid (n, a)."""
+    # no centre on a middle line: an object is always left or right, above or below
+    places = np.setdiff1d(np.arange(_RADIUS, IMAGE_SIZE - _RADIUS), [_MIDDLE])
+    centres = places[(numbers * len(places)).astype(np.int64)].reshape(-1, _ATTEMPTS, len(COLOURS), 2)
     apart = np.abs(centres[..., :, None, :] - centres[..., None, :, :]).max(-1) > 2 * _RADIUS
     distances = np.sort(_squared_distances(centres), axis=-1)  # the first is that to itself
     unique = (distances[..., 1] < distances[..., 2]) & (distances[..., -2] < distances[..., -1])
-    return (apart | np.eye(len(COLOURS), dtype=bool)).all((-2, -1)) & unique.all(-1)
+    return centres, (apart | np.eye(len(COLOURS), dtype=bool)).all((-2, -1)) & unique.all(-1)
 
 
 def scenes(seed: int, indices: np.ndarray) -> Scenes:
-    """Place the objects of images; each image depends on the seed and its own index alone.
-
-    Args:
-        seed: Seed of the data set.
-        indices: Image indices (n,).
-    """
+    """Place the objects of the images of indices (n,); each depends on the seed and its own index alone."""
     indices = np.asarray(indices)
-    # no centre on a middle line: an object is always left or right, above or below
-    places = np.setdiff1d(np.arange(_RADIUS, IMAGE_SIZE - _RADIUS), [_MIDDLE])
-    centres = np.empty((len(indices), len(COLOURS), 2), np.int64)
-    missing = np.arange(len(indices))
-    draw_number = 1
-    while len(missing):
-        numbers = uniforms(seed, indices[missing], draw_number, _ATTEMPTS * len(COLOURS) * 2)
-        trial = places[(numbers * len(places)).astype(np.int64)].reshape(-1, _ATTEMPTS, len(COLOURS), 2)
-        valid = _is_valid(trial)
-        found = valid.any(1)
-        centres[missing[found]] = trial[found, valid[found].argmax(1)]
-        missing = missing[~found]
-        draw_number += 1
-    return Scenes(centres, _scene_numbers(seed, indices)[:, :len(COLOURS)] < 0.5)
-
-
-def _scene_numbers(seed: int, indices: np.ndarray) -> np.ndarray:
-    """The numbers that decide shapes (6) and questions (3 for each)."""
-    return uniforms(seed, indices, 0, len(COLOURS) + 3 * len(KINDS) * QUESTIONS_PER_KIND)
+    centres = first_valid(seed, indices, 2 * len(COLOURS) * _ATTEMPTS, _propose)
+    return Scenes(centres, uniforms(seed, indices, 0, len(COLOURS)) < 0.5)
 
 
 def draw(objects: Scenes) -> np.ndarray:
@@ -137,11 +118,8 @@ def answer_tables(objects: Scenes) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     image = np.arange(len(circles))[:, None]
     shape = _RECTANGLE + circles.astype(np.int64)
 
-    # every answer for every object (n, 6), then every pair of objects (n, 6, 6)
-    def yes_no(condition: np.ndarray) -> np.ndarray:
-        return _YES + ~condition
-
-    non_relational = [shape, yes_no(centres[..., 0] < _MIDDLE), yes_no(centres[..., 1] < _MIDDLE)]
+    # every answer for every object (n, 6), then every pair of objects (n, 6, 6); 'no' comes after 'yes'
+    non_relational = [shape, _YES + (centres[..., 0] >= _MIDDLE), _YES + (centres[..., 1] >= _MIDDLE)]
     distances = _squared_distances(centres)
     nearest = (distances + np.eye(num_objects, dtype=np.int64) * IMAGE_SIZE ** 3).argmin(-1)
     farthest = distances.argmax(-1)
@@ -160,23 +138,19 @@ def answer_tables(objects: Scenes) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     sides = np.stack(np.broadcast_arrays(
         distances[:, :, :, None], distances[:, :, None, :], distances[:, None, :, :]), -1)
     obtuse = (2 * sides.max(-1) > sides.sum(-1)) & other
-    ternary = [_ZERO + between.sum(-1), yes_no(on_line.any(-1)), _ZERO + obtuse.sum(-1)]
+    ternary = [_ZERO + between.sum(-1), _YES + ~on_line.any(-1), _ZERO + obtuse.sum(-1)]
     return tuple(np.stack(answers, axis=-1) for answers in (non_relational, relational, ternary))
 
 
 def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np.ndarray]:
-    """Ask ten questions of each kind about every image, and answer them.
-
-    Args:
-        seed: Seed of the data set.
-        indices: Image indices (n,).
-        objects: The scenes of these images.
+    """Ask ten questions of each kind about the scenes of the images of indices (n,), and answer them.
 
     Returns:
         Questions (n, 30, 18) uint8 and answers (n, 30) uint8 as indices of `ANSWERS`, kinds in the order of `KINDS`.
     """
     num_images, num_objects = objects.circles.shape
-    numbers = _scene_numbers(seed, np.asarray(indices))[:, num_objects:].reshape(num_images, -1, 3)
+    numbers = uniforms(seed, np.asarray(indices), 0, num_objects + 3 * len(KINDS) * QUESTIONS_PER_KIND)
+    numbers = numbers[:, num_objects:].reshape(num_images, -1, 3)  # the first decide the shapes of the objects
     first = (numbers[..., 0] * num_objects).astype(np.int64)
     second = (first + 1 + (numbers[..., 1] * (num_objects - 1)).astype(np.int64)) % num_objects
     subtype = (numbers[..., 2] * 3).astype(np.int64)
@@ -221,8 +195,7 @@ class SortOfClevr:
             ValueError: A kind is unknown, or none is given.
             FileNotFoundError: The folder holds no such split.
         """
-        unknown = [kind for kind in kinds if kind not in KINDS]
-        if unknown or not kinds:
+        if not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f'kinds must be one or more of {KINDS}, got {kinds!r}.')
         file = Path(root, f'{split}.npz')
         if not file.is_file():

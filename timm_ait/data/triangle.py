@@ -12,7 +12,7 @@ from typing import Tuple
 import numpy as np
 from PIL import Image
 
-from .sampling import chunks, uniforms
+from .sampling import chunks, first_valid, uniforms
 
 __all__ = ['IMAGE_SIZE', 'NUM_TRAIN', 'NUM_VALIDATION', 'CLASSES', 'triangles', 'write_triangle']
 
@@ -28,39 +28,25 @@ _MIN_DIFFERENCE = 0.1
 _ATTEMPTS = 16
 
 
-def _vertices(seed: int, indices: np.ndarray, equilateral: np.ndarray) -> np.ndarray:
-    """Midpoints (n, 3, 2) of the clusters, by rejection."""
+def _propose(numbers: np.ndarray, equilateral: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Midpoints (n, a, 3, 2) from numbers (n, 7 a), as (n,) are to be equilateral, and which are valid (n, a)."""
     low, high = _CLUSTER_RADIUS + 1., IMAGE_SIZE - 2. - _CLUSTER_RADIUS
-    vertices = np.empty((len(indices), 3, 2))
-    missing = np.arange(len(indices))
-    draw = 1
-    while len(missing):
-        numbers = uniforms(seed, indices[missing], draw, _ATTEMPTS * 7).reshape(-1, _ATTEMPTS, 7)
-        trial = low + (high - low) * numbers[..., :6].reshape(-1, _ATTEMPTS, 3, 2)
-        # an equilateral triangle's third vertex is its second turned by 60 degrees, either way, about the first
-        angle = np.where(numbers[..., 6] < 0.5, np.pi / 3, -np.pi / 3)
-        cos, sin = np.cos(angle), np.sin(angle)
-        x, y = np.moveaxis(trial[..., 1, :] - trial[..., 0, :], -1, 0)
-        third = trial[..., 0, :] + np.stack([cos * x - sin * y, sin * x + cos * y], -1)
-        regular = equilateral[missing][:, None]
-        trial[..., 2, :] = np.where(regular[..., None], third, trial[..., 2, :])
-        sides = np.linalg.norm(trial - np.roll(trial, 1, axis=-2), axis=-1)
-        difference = (sides.max(-1) - sides.min(-1)) / sides.mean(-1)
-        valid = (sides.min(-1) >= _MIN_SIDE) & (regular | (difference >= _MIN_DIFFERENCE))
-        valid &= ((trial >= low) & (trial <= high)).all((-2, -1))
-        found = valid.any(1)
-        vertices[missing[found]] = trial[found, valid[found].argmax(1)]
-        missing = missing[~found]
-        draw += 1
-    return vertices
+    numbers = numbers.reshape(-1, _ATTEMPTS, 7)
+    vertices = low + (high - low) * numbers[..., :6].reshape(-1, _ATTEMPTS, 3, 2)
+    # an equilateral triangle's third vertex is its second turned by 60 degrees, either way, about the first
+    angle = np.where(numbers[..., 6] < 0.5, np.pi / 3, -np.pi / 3)
+    cos, sin = np.cos(angle), np.sin(angle)
+    x, y = np.moveaxis(vertices[..., 1, :] - vertices[..., 0, :], -1, 0)
+    third = vertices[..., 0, :] + np.stack([cos * x - sin * y, sin * x + cos * y], -1)
+    vertices[equilateral, :, 2] = third[equilateral]
+    sides = np.linalg.norm(vertices - np.roll(vertices, 1, axis=-2), axis=-1)
+    difference = (sides.max(-1) - sides.min(-1)) / sides.mean(-1)
+    valid = (sides.min(-1) >= _MIN_SIDE) & (equilateral[:, None] | (difference >= _MIN_DIFFERENCE))
+    return vertices, valid & ((vertices >= low) & (vertices <= high)).all((-2, -1))
 
 
 def triangles(seed: int, indices: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Generate samples; each depends on the seed and its own index alone.
-
-    Args:
-        seed: Seed of the data set.
-        indices: Sample indices (n,).
+    """Generate the samples of indices (n,); each depends on the seed and its own index alone.
 
     Returns:
         Images (n, 64, 64) uint8, 0 and 255; labels (n,) as indices of `CLASSES`; midpoints (n, 3, 2) as x, y in pixels.
@@ -68,7 +54,7 @@ def triangles(seed: int, indices: np.ndarray) -> Tuple[np.ndarray, np.ndarray, n
     indices = np.asarray(indices)
     numbers = uniforms(seed, indices, 0, 1 + 3 * _DOTS * 2)
     labels = (numbers[:, 0] >= 0.5).astype(np.int64)
-    vertices = _vertices(seed, indices, labels == 0)
+    vertices = first_valid(seed, indices, 7 * _ATTEMPTS, _propose, labels == 0)
     # uniform in a disc, then moved so that the mean of the dots is the midpoint
     radius, angle = np.moveaxis(numbers[:, 1:].reshape(-1, 3, _DOTS, 2), -1, 0)
     radius, angle = _CLUSTER_RADIUS * np.sqrt(radius), 2 * np.pi * angle
