@@ -16,16 +16,7 @@ NUM_EPOCHS, NUM_BATCHES = 2, 4
 
 
 class Run:
-    """A run of the script, up to where its epochs begin.
-
-    Args:
-        output: Folder for checkpoints.
-        resume: Checkpoint to go on from.
-        autocast_dtype: That of AMP; float16 with the scaler of losses, which the script has on GPUs.
-        accum_steps: Batches per optimizer step.
-        checkpointing: Checkpoint gradients.
-        **model_kwargs: Of the model.
-    """
+    """A run of the script, up to where its epochs begin; in float16 with the scaler of losses that it has on GPUs."""
 
     def __init__(
             self, output, resume=None, autocast_dtype=None, accum_steps=1, checkpointing=False, **model_kwargs):

@@ -11,40 +11,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import timm
-from timm.task import ClassificationTask
 
 import timm_ait
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers.ranks import ProcessGroups
 
-from .one_memory import shard
+from .one_memory import shard, workspaces
 
 SMALL = dict(num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=20, global_batch=True)
-
-# images; tokens of one are 16
-BATCH_SIZE = 6
 
 
 def vit(depth: int = 2, **kwargs) -> nn.Module:
     return timm.create_model('test_ait', img_size=16, depth=depth, num_classes=5, **{**SMALL, **kwargs})
-
-
-class SynchronizedBatchNorm(nn.BatchNorm2d):
-    """What train.py's --sync-bn converts batch norms into; PyTorch's own refuses CPUs."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_by_channel = x.transpose(0, 1).flatten(1)
-        sums = torch.stack([values.sum(dim=1) for values in (x_by_channel, x_by_channel ** 2, x_by_channel ** 0)])
-        if dist.is_initialized():
-            sums = ProcessGroups((dist.group.WORLD,)).sum(sums)
-        total, squares, count = sums.view(3, 1, -1, 1, 1)
-        mean = total / count
-        normed = (x - mean) / (squares / count - mean.square() + self.eps).sqrt()
-        return normed * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
-
-
-def vit_behind_batch_norm(**kwargs) -> nn.Module:
-    return nn.Sequential(SynchronizedBatchNorm(3), vit(**kwargs))
 
 
 class MaskedClassifier(nn.Module):
@@ -76,48 +53,40 @@ def train(
         rank: int = 0,
         num_ranks: int = 1,
         make_model: Callable[..., nn.Module] = vit,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int = 6,
         num_batches: int = 1,
         black: bool = False,
         checkpointing: bool = False,
-        task: bool = False,
         fsdp: bool = False,
         bucket_cap_mb: Optional[float] = None,
-        gate: float = 0.,
-        **model_kwargs,
+        **workspace_kwargs,
 ) -> Dict[str, torch.Tensor]:
-    """Two steps of SGD in float64, on the rank's share of the images.
+    """Two steps of SGD in float64, on the rank's share of the images, by one process where there is one rank.
 
     Args:
         rank: This rank.
-        num_ranks: Number of ranks, one for a process without a group.
+        num_ranks: Number of ranks.
         make_model: Makes the model from the workspace's arguments.
         batch_size: Images of all ranks; where it does not divide, the last ranks get one less.
         num_batches: Batches per step, whose gradients are accumulated.
         black: Make some patches black.
         checkpointing: Checkpoint gradients.
-        task: Take the loss from timm's task.
         fsdp: Shard the parameters of several ranks, instead of DDP.
         bucket_cap_mb: Of DDP, whose collectives of many buckets run between those of the workspaces.
-        gate: Initial gate of gated workspaces.
-        **model_kwargs: Of the workspace.
+        **workspace_kwargs: Of the workspace, whose gate is opened if it has one.
 
     Returns:
         'loss' per step, of this rank, 'gradient', 'memory' and 'coverage' (flat) of all steps.
     """
     torch.manual_seed(0)
-    model = make_model(**model_kwargs).double()
-    workspaces = [module for module in model.modules() if isinstance(module, GlobalWorkspace)]
-    for workspace in workspaces:
+    model = make_model(**workspace_kwargs).double()
+    for workspace in workspaces(model):
         if workspace.gate is not None:
-            nn.init.constant_(workspace.gate, gate)
+            nn.init.constant_(workspace.gate, 0.5)
     if checkpointing:
         model.set_grad_checkpointing()
-    task = ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False) if task else None
     net = model
-    if num_ranks > 1 and task:
-        task.prepare_distributed()
-    elif num_ranks > 1 and fsdp:
+    if num_ranks > 1 and fsdp:
         net = shard(model)
     elif num_ranks > 1:
         net = DistributedDataParallel(model, bucket_cap_mb=bucket_cap_mb)
@@ -129,12 +98,9 @@ def train(
             x, y = (tensor.tensor_split(num_ranks)[rank] for tensor in images(10 * step + i, batch_size, black))
             is_last = i + 1 == num_batches
             with contextlib.nullcontext() if is_last or num_ranks == 1 else net.no_sync():
-                if task:
-                    loss = task(x, y)['loss']
-                else:
-                    # a rank's images count as much as any other's
-                    criterion = F.cross_entropy(net(x), y, reduction='sum') * num_ranks / batch_size
-                    loss = criterion + timm_ait.balance_loss(model)
+                # a rank's images count as much as any other's
+                criterion = F.cross_entropy(net(x), y, reduction='sum') * num_ranks / batch_size
+                loss = criterion + timm_ait.balance_loss(model)
                 (loss / num_batches).backward()
         results['loss'].append(loss.detach())
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -143,8 +109,8 @@ def train(
         results['gradient'] += [gradient.flatten() for gradient in gradients]
         optimizer.step()
         optimizer.zero_grad()
-        results['memory'] += [workspace.memory.flatten() for workspace in workspaces]
-        results['coverage'] += [workspace.coverage for workspace in workspaces]
+        results['memory'] += [workspace.memory.flatten() for workspace in workspaces(model)]
+        results['coverage'] += [workspace.coverage for workspace in workspaces(model)]
     return {
         'loss': torch.stack(results['loss']),
         'gradient': torch.cat(results['gradient']),
@@ -165,10 +131,8 @@ TRAININGS = {
     'accumulation': dict(num_batches=2),
     'checkpointing': dict(checkpointing=True),
     'masks, fraction': dict(make_model=MaskedClassifier, black=True, bottleneck=0.3),
-    'gated, masks': dict(make_model=MaskedClassifier, black=True, gated=True, gate=0.5),
+    'gated, masks': dict(make_model=MaskedClassifier, black=True, gated=True),
     'other options': dict(num_slots=24, memory_update='normalize', retrieval_steps=2),
-    'batch norm': dict(make_model=vit_behind_batch_norm),
-    'task': dict(task=True),
     'fsdp': dict(fsdp=True),
     'without': dict(global_batch=False),
 }

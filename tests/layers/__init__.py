@@ -7,8 +7,12 @@ SMALL = dict(num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=10)
 
 
 def make_workspace(dim: int = 24, **kwargs) -> GlobalWorkspace:
+    """A workspace whose gate, if it has one, is open."""
     torch.manual_seed(0)
-    return GlobalWorkspace(dim, **{**SMALL, **kwargs})
+    workspace = GlobalWorkspace(dim, **{**SMALL, **kwargs})
+    if workspace.gate is not None:
+        torch.nn.init.normal_(workspace.gate)
+    return workspace
 
 
 def written_by(workspace: GlobalWorkspace) -> torch.Tensor:

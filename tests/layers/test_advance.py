@@ -14,32 +14,35 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from timm.utils import ModelEmaV3, freeze
+from timm.utils import freeze
 
 from tests.layers import SMALL, make_workspace, written_by
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
 from timm_ait.ops import naive
-
-COPIED = pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 
 
 def tokens():
     return torch.randn(4, 9, 24)
 
 
+def broken_tokens(value):
+    """Tokens of which one has a value that is not finite."""
+    x = tokens()
+    x[2, 3, 4] = value
+    return x
+
+
 def sgd(model, lr=0.):
     return torch.optim.SGD(model.parameters(), lr=lr)
 
 
-def step(layer, *batches, lr=0.):
+def step(layer, *batches):
     """One optimizer step of the summed loss of some forwards."""
-    optimizer = sgd(layer, lr)
     sum(layer(x).square().sum() + balance_loss(layer) for x in batches).backward()
-    optimizer.step()
+    sgd(layer).step()
 
 
 def step_of_other_parameters(layer):
@@ -75,14 +78,6 @@ class TestAdvance:
         expected = F.normalize(naive.polar(mean) if memory_update == 'orthogonal' else mean, dim=-1)
         torch.testing.assert_close(layer.memory, expected, atol=1e-5, rtol=1e-4)
 
-    def test_a_workspace_that_is_used_several_times_advances_by_the_mean(self):
-        layer = make_workspace()
-        (layer(layer(tokens())).square().sum() + balance_loss(layer)).backward()
-        assert layer.written[1] == 2
-        mean = written_by(layer)
-        sgd(layer).step()
-        torch.testing.assert_close(layer.memory, naive.polar(mean), atol=1e-5, rtol=1e-4)
-
     @pytest.mark.parametrize('no_grad', [torch.no_grad, torch.inference_mode])
     def test_a_forward_without_gradient_computes_the_same_and_leaves_no_trace(self, no_grad):
         layer, undisturbed = make_workspace(), make_workspace()
@@ -97,8 +92,10 @@ class TestAdvance:
         assert torch.equal(layer.memory, undisturbed.memory)
 
     @pytest.mark.parametrize('disturb', [
-        lambda layer: layer(tokens() * float('nan')), lambda layer: (layer.eval()(tokens()), layer.train())],
-        ids=['not finite', 'evaluation'])
+        lambda layer: layer(broken_tokens(float('nan'))),
+        lambda layer: layer(broken_tokens(float('inf'))),
+        lambda layer: (layer.eval()(tokens()), layer.train()),
+    ], ids=['nan', 'inf', 'evaluation'])
     def test_a_forward_that_does_not_write_is_left_out_of_the_mean(self, disturb):
         layer, undisturbed = make_workspace(), make_workspace()
         x = tokens()
@@ -110,11 +107,12 @@ class TestAdvance:
     @pytest.mark.parametrize('act', [
         lambda layer: sgd(layer).step(),
         lambda layer: step(layer, tokens()[:0]),
+        lambda layer: step(layer, broken_tokens(float('nan'))),
         lambda layer: step(layer.eval(), tokens()),
         step_of_other_parameters,
         step_of_the_read_alone,
         load_amid_a_step,
-    ], ids=['no forward', 'no tokens', 'evaluation', 'other parameters', 'the read alone', 'loaded'])
+    ], ids=['no forward', 'no tokens', 'not finite', 'evaluation', 'other parameters', 'the read alone', 'loaded'])
     def test_the_memory_stays_where_nothing_was_written_or_no_step_made(self, act):
         layer = make_workspace()
         step(layer, tokens())
@@ -123,14 +121,8 @@ class TestAdvance:
         assert torch.equal(layer.memory, before)
 
     @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-    def test_a_non_finite_batch_shows_in_its_output_and_leaves_the_memory(self, value):
-        layer = make_workspace()
-        before = layer.memory.clone()
-        x = tokens()
-        x[2, 3, 4] = value
-        assert not layer(x).isfinite().all()
-        advance_memory(layer)
-        assert torch.equal(layer.memory, before)
+    def test_a_value_that_is_not_finite_shows_in_the_output(self, value):
+        assert not make_workspace()(broken_tokens(value)).isfinite().all()
 
     def test_advance_memory_is_for_loops_without_an_optimizer(self):
         model = nn.Sequential(make_workspace(), make_workspace())
@@ -139,13 +131,15 @@ class TestAdvance:
         advance_memory(model)
         torch.testing.assert_close([layer.memory for layer in model], written)
 
-    @COPIED
-    def test_copies_advance_with_their_own_parameters(self, copied):
+    @pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+    def test_a_copy_amid_a_step_makes_steps_of_its_own(self, copied):
         layer = make_workspace()
-        twin = copied(layer)
-        before = layer.memory.clone()
+        loss = layer(tokens()).sum() + balance_loss(layer)
+        twin, before = copied(layer), layer.memory.clone()
+        assert twin.written is None and balance_loss(twin) == 0.
         step(twin, tokens())
         assert torch.equal(layer.memory, before) and not torch.equal(twin.memory, before)
+        loss.backward()
 
     @pytest.mark.parametrize('fused', [False, True])
     def test_a_step_that_the_gradient_scaler_skips_moves_nothing(self, fused):
@@ -165,6 +159,7 @@ class TestAdvance:
 
     def test_a_frozen_workspace_reads_as_in_evaluation_and_does_not_write(self):
         mlp = WorkspaceMlp(24, 48, **SMALL)
+        step(mlp, tokens())
         freeze(mlp, 'workspace')
         evaluated = copy.deepcopy(mlp).eval()
         x, before = tokens(), mlp.workspace.memory.clone()
@@ -194,30 +189,6 @@ class TestStoredMemory:
         assert torch.equal(layer(x), other(x))
         step(layer.train(), x), step(other.train(), x)
         assert torch.equal(layer.memory, other.memory)
-
-    def test_a_checkpoint_holds_nothing_of_a_step_but_what_a_twin_needs(self):
-        layer, twin = make_workspace(), make_workspace(memory_init='uniform')
-        step(layer, tokens(), lr=0.1)
-        layer(tokens())
-        assert layer.state_dict().keys() - dict(layer.named_parameters()).keys() == {'memory'}
-        twin.load_state_dict(layer.state_dict())
-        x = tokens()
-        assert torch.equal(layer(x), twin(x))
-
-    @pytest.mark.parametrize('average', [
-        functools.partial(ModelEmaV3, decay=0.5), functools.partial(AveragedModel, use_buffers=True)])
-    def test_an_averaged_copy_reads_slots_of_unit_norm(self, average):
-        layer = make_workspace(memory_update='normalize')
-        averaged = average(layer).eval()
-        for _ in range(3):
-            step(layer, tokens())
-            (averaged.update if isinstance(averaged, ModelEmaV3) else averaged.update_parameters)(layer)
-        averaged = averaged.module
-        assert (averaged.memory.norm(dim=-1) < 0.999).any()
-        x = tokens()
-        attractors = averaged.attractors(F.normalize(averaged.memory, dim=-1))
-        expected = naive.read(averaged.norm(x).view(-1, 24), attractors).view(x.shape)
-        torch.testing.assert_close(averaged(x), expected, atol=1e-4, rtol=1e-4)
 
 
 class TestHook:
@@ -384,12 +355,6 @@ class TestBalanceLoss:
             balance_loss(layer).backward()
         assert all(parameter.grad is None for parameter in layer.parameters())
 
-    def test_added_before_the_forward_warns(self):
-        layer = make_workspace()
-        step(layer, tokens())
-        with pytest.warns(UserWarning, match='after the forward'):
-            (balance_loss(layer) + layer(tokens()).sum()).backward()
-
     @pytest.mark.parametrize('end', [advance_memory, nn.Module.eval])
     def test_keeps_no_graph_beyond_the_step_or_in_evaluation(self, end):
         layer = make_workspace()
@@ -419,9 +384,11 @@ class TestBalanceLoss:
     def test_a_workspace_used_several_times_counts_with_each_of_its_uses(self):
         layer, first, second = make_workspace(), make_workspace(), make_workspace()
         x = tokens()
-        layer(layer(x))
-        second(first(x))
-        torch.testing.assert_close(balance_loss(layer), balance_loss(first) + balance_loss(second))
+        layer(layer(x)), second(first(x))
+        loss, expected = balance_loss(layer), balance_loss(first) + balance_loss(second)
+        torch.testing.assert_close(loss, expected)
+        loss.backward(), expected.backward()
+        torch.testing.assert_close(layer.q.weight.grad, first.q.weight.grad + second.q.weight.grad)
 
     def test_leaves_out_layers_that_the_last_forward_did_not_reach(self):
         first, second = make_workspace(), make_workspace()
@@ -430,50 +397,19 @@ class TestBalanceLoss:
         first(tokens())
         torch.testing.assert_close(balance_loss(model), balance_loss(first))
 
-    def test_an_attack_ahead_of_the_step_does_not_count(self):
-        layer = make_workspace()
-        x = tokens().requires_grad_()
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), x)
-        (layer(x.detach() + 0.1 * grad).square().sum() + balance_loss(layer)).backward()
-
-    def test_of_a_partly_frozen_model_is_that_of_the_rest(self):
-        model = nn.Sequential(make_workspace(), make_workspace())
-        model[0].requires_grad_(False)
-        assert model(tokens()).requires_grad
-        torch.testing.assert_close(balance_loss(model), balance_loss(model[1]))
-
-    @COPIED
-    def test_stays_behind_when_the_layer_is_copied(self, copied):
-        layer = make_workspace()
-        loss = layer(tokens()).sum() + balance_loss(layer)
-        assert balance_loss(copied(layer)) == 0. and copied(layer).written is None
-        loss.backward()
-
-
-class Block(nn.Module):
-
-    def __init__(self, drop=0., **kwargs):
-        super().__init__()
-        self.norm = nn.LayerNorm(24)
-        self.attn = nn.Linear(24, 24)
-        self.mlp = WorkspaceMlp(24, 48, drop=drop, **{**SMALL, **kwargs})
-
-    def forward(self, x):
-        return x + self.mlp(self.norm(x + self.attn(x)))
-
 
 class Net(nn.Module):
 
-    def __init__(self, checkpoint=lambda block, x: block(x), depth=2, **kwargs):
+    def __init__(self, checkpoint=lambda mlp, x: mlp(x), depth=2, **kwargs):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList([Block(**kwargs) for _ in range(depth)])
+        self.mlps = nn.ModuleList([WorkspaceMlp(24, 48, **SMALL, **kwargs) for _ in range(depth)])
         self.checkpoint = checkpoint
         self.double()
 
     def forward(self, x):
-        for block in self.blocks:
-            x = self.checkpoint(block, x)
+        for mlp in self.mlps:
+            x = x + self.checkpoint(mlp, x)
         return x.square().mean()
 
 
@@ -489,7 +425,7 @@ def train(net, forward=None):
         loss.backward()
         results += [parameter.grad.clone() for parameter in net.parameters()]
         optimizer.step()
-        results += [block.mlp.workspace.memory.clone() for block in net.blocks]
+        results += [mlp.workspace.memory.clone() for mlp in net.mlps]
     return results
 
 
@@ -512,6 +448,14 @@ class TestCheckpointing:
         with torch.utils.checkpoint.set_checkpoint_early_stop(stops_early):
             results = train(Net(how, drop=0.2))
         assert_same(results, train(Net(drop=0.2)))
+
+    def test_a_forward_that_is_computed_again_counts_once_and_leaves_no_graph(self):
+        net = Net(NON_REENTRANT, depth=1)
+        with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+            loss = net(tokens().double()) + balance_loss(net)
+        loss.backward()
+        workspace = net.mlps[0].workspace
+        assert workspace.num_writes == 1 and not workspace.balance.requires_grad
 
     def test_reentrant_checkpointing_which_would_lose_the_balance_loss_raises(self):
         net = Net(REENTRANT)
@@ -567,9 +511,9 @@ class TestCompile:
     def reset(self):
         torch._dynamo.reset()
 
-    def test_a_checkpointed_block(self):
+    def test_a_checkpointed_part(self):
         net = Net(NON_REENTRANT, depth=1)
-        net.blocks[0].compile(backend='aot_eager', fullgraph=True)
+        net.mlps[0].compile(backend='aot_eager', fullgraph=True)
         assert_same(train(net), train(Net(depth=1)))
 
     @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
@@ -593,15 +537,6 @@ class TestCompile:
                 sgd(layer, lr=0.01).step()
             assert_same(*([*(p.grad for p in layer.parameters()), layer.memory] for layer in layers))
 
-    def test_evaluation_sees_the_memory_change(self):
-        layer = make_workspace().eval()
-        run = torch.compile(layer, backend='aot_eager', fullgraph=True)
-        x = tokens()
-        with torch.no_grad():
-            run(x)
-            layer.memory.copy_(torch.eye(8, 16))
-            torch.testing.assert_close(run(x), layer(x))
-
 
 class TestPrecision:
 
@@ -611,12 +546,9 @@ class TestPrecision:
         with torch.autocast('cpu', dtype):
             output = mlp(tokens())
             advance_memory(mlp)
-            memory = mlp.workspace.stored_memory()
-            cosines = [memory @ memory.T for memory in (memory.double(), mlp.workspace.memory.double())]
-        assert output.dtype == dtype
-        assert mlp.workspace.memory.dtype == balance_loss(mlp).dtype == torch.float32
-        for matrix in cosines:
-            torch.testing.assert_close(matrix, torch.eye(8).double(), atol=1e-5, rtol=0)
+        memory = mlp.workspace.memory
+        assert output.dtype == dtype and memory.dtype == balance_loss(mlp).dtype == torch.float32
+        torch.testing.assert_close(memory @ memory.T, torch.eye(8), atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     def test_autocast_leaves_the_write_in_float32(self, dtype):

@@ -1,10 +1,17 @@
-""" Arguments of a step, and the step by `naive.py` in float64. """
+""" Arguments of a step, and the lean step against `naive.py` in float64. """
 from typing import Dict, List
 
 import torch
 
 from timm_ait.ops import memory as lean_memory
-from timm_ait.ops import naive
+from timm_ait.ops import naive, workspace
+
+TOLERANCE = {
+    torch.float64: dict(atol=1e-9, rtol=1e-7),
+    torch.float32: dict(atol=1e-4, rtol=1e-3),
+    torch.bfloat16: dict(atol=3e-2, rtol=3e-2),
+    torch.float16: dict(atol=5e-3, rtol=5e-3),
+}
 
 
 def make_step(
@@ -68,23 +75,22 @@ def write_and_read(
         num_heads,
         bottleneck,
         lift,
+        token_mask=None,
         momentum=0.9,
         rule='orthogonal',
-        beta=1.,
-        num_steps=1,
-        residual=None,
-        gate=None,
-        token_mask=None,
+        **read_kwargs,
 ):
     """A training step of the layer, by `ops.naive` or `ops.workspace`: tokens write, then read what was written.
 
     Returns:
         Output (T, E), memory after the write and the candidate it was averaged with (M, D), balance loss and coverage.
     """
-    candidate, balance, coverage = ops.write(tokens, memory, weights, num_heads, bottleneck, token_mask)
+    candidate, balance, coverage = ops.write(
+        tokens=tokens, memory=memory, weights=weights, num_heads=num_heads, bottleneck=bottleneck,
+        token_mask=token_mask)
     update_memory = naive.update_memory if ops is naive else lean_memory.update_memory
     written = update_memory(memory, candidate, momentum, rule)
-    output = ops.read(tokens, lift(written), beta, num_steps, residual, gate)
+    output = ops.read(tokens=tokens, attractors=lift(written), **read_kwargs)
     return output, written, candidate, balance, coverage
 
 
@@ -96,3 +102,15 @@ def run(ops, step: Dict, dtype: torch.dtype = None):
     ((output * direction).sum() + 0.1 * balance).backward()
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in floats(step)]
     return [output, written, candidate, balance, coverage], grads
+
+
+def assert_is_naive(step: Dict, min_scale: float = 1e-2) -> None:
+    """Results and gradients of the lean step are those of `naive.py`, as exact as the dtype of the tokens.
+
+    Errors are relative to the largest entry of each, or to the smallest scale that is given.
+    """
+    results, grads = run(workspace, step)
+    expected, expected_grads = run(naive, step, torch.float64)
+    for actual, wanted in zip(results + grads, expected + expected_grads):
+        scale = wanted.abs().max().clamp_min(min_scale)
+        torch.testing.assert_close(actual.double() / scale, wanted / scale, **TOLERANCE[step['tokens'].dtype])

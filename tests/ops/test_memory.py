@@ -5,8 +5,6 @@ import torch.nn.functional as F
 from timm_ait.ops import memory, naive
 from timm_ait.ops.memory import add_written_, slot_statistics, update_memory
 
-SHAPES = [(32, 32), (8, 32), (1, 16), (40, 16), (5, 1)]
-
 
 def degenerate(name, num_slots=32, slot_dim=32):
     normed = F.layer_norm(torch.randn(num_slots, slot_dim), (slot_dim,))
@@ -42,11 +40,6 @@ def test_slots_are_orthonormal_whatever_was_written(polar, name, shape):
     torch.testing.assert_close(slots @ slots.T, torch.eye(shape[0]), atol=1e-4, rtol=0)
 
 
-def test_more_slots_than_their_width_have_orthonormal_columns():
-    slots = memory.polar(torch.randn(40, 16))
-    torch.testing.assert_close(slots.T @ slots, torch.eye(16), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 @POLAR
 def test_a_matrix_that_is_not_finite_has_a_result_that_is_not(polar, value):
@@ -79,7 +72,7 @@ def test_polar_is_a_well_formed_operator(grad):
 
 
 @pytest.mark.parametrize('rule', ['orthogonal', 'normalize'])
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('shape', [(32, 32), (8, 32), (1, 16), (40, 16), (5, 1)])
 def test_update_matches_naive_and_rows_have_unit_norm(shape, rule):
     before = naive.polar(torch.randn(shape))
     candidate = before + 0.5 * torch.randn(shape)

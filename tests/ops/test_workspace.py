@@ -1,27 +1,17 @@
 """ The lean step against naive.py. """
-import inspect
-
 import pytest
 import torch
 
-from tests.ops import make_step, map_floats, run, write_and_read
+from tests.ops import assert_is_naive, make_step, write_and_read
 from timm_ait.ops import naive, workspace
 
-# tokens, width, slots, slot width, heads, bottleneck
-GRID = [
-    (64, 24, 8, 16, 4, 20),
-    (63, 24, 8, 16, 4, 1),
-    (37, 13, 5, 7, 3, 36),
-    (37, 13, 5, 7, 3, 37),
-    (9, 24, 8, 16, 4, 512),
-    (50, 24, 8, 16, 1, 0.3),
-    (50, 24, 1, 16, 4, 1.),
-    (2, 24, 8, 16, 4, 1 / 64),
-    (1, 24, 8, 16, 4, 4),
-    (257, 24, 12, 8, 2, 30),
-]
 KINDS = {
     'plain': dict(),
+    'one token kept': dict(bottleneck=1),
+    'all but one': dict(bottleneck=63),
+    'more than there are': dict(bottleneck=512),
+    'fraction': dict(bottleneck=0.3),
+    'more slots than their width': dict(num_slots=12, slot_dim=8),
     'gated': dict(residual=lambda randn: randn(64, 24), gate=lambda randn: randn(24)),
     'several steps': dict(beta=0.7, num_steps=3),
     'published rule': dict(rule='normalize', momentum=0.5),
@@ -30,32 +20,12 @@ KINDS = {
     # the spec's SVD has no gradient at the memory itself
     'all masked': dict(token_mask=torch.zeros(64, dtype=torch.bool), rule='normalize'),
 }
-TOLERANCE = {
-    torch.float64: dict(atol=1e-9, rtol=1e-7),
-    torch.float32: dict(atol=1e-4, rtol=1e-3),
-    torch.bfloat16: dict(atol=3e-2, rtol=3e-2),
-    torch.float16: dict(atol=5e-3, rtol=5e-3),
-}
-
-
-def assert_is_naive(step, tolerance):
-    results, grads = run(workspace, step)
-    expected, expected_grads = run(naive, step, torch.float64)
-    for actual, wanted in zip(results + grads, expected + expected_grads):
-        scale = wanted.abs().max().clamp_min(1e-2)
-        torch.testing.assert_close(actual.double() / scale, wanted / scale, **tolerance)
-
-
-@pytest.mark.parametrize('grid', GRID)
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-def test_outputs_and_gradients_are_those_of_naive(grid, dtype):
-    assert_is_naive(make_step(*grid, dtype=dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
-def test_so_they_are_with_every_option(kind, dtype):
-    assert_is_naive(make_step(dtype=dtype, **KINDS[kind]), TOLERANCE[dtype])
+def test_outputs_and_gradients_are_those_of_naive(kind, dtype):
+    assert_is_naive(make_step(dtype=dtype, **KINDS[kind]))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -63,7 +33,7 @@ def test_tokens_of_half_precision_differ_by_rounding(dtype):
     # every token is kept, since rounding the scores may change which ones are
     step = make_step(40, bottleneck=40, dtype=dtype)
     assert write_and_read(workspace, **step)[0].dtype == dtype
-    assert_is_naive(step, TOLERANCE[dtype])
+    assert_is_naive(step)
 
 
 def test_a_large_channel_in_many_tokens_does_not_overflow_half_precision():
@@ -107,19 +77,6 @@ def test_number_of_tokens_kept(bottleneck, num_tokens, k):
     assert workspace.num_kept(bottleneck, num_tokens) == k
     if isinstance(bottleneck, float):
         assert workspace.num_kept(bottleneck, torch.tensor(num_tokens).clamp_min(1)) == k
-
-
-@pytest.mark.parametrize('name', ['write', 'read'])
-def test_arguments_are_those_of_naive(name):
-    ours, theirs = (list(inspect.signature(getattr(module, name)).parameters) for module in (workspace, naive))
-    assert [argument for argument in ours if argument != 'ranks'] == theirs
-
-
-def test_without_tokens_the_spec_proposes_the_memory():
-    step = map_floats(make_step(0), lambda x: x)
-    candidate, balance, coverage = naive.write(*[step[name] for name in (
-        'tokens', 'memory', 'weights', 'num_heads', 'bottleneck')])
-    assert torch.equal(candidate, step['memory']) and balance == 0. and coverage == 0.
 
 
 def test_an_attractor_is_nearly_retrieved_at_large_beta():
