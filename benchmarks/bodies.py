@@ -1,5 +1,5 @@
 """ published_body: the published AiT's body, the published ViT's, and two in between, each with any MLP. """
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Any, Callable, Dict, Optional
 
 import torch
 import torch.nn as nn
@@ -37,49 +37,20 @@ class PublishedPatchEmbed(nn.Module):
         return self.norm2(self.proj(self.norm1(patches)))
 
 
-class Body(NamedTuple):
-    """What stands around the blocks.
-
-    Attributes:
-        pool: What the classifier reads: all tokens flattened ('flat'), a class token ('cls') or their mean ('avg').
-        pos_std: Deviation that the position embedding is drawn with, None for no position embedding.
-        convolution: Embed patches with timm's convolution, in place of the published norm, linear map and norm.
-    """
-    pool: str
-    pos_std: Optional[float] = None
-    convolution: bool = False
-
-
-BODIES: Dict[str, Body] = {
-    'ait': Body('flat'),
-    'vit': Body('cls', pos_std=1.),
-    'timm': Body('avg', pos_std=0.02),
-    'ait_conv': Body('flat', convolution=True),
+# what stands around the blocks, as arguments of `Transformer`
+BODIES: Dict[str, Dict[str, Any]] = {
+    'ait': dict(pool='flat'),
+    'vit': dict(pool='cls', pos_std=1.),
+    'timm': dict(pool='avg', pos_std=0.02),
+    'ait_conv': dict(pool='flat', convolution=True),
 }
-
-
-def _plain(dim: int) -> nn.Module:
-    return Mlp(dim, MLP_RATIO * dim)
-
-
-def _plain_norm(dim: int) -> nn.Module:
-    """What a workspace adds to an MLP besides its memory."""
-    return nn.Sequential(_plain(dim), nn.LayerNorm(dim))
-
-
-def _published(dim: int) -> nn.Module:
-    return published_workspace_mlp(dim, MLP_RATIO * dim)
-
-
-def _ours(dim: int) -> nn.Module:
-    return WorkspaceMlp(dim, MLP_RATIO * dim)
-
-
-MLPS: Dict[str, Callable[[int], nn.Module]] = {
-    'plain': _plain,
-    'plain_norm': _plain_norm,
-    'published': _published,
-    'ours': _ours,
+# each makes the MLP of a block from its token width and hidden width
+MLPS: Dict[str, Callable[[int, int], nn.Module]] = {
+    'plain': Mlp,
+    # with what a workspace adds to an MLP besides its memory
+    'plain_norm': lambda dim, hidden_dim: nn.Sequential(Mlp(dim, hidden_dim), nn.LayerNorm(dim)),
+    'published': published_workspace_mlp,
+    'ours': WorkspaceMlp,
 }
 
 
@@ -88,18 +59,22 @@ class Transformer(nn.Module):
 
     def __init__(
             self,
-            body: Body,
-            mlp: Callable[[int], nn.Module],
-            dim: int,
-            img_size: int,
-            patch_size: int,
-            num_classes: int,
+            pool: str,
+            pos_std: Optional[float] = None,
+            convolution: bool = False,
+            mlp: str = 'published',
+            dim: int = 768,
+            img_size: int = 32,
+            patch_size: int = 4,
+            num_classes: int = 10,
             question_dim: int = 0,
     ) -> None:
         """
         Args:
-            body: What stands around the blocks.
-            mlp: Makes the MLP of a block from the token width.
+            pool: What the classifier reads: all tokens flattened ('flat'), a class token ('cls') or their mean ('avg').
+            pos_std: Deviation that the position embedding is drawn with, None for no position embedding.
+            convolution: Embed patches with timm's convolution, in place of the published norm, linear map and norm.
+            mlp: MLP of the blocks, a name in `MLPS`.
             dim: Token width E, a multiple of 64.
             img_size: Height and width in pixels.
             patch_size: Height and width of a patch in pixels.
@@ -107,8 +82,8 @@ class Transformer(nn.Module):
             question_dim: Length of a question, 0 for none.
         """
         super().__init__()
-        self.pool = body.pool
-        if body.convolution:
+        self.pool = pool
+        if convolution:
             self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=dim)
         else:
             self.patch_embed = PublishedPatchEmbed(patch_size, dim)
@@ -119,17 +94,17 @@ class Transformer(nn.Module):
                 nn.LayerNorm(question_dim), nn.Linear(question_dim, dim), nn.LayerNorm(dim))
             num_tokens += 1
         self.cls_token = None
-        if body.pool == 'cls':
+        if pool == 'cls':
             self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
             num_tokens += 1
         self.pos_embed = None
-        if body.pos_std is not None:
-            self.pos_embed = nn.Parameter(body.pos_std * torch.randn(1, num_tokens, dim))
+        if pos_std is not None:
+            self.pos_embed = nn.Parameter(pos_std * torch.randn(1, num_tokens, dim))
         self.blocks = nn.Sequential(*[
             Block(dim, dim // HEAD_DIM, mlp_ratio=MLP_RATIO, norm_layer=nn.LayerNorm) for _ in range(DEPTH)])
         for block in self.blocks:
-            block.mlp = mlp(dim)
-        num_features = num_tokens * dim if body.pool == 'flat' else dim
+            block.mlp = MLPS[mlp](dim, MLP_RATIO * dim)
+        num_features = num_tokens * dim if pool == 'flat' else dim
         self.head = nn.Sequential(nn.LayerNorm(num_features), nn.Linear(num_features, num_classes))
 
     def forward(self, images: torch.Tensor, question: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -152,18 +127,8 @@ class Transformer(nn.Module):
 
 
 @register_model
-def published_body(
-        pretrained: bool = False,
-        body: str = 'ait',
-        mlp: str = 'published',
-        dim: int = 768,
-        img_size: int = 32,
-        patch_size: int = 4,
-        num_classes: int = 10,
-        question_dim: int = 0,
-        **kwargs,
-) -> Transformer:
-    """A body and an MLP by their names, by default the published AiT; there are no weights."""
-    for name in kwargs.keys() - {'pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'}:
-        raise TypeError(f'published_body has no argument {name}.')
-    return Transformer(BODIES[body], MLPS[mlp], dim, img_size, patch_size, num_classes, question_dim)
+def published_body(pretrained: bool = False, body: str = 'ait', **kwargs) -> Transformer:
+    """A body by its name, with other arguments of `Transformer`; by default the published AiT, without weights."""
+    for key in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'):
+        kwargs.pop(key, None)
+    return Transformer(**BODIES[body], **kwargs)

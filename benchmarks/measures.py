@@ -18,6 +18,7 @@ from timm_ait.ops import naive
 
 REPLACEMENTS = ('removed', 'constant', 'shuffled', 'random')
 MAX_QUERIES = 32  # queries of a head whose attention is sorted, evenly spaced
+NUM_TRIALS = 32  # perturbations of each prior
 
 Batches = Sequence[Tuple[torch.Tensor, torch.Tensor]]  # images (B, C, H, W) and labels (B,)
 
@@ -30,7 +31,7 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 
 
 @contextlib.contextmanager
-def replaced_memory(model: nn.Module, how: str, seed: int = 0) -> Iterator[None]:
+def replaced_memory(model: nn.Module, how: str) -> Iterator[None]:
     """Let a model in evaluation read something else than its memory, for as long as the context lasts.
 
     Args:
@@ -38,9 +39,8 @@ def replaced_memory(model: nn.Module, how: str, seed: int = 0) -> Iterator[None]
         how: 'removed': no reading is added. 'constant': all tokens get the mean reading of their batch. 'shuffled': the
             features of all slots in another order, the same for each, which keeps norms and angles between slots.
             'random': random slots, orthonormal or of unit norm as the layer's rule has it.
-        seed: Of the order and of the random slots.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def without_reading(workspace: GlobalWorkspace, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor):
         base = inputs[0] if workspace.gated else workspace.norm(inputs[0])
@@ -64,15 +64,6 @@ def replaced_memory(model: nn.Module, how: str, seed: int = 0) -> Iterator[None]
         yield
 
 
-def contribution(model: nn.Module, batches: Batches) -> Dict[str, float]:
-    """Accuracy of a model as it is ('unchanged'), and with each of `REPLACEMENTS`."""
-    result = {'unchanged': accuracy(model, batches)}
-    for how in REPLACEMENTS:
-        with replaced_memory(model, how):
-            result[how] = accuracy(model, batches)
-    return result
-
-
 def coordination_writes(model: nn.Module, images: torch.Tensor) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
     """Write weights (B, A, M, N) and the memory written (B, M, D) of each block of a Coordination, by name."""
     shared = {name: module for name, module in model.named_modules() if isinstance(module, SharedWorkspace)}
@@ -90,20 +81,13 @@ def coordination_writes(model: nn.Module, images: torch.Tensor) -> Dict[str, Tup
     return result
 
 
-def interactions(attention: torch.Tensor) -> torch.Tensor:
-    """Smallest number of keys that carry 90 % of each query's attention, (..., queries).
+def self_attention_interactions(model: nn.Module, images: torch.Tensor) -> Dict[str, List[float]]:
+    """Smallest number of keys that carry 90 % of a query's attention, mean over the queries of each head.
+
+    Of every self-attention of a timm transformer, by module name.
 
     Source: figure 5 of the paper, after section 3 of `Hopfield Networks is All You Need`.
-
-    Args:
-        attention: Weights that sum to one over the last dimension, (..., queries, keys).
     """
-    carried = attention.sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    return ((carried < 0.9 - 1e-6).sum(dim=-1) + 1).clamp_max(attention.shape[-1])
-
-
-def self_attention_interactions(model: nn.Module, images: torch.Tensor) -> Dict[str, List[float]]:
-    """`interactions` of every self-attention of a timm transformer, mean per head, by module name."""
     found = {
         name: module for name, module in model.named_modules()
         if hasattr(module, 'fused_attn') and hasattr(module, 'qkv')}
@@ -111,7 +95,9 @@ def self_attention_interactions(model: nn.Module, images: torch.Tensor) -> Dict[
 
     def after_dropout(name: str, dropout: nn.Module, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         queries = inputs[0][..., ::math.ceil(inputs[0].shape[-2] / MAX_QUERIES), :]  # of (B, A, N, N)
-        counts[name] = interactions(queries.float()).float().mean(dim=(0, -1)).tolist()
+        carried = queries.float().sort(dim=-1, descending=True).values.cumsum(dim=-1)
+        num_keys = ((carried < 0.9 - 1e-6).sum(dim=-1) + 1).clamp_max(carried.shape[-1])
+        counts[name] = num_keys.float().mean(dim=(0, -1)).tolist()
 
     with contextlib.ExitStack() as undo:
         for module in found.values():  # the fused operator does not give its weights
@@ -123,7 +109,7 @@ def self_attention_interactions(model: nn.Module, images: torch.Tensor) -> Dict[
 
 
 @torch.no_grad()
-def basins(attractors: torch.Tensor, beta: float, noise: float, num_trials: int = 32, seed: int = 0) -> torch.Tensor:
+def basins(attractors: torch.Tensor, beta: float, noise: float) -> torch.Tensor:
     """Share of perturbed priors that retrieval brings back, by slot (M,).
 
     A prior is back if its fixed point is less than a quarter as far from it as the nearest other prior.
@@ -133,40 +119,30 @@ def basins(attractors: torch.Tensor, beta: float, noise: float, num_trials: int 
         beta: Inverse temperature.
         noise: Length of the perturbations relative to the norm of the prior. Their directions are random within the
             span of the differences between priors: what is orthogonal to it changes no read weight.
-        num_trials: Perturbations of each prior.
-        seed: Of the directions.
     """
     num_slots = len(attractors)
     distances = torch.cdist(attractors, attractors, compute_mode='donot_use_mm_for_euclid_dist')
     reach = 0.25 * distances.fill_diagonal_(float('inf')).amin(dim=-1)
-    directions = torch.randn(num_trials, num_slots, num_slots, generator=torch.Generator().manual_seed(seed))
+    directions = torch.randn(NUM_TRIALS, num_slots, num_slots, generator=torch.Generator().manual_seed(0))
     directions = F.normalize(directions.to(attractors) @ (attractors - attractors.mean(dim=0)), dim=-1)
     starts = attractors + noise * attractors.norm(dim=-1, keepdim=True) * directions
     ends = fixed_points(starts.flatten(0, 1), attractors, beta)[0].view_as(starts)
     return ((ends - attractors).norm(dim=-1) < reach).float().mean(dim=0)
 
 
-def agreement(a: torch.Tensor, b: torch.Tensor) -> Tuple[float, float]:
-    """How far the slots of two models do the same, whatever their order.
-
-    Args:
-        a: What each slot of one does to the same T tokens, (M, T).
-        b: Likewise of the other.
+def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How far the slots of two models do the same, whatever their order, by what each does to the same tokens (M, T).
 
     Returns:
-        Mean Pearson correlation over the pairs of slots whose assignment makes it the largest, and the same for b with
-        its tokens permuted: by chance.
+        Mean Pearson correlation over the pairs of slots whose assignment makes it the largest.
     """
     a, b = (F.normalize(x - x.mean(dim=-1, keepdim=True), dim=-1) for x in (a.double(), b.double()))
-    order = torch.randperm(b.shape[-1], generator=torch.Generator().manual_seed(0))
-    means = []
-    for similarity in (a @ b.T, a @ b[:, order].T):
-        graph = networkx.Graph()
-        graph.add_weighted_edges_from(
-            (i, len(a) + j, weight) for i, row in enumerate(similarity.tolist()) for j, weight in enumerate(row))
-        pairs = map(sorted, networkx.max_weight_matching(graph, maxcardinality=True))
-        means.append(sum(float(similarity[i, j - len(a)]) for i, j in pairs) / len(a))
-    return means[0], means[1]
+    correlations = (a @ b.T).tolist()
+    graph = networkx.Graph()
+    graph.add_weighted_edges_from(
+        (i, len(a) + j, correlation) for i, row in enumerate(correlations) for j, correlation in enumerate(row))
+    pairs = map(sorted, networkx.max_weight_matching(graph, maxcardinality=True))
+    return sum(correlations[i][j - len(a)] for i, j in pairs) / len(a)
 
 
 def slot_purity(weights: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
@@ -176,9 +152,9 @@ def slot_purity(weights: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def kmeans(points: torch.Tensor, num_clusters: int, seed: int = 0) -> torch.Tensor:
+def kmeans(points: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Cluster (T,) of each point (T, E) by at most 50 steps of Lloyd's algorithm, started from points far apart."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     centres = points[torch.randint(len(points), (1,), generator=generator)]
     while len(centres) < num_clusters:
         nearest = torch.cdist(points, centres).amin(dim=-1).square() + 1e-20

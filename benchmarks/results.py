@@ -1,16 +1,120 @@
-""" Bring the results of benchmarks.compare into the results page.
+""" Tables, figures and pages; as a command, bring the results of benchmarks.compare into the results page.
 
     python -m benchmarks.results output/compare_cifar10 output/ablations …
 
-Each folder's budget, table and learning curves go into the generated part of its name; the rest of the page stays.
+Each folder's budget, table and learning curves go into the generated part of its name; a person writes the rest.
 """
 import argparse
 import json
+import os
+import re
 import shutil
+import statistics
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Collection, Dict, Iterable, List, Optional, Sequence
 
-from .page import write_parts
+from matplotlib.figure import Figure
+
+from .compare.recipe import Recipe
+
+__all__ = ['mean_and_deviation', 'report', 'table', 'write_parts', 'write_text']
+
+# of benchmarks.compare, {label: {'model': the recipe's run, 'runs': [result.json of every seed]}}
+Results = Dict[str, Dict[str, Any]]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    partial = path.with_name(f'.{path.name}.partial')
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Mean, with the standard deviation where there are several values; empty where there are none."""
+    deviation = f' ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{statistics.fmean(values):.{digits}f}{deviation}' if values else ''
+
+
+def table(header: Collection[str], rows: Iterable[Iterable[object]]) -> str:
+    """Markdown table; all columns but the first are aligned to the right."""
+    lines = [header, ['---', *['--:'] * (len(header) - 1)], *rows]
+    return '\n'.join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def write_parts(page: Path, parts: Dict[str, str]) -> None:
+    """Replace what stands between `<!-- begin generated: NAME -->` and `<!-- end generated: NAME -->`.
+
+    Args:
+        page: File to change.
+        parts: New text by name.
+
+    Raises:
+        ValueError: The page has no such markers for a part. It is then left as it was.
+    """
+    text = page.read_text()
+    for name, part in parts.items():
+        begin, end = f'<!-- begin generated: {name} -->', f'<!-- end generated: {name} -->'
+        pattern = f'{re.escape(begin)}.*?{re.escape(end)}'
+        text, found = re.subn(pattern, lambda match: f'{begin}\n{part}\n{end}', text, flags=re.DOTALL)
+        if not found:
+            raise ValueError(f'{page} has no place for {name}: write {begin} and {end} where it belongs')
+    write_text(page, text)
+
+
+def report(recipe: Recipe, output: Path) -> None:
+    """Gather the runs' results into `results.json`, `table.md` and `learning_curves.svg`."""
+    results = {}
+    for label, run in recipe['runs'].items():
+        runs = [json.loads((output / label / f'seed{seed}' / 'result.json').read_text()) for seed in run['seeds']]
+        results[label] = {'model': run, 'runs': runs}
+    write_text(output / 'results.json', json.dumps({'recipe': recipe, 'results': results}, indent=2))
+    rows = _rows(results)
+    text = table(rows[0], [row.values() for row in rows]) + '\n'
+    write_text(output / 'table.md', text)
+    print(text)
+    _learning_curves(results, output)
+
+
+def _rows(results: Results) -> List[Dict[str, Any]]:
+    """Rows of the table, by column."""
+    groups = list(dict.fromkeys(group for result in results.values() for group in result['runs'][0]['accuracy']))
+    numbers_differ = len({len(result['runs']) for result in results.values()}) > 1
+    gated = any(result['runs'][0]['gates'] for result in results.values())
+    rows = []
+    for label, result in results.items():
+        runs = result['runs']
+        ranks = [run['lowest_rank'] for run in runs if run['lowest_rank'] is not None]
+        gates = [gate for run in runs for gate in run['gates']]
+        rates = [run['training_rate'] for run in runs if run['training_rate'] is not None]
+        row = {'': label}
+        if numbers_differ:
+            row['seeds'] = len(runs)
+        for group in groups:
+            values = [run['accuracy'][group] for run in runs if group in run['accuracy']]
+            row[f'accuracy, {group}' if len(groups) > 1 else 'accuracy'] = mean_and_deviation(values, 2)
+        row['lowest rank'] = f'{min(ranks):.1f}' if ranks else ''
+        if gated:
+            row['gates'] = f'{min(gates):.4f} to {max(gates):.4f}' if gates else ''
+        row['parameters'] = f"{runs[0]['parameters'] / 1e6:.2f}M"
+        row['MACs'] = f"{runs[0]['macs'] / 1e6:.1f}M"
+        row['training images/s'] = f'{statistics.median(rates):.0f}' if rates else ''
+        row['inference images/s'] = f"{statistics.median(run['inference_rate'] for run in runs):.0f}"
+        rows.append(row)
+    return rows
+
+
+def _learning_curves(results: Results, output: Path) -> None:
+    figure = Figure(figsize=(8.4, 4.2), layout='constrained')
+    axes = figure.subplots()
+    for i, (label, result) in enumerate(results.items()):
+        logs: List[List[Dict[str, Any]]] = [run['log'] for run in result['runs']]
+        accuracies = [statistics.mean(entry['accuracy']['all'] for entry in entries) for entries in zip(*logs)]
+        style = '-' if i < 10 else '--'  # there are ten colours
+        axes.plot([entry['step'] for entry in logs[0]], accuracies, style, label=label)
+    axes.set(xlabel='step', ylabel='accuracy (%)')
+    figure.legend(loc='outside right upper', fontsize=8)
+    figure.savefig(output / 'learning_curves.svg')
 
 
 def budget_and_table(folder: Path) -> str:
@@ -37,12 +141,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='output of benchmarks.compare')
     parser.add_argument('--page', type=Path, default=Path(__file__).with_name('RESULTS.md'), metavar='FILE')
     args = parser.parse_args(argv)
-    for folder in args.folders:
-        if not (folder / 'table.md').is_file():
-            parser.error(f'{folder} has no table.md: it is not the output of a complete run of benchmarks.compare')
     try:
         write_parts(args.page, {folder.name: budget_and_table(folder) for folder in args.folders})
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         parser.error(str(e))
     figures = args.page.with_name('figures')
     figures.mkdir(exist_ok=True)

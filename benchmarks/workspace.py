@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-""" What the workspace costs: time and memory of the layer and of whole models.
+""" What the workspace costs: time and memory of the layer and of whole models, as Markdown tables.
 
     python benchmarks/workspace.py                                  # everything, at the paper's sizes
     python benchmarks/workspace.py --part layer --published CHECKOUT --hopfield CHECKOUT
@@ -21,19 +21,17 @@ Peak extra memory is the most that a step held beyond what was held before it. O
 On the CPU it is the highest running sum of the allocations and releases that PyTorch's profiler records.
 
 On CUDA the last column says whether a step waits for the GPU (`torch.cuda.set_sync_debug_mode`).
-
-Prints Markdown tables.
 """
 import argparse
 import ast
 import contextlib
-import importlib.util
+import importlib
+import itertools
 import math
 import os
 import platform
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
@@ -42,9 +40,11 @@ from unittest import mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import timer
 
 import timm
 from timm.layers import use_fused_attn
+from timm.utils import ParseKwargs
 
 import timm_ait
 from timm_ait.layers import GlobalWorkspace
@@ -58,14 +58,17 @@ COMPILED = ', compiled'
 TOKENS_PER_IMAGE = 64
 MIB = 2 ** 20
 
-# name of a size: (its argument, values of a sweep)
+# of the layer, as in the paper
+LAYER = dict(dim=768, num_slots=32, slot_dim=32, workspace_heads=8, bottleneck=512)
+# models of a part
+MODELS = {'models': ['ait_small'], 'latency': ['ait_small', 'ait_vit_tiny_patch16_224']}
+# name of a size: (tokens, or an argument of the layer; values of a sweep; and with --quick)
 SWEEPS = {
-    'T': ('tokens', [4096, 8192, 16384, 32768, 65536, 131072]),
-    'k': ('bottleneck', [64, 128, 256, 512, 1024, 2048]),
-    'M': ('slots', [8, 16, 32, 64, 128]),
-    'A': ('heads', [1, 2, 4, 8, 16]),
+    'T': ('tokens', [4096, 8192, 16384, 32768, 65536, 131072], [512, 1024, 2048]),
+    'k': ('bottleneck', [64, 128, 256, 512, 1024, 2048], [32, 64, 128]),
+    'M': ('num_slots', [8, 16, 32, 64, 128], [8, 16, 32]),
+    'A': ('workspace_heads', [1, 2, 4, 8, 16], [2, 4, 8]),
 }
-QUICK_SWEEPS = {'T': [512, 1024, 2048], 'k': [32, 64, 128], 'M': [8, 16, 32], 'A': [2, 4, 8]}
 
 Step = Callable[[], object]
 
@@ -80,30 +83,26 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--published', type=Path, metavar='CHECKOUT', help='of the published implementation')
     parser.add_argument('--hopfield', type=Path, metavar='CHECKOUT',
                         help='of the Hopfield layers that the published implementation needs, if not installed')
-    parser.add_argument('--models', nargs='+', default=['ait_small'], help='models of the part models')
-    parser.add_argument('--latency-models', nargs='+', default=['ait_small', 'ait_vit_tiny_patch16_224'],
-                        help='models that get one image in the part latency')
-    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--models', nargs='+', help=f'models of the parts models and latency, by default {MODELS}')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
     parser.add_argument('--compile', action='store_true', help='also measure contenders under torch.compile')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--round-seconds', type=float, default=0.1, help='least time of the slowest in a round')
-    parser.add_argument('--warmup', type=int, default=2, help='steps ahead of the rounds')
+    parser.add_argument('--warmup', type=int, default=2, help='rounds ahead of those that count')
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[128], help='images of the part models')
     parser.add_argument('--tokens', nargs='+', type=int, default=[8192],
                         help=f'tokens T, multiples of {TOKENS_PER_IMAGE}; scaling takes the first')
-    parser.add_argument('--dim', type=int, default=768, help='token width E')
-    parser.add_argument('--slots', type=int, default=32, help='slots M')
-    parser.add_argument('--slot-dim', type=int, default=32, help='slot width D')
-    parser.add_argument('--heads', type=int, default=8, help='write heads A')
-    parser.add_argument('--bottleneck', type=int, default=512, help='tokens k that a slot and head keep')
+    parser.add_argument('--layer-kwargs', nargs='+', action=ParseKwargs, default={}, metavar='NAME=VALUE',
+                        help=f'other arguments of the layer than {LAYER}')
     parser.add_argument('--sweep', nargs='+', choices=SWEEPS, default=list(SWEEPS), help='sizes that scaling varies')
     parser.add_argument('--quick', action='store_true', help='small sizes and 2 rounds, whatever else is given')
     args = parser.parse_args(args)
+    args.layer_kwargs = {**LAYER, **args.layer_kwargs}
     if args.quick:
         args.rounds, args.round_seconds, args.batch_sizes = 2, 0., [4]
-        args.tokens, args.dim, args.bottleneck = [1024], 192, 128
-        args.models = args.latency_models = ['ait_vit_tiny_patch16_224']
+        args.tokens, args.models = [1024], ['ait_vit_tiny_patch16_224']
+        args.layer_kwargs.update(dim=192, bottleneck=128)
     if any(tokens % TOKENS_PER_IMAGE for tokens in args.tokens):
         parser.error(f'--tokens must be multiples of {TOKENS_PER_IMAGE}, got {args.tokens}')
     if args.contenders is None:
@@ -113,32 +112,32 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     return args
 
 
+def changed(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
 # Measuring
 
-def synchronize(device: str) -> None:
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-
-
-def measure_time(step: Step, count: int, device: str) -> float:
-    """Seconds of a step, the mean of `count` in a row."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - start) / count
+def take_turns(steps: Dict[str, Step], num_rounds: int, count: int = 1) -> Dict[str, List[float]]:
+    """Seconds of each step in each round: the mean of `count` in a row, after one that leaves caches as they do."""
+    seconds = {name: [] for name in steps}
+    for i in range(num_rounds):
+        for name in list(steps)[::-1 if i % 2 else 1]:
+            steps[name]()
+            start = timer()
+            for _ in range(count):
+                steps[name]()
+            seconds[name].append((timer() - start) / count)
+    return seconds
 
 
 def measure_memory(step: Step, device: str) -> int:
     """Peak extra bytes of one step."""
-    if device.startswith('cuda'):
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
@@ -163,29 +162,14 @@ def waits(step: Step) -> str:
     return 'no'
 
 
-def measure(args: argparse.Namespace, labels: Sequence[str], steps: Dict[str, Step]) -> None:
-    """Measure steps in turns, and print a row for each.
-
-    Args:
-        args: The command's.
-        labels: First cells of the rows.
-        steps: A step for each contender; the first, eager or compiled, is what the ratios are to.
-    """
-    names, device = list(steps), args.device
-    for _ in range(max(args.warmup, 1)):  # the first allocates, compiles and chooses algorithms
-        for step in steps.values():
-            step()
-    slowest = max(measure_time(step, 1, device) for step in steps.values())
-    count = max(1, math.ceil(args.round_seconds / slowest))
-    memory = {name: measure_memory(step, device) for name, step in steps.items()}
-    seconds = {name: [] for name in names}
-    for i in range(args.rounds):
-        for name in names if i % 2 == 0 else reversed(names):
-            if slowest < 1.:  # caches and allocator as in a loop over the step; a long one makes its own
-                steps[name]()
-            seconds[name].append(measure_time(steps[name], count, device))
-    for name in names:
-        reference = next(other for other in names if other.endswith(COMPILED) == name.endswith(COMPILED))
+def print_rows(args: argparse.Namespace, labels: Sequence[str], steps: Dict[str, Step]) -> None:
+    """Measure the contenders' steps in turns, and print a row for each, which begins with the labels."""
+    # the first allocates, compiles and chooses algorithms
+    slowest = max(seconds[-1] for seconds in take_turns(steps, max(args.warmup, 1)).values())
+    memory = {name: measure_memory(step, args.device) for name, step in steps.items()}
+    seconds = take_turns(steps, args.rounds, max(1, math.ceil(args.round_seconds / slowest)))
+    for name, step in steps.items():
+        reference = next(other for other in steps if other.endswith(COMPILED) == name.endswith(COMPILED))
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[reference]))
         print_row(
             *labels,
@@ -194,7 +178,7 @@ def measure(args: argparse.Namespace, labels: Sequence[str], steps: Dict[str, St
             f'{ratio:.3f}',
             f'{memory[name] / MIB:.1f}',
             f'{memory[name] / max(memory[reference], 1):.2f}',
-            waits(steps[name]) if device.startswith('cuda') else '',
+            waits(step) if args.device == 'cuda' else '',
         )
 
 
@@ -207,56 +191,47 @@ def print_setting(args: argparse.Namespace) -> None:
     if os.path.exists('/proc/cpuinfo'):
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         processor = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), processor)
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else processor
+    device = torch.cuda.get_device_name() if args.device == 'cuda' else processor
     print(
         f'# Workspace on {device}\n\n'
         f'{torch.get_num_threads()} threads on {os.cpu_count()} cores ({processor}), Python '
         f'{platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, timm_ait '
         f'{timm_ait.__version__}, float32 products at {torch.get_float32_matmul_precision()} precision, fused '
-        f"attention {'on' if use_fused_attn() else 'off'}. Layer: tokens of width {args.dim}, {args.heads} heads, "
-        f'{args.slots} slots of width {args.slot_dim}, k {args.bottleneck}. Medians of {args.rounds} interleaved '
-        'rounds. Ratios are to the first contender, of those that are compiled to the first that is.')
+        f"attention {'on' if use_fused_attn() else 'off'}. Layer: "
+        f"{', '.join(f'{name} {value}' for name, value in args.layer_kwargs.items())}. Medians of {args.rounds} "
+        'interleaved rounds. Ratios are to the first contender, of those that are compiled to the first that is.')
 
 
 # Contenders. Each trains with the loss that it has in `own_loss`, or with `timm_ait.balance_loss`.
 
-class NaiveWorkspace(nn.Module):
+class NaiveWorkspace(GlobalWorkspace):
     """The layer as the equations of naive.py."""
-
-    def __init__(self, dim: int, **kwargs) -> None:
-        super().__init__()
-        self.workspace = GlobalWorkspace(dim, **kwargs)
-        self.own_loss = None
+    own_loss = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Write (in training) and read, (B, N, E) to (B, N, E)."""
-        layer = self.workspace
-        memory = layer.memory.clone()
-        tokens = layer.norm(x).reshape(-1, layer.dim)
+        memory = self.memory.clone()
+        tokens = self.norm(x).reshape(-1, self.dim)
         if self.training:
             weights = naive.WriteWeights(
-                layer.q.weight, layer.k.weight, layer.v.weight, layer.proj.weight, layer.slot_norm.weight,
-                layer.slot_norm.bias)
-            candidate, balance, _ = naive.write(tokens, memory, weights, layer.workspace_heads, layer.bottleneck)
+                self.q.weight, self.k.weight, self.v.weight, self.proj.weight, self.slot_norm.weight,
+                self.slot_norm.bias)
+            candidate, balance, _ = naive.write(tokens, memory, weights, self.workspace_heads, self.bottleneck)
             # naive.polar has no finite gradient where singular values are equal
-            memory = update_memory(memory, candidate, layer.memory_momentum, layer.memory_update)
-            self.own_loss = layer.balance_weight * balance
-        return naive.read(tokens, layer.attractors(memory), layer.beta).view(x.shape)
+            memory = update_memory(memory, candidate, self.memory_momentum, self.memory_update)
+            self.own_loss = self.balance_weight * balance
+        return naive.read(tokens, self.attractors(memory), self.beta).view(x.shape)
 
 
 class PublishedWorkspace(nn.Module):
     """The layer of the published implementation, without the MLP ahead of it. It writes in evaluation too.
 
-    Its file ait.py is a script that downloads data and trains. Only its classes are defined here, with the settings
-    that they take from the script's globals.
+    The file ait.py of its checkout is a script that downloads data and trains. Only its classes are defined here, with
+    the settings that they take from the script's globals.
     """
+    own_loss = None
 
     def __init__(self, path: Path, **settings) -> None:
-        """
-        Args:
-            path: Checkout, the directory of ait.py.
-            **settings: Globals of the script.
-        """
         super().__init__()
         from hflayers import Hopfield
         script = ast.parse((path / 'ait.py').read_text())
@@ -267,7 +242,6 @@ class PublishedWorkspace(nn.Module):
         exec(compile(script, str(path / 'ait.py'), 'exec'), names)
         self.layer = names['ModularNN'](1., 0)
         self.layer.fc1, self.layer.gelu, self.layer.fc2 = nn.Identity(), nn.Identity(), nn.Identity()
-        self.own_loss = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # it sends a constant to the GPU, whatever device it is on
@@ -277,14 +251,13 @@ class PublishedWorkspace(nn.Module):
         return output
 
 
-def create_layers(args: argparse.Namespace, tokens: int, dtype: str) -> Dict[str, nn.Module]:
-    """Contenders for `tokens` tokens."""
+def create_layers(args: argparse.Namespace, dtype: str, dim: int, **kwargs) -> Dict[str, nn.Module]:
+    """Contenders for tokens of width `dim`, with arguments of `GlobalWorkspace`."""
     torch.manual_seed(0)
-    dim, bottleneck = args.dim, min(args.bottleneck, tokens)
-    kwargs = dict(num_slots=args.slots, slot_dim=args.slot_dim, workspace_heads=args.heads, bottleneck=bottleneck)
     published = dict(
-        hidden_dim=dim, mlp_dim=4 * dim, dim=TOKENS_PER_IMAGE, pattern_size=args.slots, memory_dim=args.slot_dim,
-        memory_head=args.heads, bottleneck=bottleneck, HN=True, static=True)
+        hidden_dim=dim, mlp_dim=4 * dim, dim=TOKENS_PER_IMAGE, pattern_size=kwargs['num_slots'],
+        memory_dim=kwargs['slot_dim'], memory_head=kwargs['workspace_heads'], bottleneck=kwargs['bottleneck'], HN=True,
+        static=True)
     create: Dict[str, Callable[[], nn.Module]] = {
         OURS: lambda: GlobalWorkspace(dim, **kwargs),
         NAIVE: lambda: NaiveWorkspace(dim, **kwargs),
@@ -294,34 +267,19 @@ def create_layers(args: argparse.Namespace, tokens: int, dtype: str) -> Dict[str
     return {name: create[name]().to(args.device) for name in args.contenders}
 
 
-def with_compiled(args: argparse.Namespace, modules: Dict[str, nn.Module]) -> Dict[str, nn.Module]:
-    """Modules and, where asked for, the same compiled."""
-    if not args.compile:
-        return modules
-    torch.compiler.reset()  # what was compiled for other sizes would make these dynamic
-    compiled = {
-        name + COMPILED: torch.compile(module, dynamic=False) for name, module in modules.items() if name != PUBLISHED}
-    return {**modules, **compiled}
-
-
 # Steps. Each leaves nothing behind, so that the next one's memory starts where its own did.
 
-def autocast(args: argparse.Namespace, dtype: str) -> torch.autocast:
-    return torch.autocast(args.device.split(':')[0], torch.bfloat16, enabled=dtype == 'bfloat16')
-
-
-def evaluate(args: argparse.Namespace, dtype: str, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(), autocast(args, dtype):
+def evaluate(autocast: torch.autocast, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(), autocast:
         return module(x)
 
 
-def train(args: argparse.Namespace, dtype: str, module: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> None:
-    with autocast(args, dtype):
+def train(autocast: torch.autocast, module: nn.Module, x: torch.Tensor, cotangent: torch.Tensor) -> None:
+    with autocast:
         output = module(x)
     loss = module.own_loss if hasattr(module, 'own_loss') else timm_ait.balance_loss(module)
-    losses = (loss,) if loss.requires_grad else ()
-    torch.autograd.backward(
-        (output, *losses), (cotangent.to(output.dtype), *[torch.ones_like(loss) for loss in losses]))
+    losses = [loss] if loss.requires_grad else []
+    torch.autograd.backward([output, *losses], [cotangent.to(output.dtype), *[None] * len(losses)])
     if hasattr(module, 'own_loss'):
         module.own_loss = None
     for tensor in (x, *module.parameters()):
@@ -330,65 +288,59 @@ def train(args: argparse.Namespace, dtype: str, module: nn.Module, x: torch.Tens
 
 # Parts
 
-def measure_cases(
-        args: argparse.Namespace,
-        cases: Sequence[str],
-        size: str,
-        dtype: str,
-        modules: Dict[str, nn.Module],
-        x: torch.Tensor,
-) -> None:
-    modules = with_compiled(args, modules)
-    for case in cases:
+def measure(args: argparse.Namespace, size: str, dtype: str, modules: Dict[str, nn.Module], x: torch.Tensor) -> None:
+    if args.compile:
+        torch.compiler.reset()  # what was compiled for other sizes would make these dynamic
+        modules = {**modules, **{
+            name + COMPILED: torch.compile(module, dynamic=False)
+            for name, module in modules.items() if name != PUBLISHED}}
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=dtype == 'bfloat16')
+    for case in args.case:
         for module in modules.values():
             module.train(case == 'training step')
-        step = partial(evaluate, args, dtype)
+        step = partial(evaluate, autocast)
         if case == 'training step':
-            shape = evaluate(args, dtype, next(iter(modules.values())), x).shape
-            step = partial(train, args, dtype, cotangent=torch.randn(shape, device=x.device) / shape.numel())
-        measure(args, [case, size, dtype], {name: partial(step, module, x) for name, module in modules.items()})
+            shape = evaluate(autocast, next(iter(modules.values())), x).shape
+            step = partial(train, autocast, cotangent=torch.randn(shape, device=x.device) / shape.numel())
+        print_rows(args, [case, size, dtype], {name: partial(step, module, x) for name, module in modules.items()})
 
 
-def measure_layers(args: argparse.Namespace, tokens: int, size: str) -> None:
-    shape = (tokens // TOKENS_PER_IMAGE, TOKENS_PER_IMAGE, args.dim)
+def measure_layers(args: argparse.Namespace, size: str, tokens: int, **kwargs) -> None:
+    """Layers of these sizes, else of those that the command has."""
+    kwargs = {**args.layer_kwargs, **kwargs}
+    kwargs['bottleneck'] = min(kwargs['bottleneck'], tokens)
+    shape = (tokens // TOKENS_PER_IMAGE, TOKENS_PER_IMAGE, kwargs['dim'])
     for dtype in args.dtype:
-        layers = create_layers(args, tokens, dtype)
+        layers = create_layers(args, dtype, **kwargs)
         x = torch.randn(shape, device=args.device, dtype=getattr(torch, dtype)).requires_grad_()
-        measure_cases(args, args.case, size, dtype, layers, x)
+        measure(args, size, dtype, layers, x)
 
 
-def measure_models(args: argparse.Namespace, name: str, batch_size: int, cases: Sequence[str]) -> None:
-    """A model beside the same model with plain MLPs."""
-    for dtype in args.dtype:
+def measure_models(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Models, each beside the same model with plain MLPs."""
+    for name, batch_size, dtype in itertools.product(names, args.batch_sizes, args.dtype):
         torch.manual_seed(0)
         models = {
-            f'{name}{suffix}': timm.create_model(name, num_classes=10, workspace=workspace).to(args.device)
-            for suffix, workspace in ((', workspace=False', False), ('', True))
+            f'{name}, workspace=False': timm.create_model(name, num_classes=10, workspace=False).to(args.device),
+            name: timm.create_model(name, num_classes=10).to(args.device),
         }
-        input_size = next(iter(models.values())).pretrained_cfg['input_size']
-        images = torch.randn(batch_size, *input_size, device=args.device)
-        measure_cases(args, cases, f'batch {batch_size:,}', dtype, models, images)
+        images = torch.randn(batch_size, *models[name].pretrained_cfg['input_size'], device=args.device)
+        measure(args, f'batch {batch_size:,}', dtype, models, images)
 
 
 def measure_scaling(args: argparse.Namespace) -> None:
+    args = changed(args, contenders=[name for name in args.contenders if name != MLP])
     for size in args.sweep:
-        argument, values = SWEEPS[size]
-        for value in QUICK_SWEEPS[size] if args.quick else values:
-            sized = argparse.Namespace(**{**vars(args), argument: value})
-            sized.contenders = [name for name in args.contenders if name != MLP]
-            measure_layers(sized, value if size == 'T' else args.tokens[0], f'{size} {value:,}')
+        argument, values, quick_values = SWEEPS[size]
+        for value in quick_values if args.quick else values:
+            measure_layers(args, f'{size} {value:,}', **{'tokens': args.tokens[0], argument: value})
 
 
-def measure_optimizer(num_steps: int = 300) -> None:
+def measure_optimizer() -> None:
     """What looking for workspaces costs an optimizer's step, and moving their memories."""
-    def step_time(*optimizers: torch.optim.Optimizer) -> float:
-        times = []
-        for _ in range(num_steps):
-            start = time.perf_counter()
-            for optimizer in optimizers:
-                optimizer.step()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times) * 1e6
+    def microseconds(*optimizers: torch.optim.Optimizer) -> str:
+        seconds = take_turns({'': lambda: [optimizer.step() for optimizer in optimizers]}, 30, count=10)['']
+        return f'{1e6 * statistics.median(seconds):.0f}'
 
     def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         for parameter in parameters:
@@ -398,13 +350,13 @@ def measure_optimizer(num_steps: int = 300) -> None:
     tiny = sgd(list(nn.Linear(2, 2).parameters()))
     print_row('optimizer, microseconds a step', 'alone', 'beside four models')
     print_row('---', '--:', '--:')
-    alone = step_time(tiny)
+    alone = microseconds(tiny)
     models = [timm.create_model('test_ait') for _ in range(4)]
-    print_row('of a linear layer', f'{alone:.0f}', f'{step_time(tiny):.0f}')
+    print_row('of a linear layer', alone, microseconds(tiny))
     parameters = list(models[0].parameters())
-    print_row('of test_ait', '', f'{step_time(sgd(parameters)):.0f}')
-    optimizers = [sgd([parameter]) for parameter in parameters]
-    print_row(f'one for each of its {len(parameters)} parameters', '', f'{step_time(*optimizers):.0f}')
+    print_row('of test_ait', '', microseconds(sgd(parameters)))
+    each = microseconds(*[sgd([parameter]) for parameter in parameters])
+    print_row(f'one for each of its {len(parameters)} parameters', '', each)
 
 
 def main(argv: Optional[List[str]] = None) -> None:
@@ -412,8 +364,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces every start and stop
     if args.hopfield:
         sys.path.insert(0, str(args.hopfield))
-    if args.published and importlib.util.find_spec('hflayers') is None:
-        raise SystemExit('--published needs the package hflayers: add --hopfield CHECKOUT')
     print_setting(args)
     for part in args.part:
         print(f'\n## {part}\n')
@@ -424,14 +374,11 @@ def main(argv: Optional[List[str]] = None) -> None:
         print_row(*['---'] * 4, *['--:'] * 4, '---')
         if part == 'layer':
             for tokens in args.tokens:
-                measure_layers(args, tokens, f'T {tokens:,}')
+                measure_layers(args, f'T {tokens:,}', tokens)
         elif part == 'models':
-            for name in args.models:
-                for batch_size in args.batch_sizes:
-                    measure_models(args, name, batch_size, args.case)
+            measure_models(args, args.models or MODELS[part])
         elif part == 'latency':
-            for name in args.latency_models:
-                measure_models(args, name, 1, ['evaluation'])
+            measure_models(changed(args, case=['evaluation'], batch_sizes=[1]), args.models or MODELS[part])
         else:
             measure_scaling(args)
 

@@ -6,10 +6,10 @@ from typing import List, Optional
 
 import torch
 
+from ..results import report
 from . import __doc__ as description
-from .data import load_splits
+from .data import load_split
 from .recipe import create_recipe_parser, read_recipe, run_settings
-from .report import report
 from .training import create_run_model, create_run_optimizer, train_run
 
 
@@ -51,9 +51,14 @@ def main(argv: Optional[List[str]] = None) -> None:
         except (AssertionError, NotImplementedError, RuntimeError) as e:
             parser.error(f'--device {args.device}: {str(e).splitlines()[0]}')
         try:
-            train, test = (split.to(device) for split in load_splits(recipe, args.data_dir))
+            train, test = (
+                load_split(recipe, args.data_dir, split).to(device) for split in ('train', 'validation'))
         except (OSError, ValueError) as e:
             parser.error(f'--data-dir: {e}')
+        if train.class_names != test.class_names:
+            parser.error(f'--data-dir: train and validation of {args.data_dir} have not the same classes')
+        if len(train) < recipe['batch_size']:
+            parser.error(f"batch_size: {recipe['batch_size']} is more than the {len(train)} items to train on")
         for label in dict.fromkeys(label for label, _ in todo):
             try:
                 run = recipe['runs'][label]

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Dict, Optional, Sequence, Tuple, Union
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision import transforms
 
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
@@ -17,7 +17,7 @@ from timm_ait.data.sort_of_clevr import ANSWERS, KINDS, QUESTION_DIM
 
 from .recipe import Recipe
 
-__all__ = ['Split', 'augment', 'load_image_folder', 'load_images', 'load_sort_of_clevr', 'load_split', 'load_splits']
+__all__ = ['Split', 'augment', 'load_image_folder', 'load_images', 'load_sort_of_clevr', 'load_split']
 
 
 @dataclasses.dataclass
@@ -82,19 +82,18 @@ def load_image_folder(data_dir: str, split: str, image_size: int, in_chans: int)
     """
     if not Path(data_dir).is_dir():
         raise ValueError(f'there is no folder {data_dir}')
+    transform = transforms.Compose([
+        transforms.Resize((image_size, image_size), transforms.InterpolationMode.BICUBIC), transforms.PILToTensor()])
     try:
-        dataset = create_dataset('', data_dir, split=split, input_img_mode='L' if in_chans == 1 else 'RGB')
+        dataset = create_dataset(
+            '', data_dir, split=split, input_img_mode='L' if in_chans == 1 else 'RGB', transform=transform)
     except RuntimeError as e:
         raise ValueError(f'there are no images {data_dir}/{split}/<class>/*') from e
     if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
         raise ValueError(f'there is no folder {data_dir}/{split}')
-    images, targets = [], []
-    for image, target in dataset:
-        image = np.asarray(image if image.size == (image_size, image_size) else image.resize((image_size, image_size)))
-        images.append(image.reshape(image_size, image_size, in_chans))
-        targets.append(target)
+    images, targets = zip(*dataset)
     return Split(
-        images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        images=torch.stack(images),
         image_of=torch.arange(len(images)),
         targets=torch.tensor(targets),
         class_names=tuple(dataset.reader.class_to_idx),
@@ -153,22 +152,6 @@ def load_split(recipe: Recipe, data_dir: str, split: str) -> Split:
         read = load_image_folder(data_dir, split, recipe['image_size'], recipe['in_chans'])
     read.mean, read.std = (torch.tensor(recipe[key])[:, None, None] for key in ('mean', 'std'))
     return read
-
-
-def load_splits(recipe: Recipe, data_dir: str) -> Tuple[Split, Split]:
-    """`load_split` of the training and the validation split.
-
-    Raises:
-        FileNotFoundError: A split of Sort-of-CLEVR is missing.
-        ValueError: A folder of images is missing, the splits' classes differ, or there are too few items for a batch.
-    """
-    train, test = (load_split(recipe, data_dir, split) for split in ('train', 'validation'))
-    if train.class_names != test.class_names:
-        raise ValueError(f'train and validation of {data_dir} have not the same classes')
-    if len(train) < recipe['batch_size']:
-        raise ValueError(f"{data_dir} has {len(train)} items to train on, fewer than the batch_size of "
-                         f"{recipe['batch_size']}")
-    return train, test
 
 
 def _windows(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, height: int, width: int) -> torch.Tensor:

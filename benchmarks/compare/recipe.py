@@ -17,12 +17,13 @@ import yaml
 
 from timm_ait.data.sort_of_clevr import IMAGE_SIZE, KINDS
 
-__all__ = ['Recipe', 'create_recipe_parser', 'read_recipe', 'run_settings']
+__all__ = ['Recipe', 'create_recipe_parser', 'positive', 'read_recipe', 'run_settings']
 
 Recipe = Dict[str, Any]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Type of an argument that is at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
@@ -55,17 +56,17 @@ def create_recipe_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('--dataset', choices=('image_folder', 'sort_of_clevr'), required=True,
         help='train/<class>/*, validation/<class>/*, or what `python -m timm_ait data sort-of-clevr` writes')
-    add('--image-size', type=_positive, required=True, help='pixels; images are scaled to it')
+    add('--image-size', type=positive, required=True, help='pixels; images are scaled to it')
     add('--in-chans', type=int, choices=(1, 3), default=3)
     add('--mean', nargs='+', type=float, default=[0.5], help='what pixels in [0, 1] are normalised with; per channel')
     add('--std', nargs='+', type=float, default=[0.5])
     add('--kinds', nargs='+', choices=KINDS, default=list(KINDS), help='which questions of Sort-of-CLEVR')
     add('--model-kwargs', type=_mapping, default={}, help="of every run's model; a run takes one back with null")
-    add('--conv-stem', nargs='+', type=_positive, metavar='CHANNELS',
+    add('--conv-stem', nargs='+', type=positive, metavar='CHANNELS',
         help='convolutions of stride 2 that embed the patches of every model, in place of linear patches')
-    add('--steps', type=_positive, default=1000)
-    add('--all-patches-from', type=_positive, metavar='STEP', help='from which the patch_drop_rate is zero')
-    add('--batch-size', type=_positive, default=128)
+    add('--steps', type=positive, default=1000)
+    add('--all-patches-from', type=positive, metavar='STEP', help='from which the patch_drop_rate is zero')
+    add('--batch-size', type=positive, default=128)
     add('--opt', default='adamw')
     add('--opt-kwargs', type=_mapping, default={})
     add('--lr', type=float, default=1e-3)
@@ -75,21 +76,13 @@ def create_recipe_parser() -> argparse.ArgumentParser:
     add('--clip-grad', type=float, default=1., help='norm of the gradients, 0 for no limit')
     add('--amp-dtype', choices=('bfloat16', 'float32'), default='bfloat16')
     add('--seeds', nargs='+', type=int, default=[0])
-    add('--eval-every', type=_positive, default=250, help='steps from one evaluation, and checkpoint, to the next')
+    add('--eval-every', type=positive, default=250, help='steps from one evaluation, and checkpoint, to the next')
     for flip in ('hflip', 'vflip', 'transpose'):
         add(f'--{flip}', type=_flag, default=False, help='flip images at random')
     add('--crop-padding', type=int, default=0, help='shift images by up to as many pixels')
     add('--padding-mode', choices=('reflect', 'constant'), default='reflect', help='constant: black')
     add('--place', type=_flag, default=False, help='move what stands on a black ground to a random place, whole')
     return parser
-
-
-def _arguments(key: str, value: Any) -> List[str]:
-    """The command-line arguments of an entry of the file."""
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    return [f"--{key.replace('_', '-')}", *(yaml.safe_dump(x) if isinstance(x, dict) else str(x) for x in values)]
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -113,7 +106,12 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(recipe, dict) or not isinstance(recipe.get('runs'), dict) or not recipe['runs']:
         raise ValueError(f'{path}: it must be a mapping with the key runs, {{label: {{model: NAME}}}}')
     runs = recipe.pop('runs')
-    arguments = [argument for key, value in recipe.items() for argument in _arguments(str(key), value)]
+    arguments: List[str] = []
+    for key, value in recipe.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            arguments.append(f"--{str(key).replace('_', '-')}")
+            arguments += [yaml.safe_dump(x) if isinstance(x, dict) else str(x) for x in values]
     try:
         recipe = {**vars(create_recipe_parser().parse_args([*arguments, *overrides])), 'runs': runs}
     except ValueError as e:

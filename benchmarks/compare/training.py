@@ -3,14 +3,14 @@ import argparse
 import copy
 import functools
 import json
-import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm
@@ -27,10 +27,11 @@ from timm_ait.data.sort_of_clevr import QUESTION_DIM
 from timm_ait.layers import GlobalWorkspace
 from timm_ait.layers.published import PublishedWorkspace
 
+from ..results import write_text
 from .data import Split
 from .recipe import Recipe, run_settings
 
-__all__ = ['create_run_model', 'create_run_optimizer', 'evaluate', 'train_run', 'write_text']
+__all__ = ['create_run_model', 'create_run_optimizer', 'evaluate', 'train_run']
 
 
 def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
@@ -74,9 +75,8 @@ def create_run_optimizer(recipe: Recipe, run: Dict[str, Any], model: torch.nn.Mo
     )
     if 'gate_lr' in run:
         gates = _gates(model)
-        identities = {id(gate) for gate in gates}
         for group in optimizer.param_groups:
-            group['params'] = [parameter for parameter in group['params'] if id(parameter) not in identities]
+            group['params'] = [p for p in group['params'] if not any(p is gate for gate in gates)]
         optimizer.add_param_group(dict(params=gates, lr_scale=run['gate_lr'] / recipe['lr'], weight_decay=0.))
     return optimizer
 
@@ -93,12 +93,6 @@ def _embed_patches_in_float32(model: torch.nn.Module) -> None:
             module.forward = torch.autocast('cpu', enabled=False)(module.forward)
 
 
-def _seconds(device: torch.device) -> float:
-    """The time at which all that the device was told to do is done."""
-    getattr(torch, device.type).synchronize()
-    return time.perf_counter()
-
-
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, split: Split, batch_size: int = 250) -> Tuple[Dict[str, float], float]:
     """Evaluate a model on a split on the same device.
@@ -107,13 +101,12 @@ def evaluate(model: torch.nn.Module, split: Split, batch_size: int = 250) -> Tup
         Accuracy in percent, in all and by group, and images per second (median over batches).
     """
     model.eval()
-    device = split.targets.device
     correct, rates = [], []
     for items in torch.arange(len(split)).split(batch_size):
         images, targets, kwargs = split.batch(items)
-        start = _seconds(device)
+        start = timer()
         logits = model(images, **kwargs)
-        rates.append(len(items) / (_seconds(device) - start))
+        rates.append(len(items) / (timer() - start))
         correct.append(logits.argmax(-1) == targets)
     correct = torch.cat(correct).float() * 100
     accuracy = {'all': correct.mean().item()}
@@ -156,20 +149,10 @@ def _multiply_adds(model: torch.nn.Module, split: Split) -> int:
     """Multiply-adds of one item."""
     images, _, kwargs = split.batch(torch.arange(1))
     # the counter's hooks stumble over parameters with gradients, and it counts nothing inside of a fused attention
-    model = copy.deepcopy(model).requires_grad_(False)
-    for module in model.modules():
-        if hasattr(module, 'fused_attn'):
-            module.fused_attn = False
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(images, **kwargs)
+    model = copy.deepcopy(model).requires_grad_(False).eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(images, **kwargs)
     return counter.get_total_flops() // 2
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,7 +173,7 @@ def train_run(
         folder: Path,
         train: Split,
         test: Split,
-        compiled: bool = False,
+        compiled: bool,
 ) -> None:
     """Train one model with one seed, or go on with it; leaves `result.json` in the folder once it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +203,7 @@ def train_run(
     amp_dtype = getattr(torch, recipe['amp_dtype'])
     forward = torch.compile(model) if compiled else model
     rates: List[float] = []
-    rated_step, start = first_step, _seconds(device)
+    rated_step, start = first_step, timer()
     for step in range(first_step, steps):
         items = _items(step, len(train), batch_size, seed)
         images, targets, kwargs = train.batch(items, recipe, torch.Generator().manual_seed(1_000_003 * seed + step))
@@ -239,19 +222,18 @@ def train_run(
         optimizer.step()
         done = step + 1
         if done % recipe['eval_every'] == 0 or done == steps:
-            rates.append((done - rated_step) * batch_size / (_seconds(device) - start))
+            rates.append((done - rated_step) * batch_size / (timer() - start))
             accuracy, inference_rate = _evaluate_run(model, test, batch_size)
-            memory = {
-                name: layer['effective_rank'] for name, layer in timm_ait.memory_statistics(model).items()}
-            log.append(dict(step=done, loss=loss.item(), accuracy=accuracy, effective_rank=memory))
+            ranks = {name: layer['effective_rank'] for name, layer in timm_ait.memory_statistics(model).items()}
+            log.append(dict(step=done, loss=loss.item(), accuracy=accuracy, effective_rank=ranks))
             write_text(folder / 'log.json', json.dumps(log))
             saver.save_checkpoint(step, accuracy['all'])
             print(f'{folder}: step {done}/{steps}', ', '.join(f'{k} {v:.2f}' for k, v in accuracy.items()),
                   f'{statistics.median(rates):.0f} images/s', flush=True)
-            rated_step, start = done, _seconds(device)
+            rated_step, start = done, timer()
     if first_step == steps:  # it was interrupted after its last step
         accuracy, inference_rate = _evaluate_run(model, test, batch_size)
-    ranks = [layer['effective_rank'] for layer in timm_ait.memory_statistics(model).values()]
+    ranks = log[-1]['effective_rank'].values()
     write_text(folder / 'result.json', json.dumps(dict(
         accuracy=accuracy,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -34,7 +34,7 @@ def test_scaling_varies_one_size(rows):
 def test_naive_layer_computes_what_ours_does():
     kwargs = dict(num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=16)
     ours, naive = GlobalWorkspace(24, **kwargs), NaiveWorkspace(24, **kwargs)
-    naive.workspace.load_state_dict(ours.state_dict())
+    naive.load_state_dict(ours.state_dict())
     x = torch.randn(2, 20, 24)
     torch.testing.assert_close(naive.train()(x), ours.train()(x), atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(naive.own_loss, balance_loss(ours), atol=1e-4, rtol=1e-3)
