@@ -5,9 +5,7 @@ ones use what earlier ones wrote. What the texts take for granted is made small:
 run and shortened, `NAMES` and `BLOCKS` what Python blocks are given. A command that no rule covers fails.
 """
 import argparse
-import ast
 import csv
-import itertools
 import logging
 import math
 import os
@@ -19,7 +17,7 @@ import subprocess
 import sys
 from functools import cache, partial
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import huggingface_hub
 import pytest
@@ -28,6 +26,7 @@ import yaml
 from safetensors.torch import save_file
 
 import timm
+from timm.utils import ParseKwargs
 
 import timm_ait  # noqa: F401, registers the models
 from timm_ait.data.sort_of_clevr import write_sort_of_clevr
@@ -182,43 +181,50 @@ def parameters(kinds):
         for snippet in snippets]
 
 
-def after(arguments: List[str], name: str) -> List[str]:
-    """What follows an option, nothing where it is not there."""
-    return arguments[arguments.index(name) + 1:] if name in arguments else []
+def options(arguments: List[str]) -> argparse.Namespace:
+    """Those that say what a command reads and writes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ('config', 'model', 'data-dir', 'experiment', 'output', 'out'):
+        parser.add_argument(f'--{name}')
+    for name in ('num-classes', 'img-size'):
+        parser.add_argument(f'--{name}', type=int)
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    return parser.parse_known_args(arguments)[0]
 
 
-def option(arguments: List[str], name: str) -> Optional[str]:
-    """Value of an option, or None."""
-    return next(iter(after(arguments, name)), None)
-
-
-def write_image_folder(folder: Path, num_classes: int, batch_size: int = 8) -> Path:
-    """The CIFAR-10 pictures of the examples, as many for training as fill a batch, and one a class for validation."""
+def write_image_folder(folder: Path, num_classes: int) -> None:
+    """The CIFAR-10 pictures of the examples, as many for training as fill a batch of 8, and one a class for validation.
+    """
     images = ROOT / 'examples' / 'images' / 'cifar10'
     with open(images / 'labels.csv') as file:
         rows = sorted((row['label'], images / row['file']) for row in csv.DictReader(file))
-    for split, count in (('train', math.ceil(batch_size / num_classes)), ('validation', 1)):
+    for split, count in (('train', math.ceil(8 / num_classes)), ('validation', 1)):
         for i in range(num_classes):
             (folder / split / f'class{i:03}').mkdir(parents=True)
             for j in range(count):
                 (folder / split / f'class{i:03}' / f'{j}.jpg').symlink_to(rows[(i * 4 + j) % len(rows)][1])
-    return folder
 
 
-def write_weights(path: Path, model: str, kwargs: Dict, args: Optional[argparse.Namespace] = None) -> None:
-    """Weights of a model as it is initialised, in the place of those that a text has trained with arguments."""
+def write_weights(path: Path, model: str, kwargs: Dict, **others) -> None:
+    """Weights of a model as it is initialised, in the place of those that a text has trained, beside others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state_dict = timm.create_model(model, **kwargs).state_dict()
     if path.suffix == '.safetensors':
         save_file(state_dict, path)
     else:
-        torch.save({'state_dict': state_dict, **({} if args is None else {'args': args})}, path)
+        torch.save({'state_dict': state_dict, **others}, path)
 
 
 def comes_with_a_file(model: str, kwargs: Dict) -> bool:
     """Whether pretrained weights of a model are on this machine."""
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     return model.startswith('local-dir:') or 'file' in overlay or bool(timm.get_pretrained_cfg_value(model, 'file'))
+
+
+class Model(NamedTuple):
+    name: str
+    kwargs: Dict[str, Any]
+    overlay: Dict[str, Any]  # entries of the pretrained config
 
 
 class Workplace:
@@ -229,9 +235,8 @@ class Workplace:
         self.folder, self.document, self.sort_of_clevr = folder, document, sort_of_clevr
         self.names = dict(NAMES)
         # arguments by the name of the experiment
-        self.trainings = {
-            option(arguments, '--experiment'): arguments for arguments in map(arguments_of, texts)
-            if 'train.py' in arguments and '--experiment' in arguments}
+        trainings = [arguments for arguments in map(arguments_of, texts) if 'train.py' in arguments]
+        self.trainings = {options(arguments).experiment: arguments for arguments in trainings}
         self.written = set()  # folders and experiments that commands have written
         left_out = shutil.ignore_patterns('.*', '__pycache__', 'output', 'build', 'dist', '*.egg-info')
         shutil.copytree(ROOT, folder, copy_function=os.symlink, ignore=left_out)
@@ -245,75 +250,56 @@ class Workplace:
 
     def prepare(self, arguments: List[str]) -> List[str]:
         """Make what a command reads and no command before it has written."""
-        arguments = list(arguments)
-        config = self.config_of(arguments)
+        given, config, model = options(arguments), self.config_of(arguments), self.model_of(arguments)
         for i, argument in enumerate(arguments):
             if argument.endswith('/validation') and not self.exists(argument):
                 write_image_folder((self.folder / argument).parent, int(PLACEHOLDERS['N']))
-            elif arguments[i - 1] == '--data-dir' and not self.exists(argument):
+            elif argument == given.data_dir and not self.exists(argument):
                 if config.get('dataset') == 'sort_of_clevr' or 'benchmarks.validate_sort_of_clevr' in arguments:
-                    arguments[i] = str(self.sort_of_clevr)
+                    arguments = [*arguments[:i], str(self.sort_of_clevr), *arguments[i + 1:]]
                 else:
-                    model = option(arguments, '--model') or config.get('model') or ''
-                    of_tag = timm.get_pretrained_cfg_value(model, 'num_classes') if '.' in model else None
-                    num_classes = option(arguments, '--num-classes') or config.get('num_classes') or of_tag or 10
-                    write_image_folder(self.folder / argument, int(num_classes))
-        self.prepare_weights(arguments)
-        written = (option(arguments, name) for name in ('--experiment', '--output', '--out'))
-        self.written |= {name for name in written if name}
+                    of_tag = timm.get_pretrained_cfg_value(model.name, 'num_classes') if '.' in model.name else None
+                    num_classes = given.num_classes or config.get('num_classes') or of_tag or 10
+                    write_image_folder(self.folder / argument, num_classes)
+            elif argument.endswith(('.pth.tar', '.safetensors')) and '=' not in argument:
+                self.prepare_weights(argument, model)
+        if 'file' in model.overlay:
+            self.prepare_weights(model.overlay['file'], model)
+        self.written |= {name for name in (given.experiment, given.output, given.out) if name}
         return arguments
 
     def config_of(self, arguments: List[str]) -> Dict:
         """The recipe that a command names."""
-        config = option(arguments, '--config') or next((a for a in arguments if a.endswith('.yaml')), None)
+        config = options(arguments).config or next((a for a in arguments if a.endswith('.yaml')), None)
         return yaml.safe_load((self.folder / config).read_text()) if config and self.exists(config) else {}
 
-    def prepare_weights(self, arguments: List[str]) -> None:
-        model, kwargs, overlay = self.model_of(arguments)
-        for path in [overlay.get('file', ''), *arguments]:
-            if not path.endswith(('.pth.tar', '.safetensors')) or '=' in path or self.exists(path):
-                continue
-            # where a command of this document has written, paths have to be right
-            if any(name in path.split('/') or path.startswith(f'{name}/') for name in self.written):
-                continue
-            training = next((a for name, a in self.trainings.items() if name in path.split('/')), None)
-            if training is None:
-                write_weights(self.folder / path, model, kwargs)
-                continue
-            trained, kwargs, _ = self.model_of(training)
-            img_size = option(training, '--img-size')
-            args = argparse.Namespace(
-                model=trained,
-                num_classes=kwargs['num_classes'],
-                model_kwargs={name: value for name, value in kwargs.items() if name != 'num_classes'},
-                img_size=img_size and int(img_size),
-                data_dir=option(training, '--data-dir'),
-            )
-            write_weights(self.folder / path, trained, kwargs, args)
+    def prepare_weights(self, path: str, model: Model) -> None:
+        """Write the weights that a command reads, unless they are there."""
+        # where a command of this document has written, paths have to be right
+        if self.exists(path) or any(name in path.split('/') or path.startswith(f'{name}/') for name in self.written):
+            return
+        training = next((a for name, a in self.trainings.items() if name in path.split('/')), None)
+        if training is None:
+            write_weights(self.folder / path, model.name, model.kwargs)
+            return
+        given, trained = options(training), self.model_of(training)
+        model_kwargs = {name: value for name, value in trained.kwargs.items() if name != 'num_classes'}
+        write_weights(self.folder / path, trained.name, trained.kwargs, args=argparse.Namespace(
+            model=trained.name, num_classes=trained.kwargs['num_classes'], model_kwargs=model_kwargs,
+            img_size=given.img_size, data_dir=given.data_dir))
 
-    def model_of(self, arguments: List[str]) -> Tuple[Optional[str], Dict, Dict]:
-        """Model of a command, its arguments, and entries of the pretrained config."""
-        config = self.config_of(arguments)
-        model = option(arguments, '--model') or config.get('model')
-        kwargs = dict(config.get('model_kwargs') or {})
+    def model_of(self, arguments: List[str]) -> Model:
+        given, config = options(arguments), self.config_of(arguments)
+        name, kwargs = given.model or config.get('model') or '', dict(config.get('model_kwargs') or {})
         if 'runs' in config:
-            model = next(iter(config['runs'].values()))['model']
-            kwargs['img_size'] = config['image_size']
-        given = {}
-        for argument in itertools.takewhile(lambda a: not a.startswith('--'), after(arguments, '--model-kwargs')):
-            key, equals, value = argument.partition('=')
-            if equals and key.isidentifier():
-                try:
-                    given[key] = ast.literal_eval(value)
-                except (SyntaxError, ValueError):
-                    given[key] = value
-        kwargs = given or kwargs
+            name, kwargs['img_size'] = next(iter(config['runs'].values()))['model'], config['image_size']
+        kwargs = dict(given.model_kwargs or kwargs)
         overlay = kwargs.pop('pretrained_cfg_overlay', None) or {}
         kwargs.pop('pretrained', None)
-        num_classes = overlay.get('num_classes') or option(arguments, '--num-classes')
+        num_classes = overlay.get('num_classes') or given.num_classes
         if num_classes:
-            kwargs['num_classes'] = int(num_classes)
-        return model, kwargs, overlay
+            kwargs['num_classes'] = num_classes
+        return Model(name, kwargs, overlay)
 
     def shorten(self, arguments: List[str], rule: Rule) -> List[str]:
         arguments = [*arguments, *rule.shorten.split()]
@@ -321,9 +307,8 @@ class Workplace:
             recipe = yaml.safe_load((self.folder / arguments[3]).read_text())
             arguments += ['--runs', next(iter(recipe['runs']))]
         if '--pretrained' in arguments:
-            config = option(arguments, '--config')
-            model = option(arguments, '--model') or yaml.safe_load((self.folder / config).read_text())['model']
-            if not any('pretrained_cfg_overlay' in a for a in arguments) and not comes_with_a_file(model, {}):
+            model = self.model_of(arguments)
+            if 'file' not in model.overlay and not comes_with_a_file(model.name, {}):
                 arguments.remove('--pretrained')  # there is no network
         return arguments
 
