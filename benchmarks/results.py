@@ -13,8 +13,6 @@ import statistics
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterable, List, Optional, Sequence
 
-from matplotlib.figure import Figure
-
 from .compare.recipe import Recipe
 
 __all__ = ['mean_and_deviation', 'report', 'table', 'write_parts', 'write_text']
@@ -105,6 +103,8 @@ def _rows(results: Results) -> List[Dict[str, Any]]:
 
 
 def _learning_curves(results: Results, output: Path) -> None:
+    from matplotlib.figure import Figure  # not needed to train or to validate
+
     figure = Figure(figsize=(8.4, 4.2), layout='constrained')
     axes = figure.subplots()
     for i, (label, result) in enumerate(results.items()):

@@ -170,6 +170,19 @@ class TestAdvance:
         assert torch.equal(output, evaluated(x))
         assert balance_loss(mlp) == 0.
 
+    def test_a_workspace_may_be_frozen_between_forwards_that_train_it(self):
+        layer = make_workspace()
+        x = layer(tokens())
+        with torch.no_grad():
+            layer.requires_grad_(False)(tokens())
+        assert balance_loss(layer.requires_grad_(True)).requires_grad
+        layer.requires_grad_(False)(x)
+        layer.requires_grad_(True)(x)
+        loss = balance_loss(layer)
+        alone = make_workspace()
+        alone(x.detach())
+        torch.testing.assert_close(loss, balance_loss(alone))
+
 
 class TestStoredMemory:
 
@@ -536,6 +549,15 @@ class TestCompile:
                 (run(x).square().sum() + balance_loss(layer)).backward()
                 sgd(layer, lr=0.01).step()
             assert_same(*([*(p.grad for p in layer.parameters()), layer.memory] for layer in layers))
+
+    def test_evaluation_sees_the_memory_change(self):
+        layer = make_workspace().eval()
+        run = torch.compile(layer, backend='aot_eager', fullgraph=True)
+        x = tokens()
+        with torch.no_grad():
+            run(x)
+            layer.memory.copy_(torch.eye(8, 16))
+            torch.testing.assert_close(run(x), layer(x))
 
 
 class TestPrecision:

@@ -53,7 +53,10 @@ class TestForward:
         expected = naive.read(
             layer.norm(x).view(-1, 24), layer.attractors(F.normalize(layer.memory, dim=-1)), 2., retrieval_steps,
             x.view(-1, 24) if gated else None, layer.gate)
-        torch.testing.assert_close(layer(x), expected.view(x.shape), atol=1e-5, rtol=1e-5)
+        output = layer(x)
+        torch.testing.assert_close(output, expected.view(x.shape), atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            assert torch.equal(layer(x), output)
 
     def test_a_fresh_gated_layer_is_the_identity(self):
         layer = GlobalWorkspace(24, gated=True)

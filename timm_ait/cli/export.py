@@ -249,5 +249,5 @@ def _load_pretrained(args: argparse.Namespace) -> nn.Module:
     is_folder = (args.checkpoint / 'config.json').is_file()
     problem = 'cannot be loaded' if is_folder else 'is no file, folder in Hub layout or pretrained model'
     with _blame(f'CHECKPOINT {args.checkpoint} {problem}'):
-        name = f'local-dir:{args.checkpoint}' if is_folder else str(args.checkpoint)
+        name = f'local-dir:{args.checkpoint}' if is_folder else args.checkpoint.as_posix()
         return create_model(name, pretrained=True, **(args.model_kwargs or {}))

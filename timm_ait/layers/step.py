@@ -30,7 +30,7 @@ class StepwiseMemory(nn.Module):
     wrapper_group: Optional[Any] = None  # ranks of DDP or FSDP
 
     def __init__(self, process_group: Optional[Any] = None) -> None:
-        """Of the ranks that train the layer together, if named; see `ranks.ranks_of`."""
+        """`process_group` has the ranks that train the layer together, if they are named; see `ranks.ranks_of`."""
         super().__init__()
         self.process_group = process_group
         register_workspace(self)

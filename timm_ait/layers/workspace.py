@@ -191,8 +191,9 @@ class GlobalWorkspace(StepwiseMemory):
         self.memory.copy_(project_memory(memory, self.memory_update))
         self.end_step()
 
-    # called by timm's ViT initialisation, which would otherwise leave its own in the projections
-    init_weights = reset_parameters
+    def init_weights(self) -> None:
+        """Called by timm's ViT initialisation, which would otherwise leave its own in the projections."""
+        self.reset_parameters()
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Write (in training) and read.
@@ -237,7 +238,8 @@ class GlobalWorkspace(StepwiseMemory):
         write_modules = (self.q, self.k, self.v, self.proj, self.slot_norm)
         is_trained = [parameter.requires_grad for module in write_modules for parameter in module.parameters()]
         if is_trained and not any(is_trained):
-            self.balance = None
+            if torch.is_grad_enabled():
+                self.balance = self._balance_node = None
             return self._read(x)
         self.check_it_can_write(x, token_mask, has_parameters=bool(is_trained))
 

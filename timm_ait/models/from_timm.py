@@ -159,11 +159,12 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Apply the filter of the body, by timm's convention in the module of its class, and add fresh gated workspaces.
+    """Apply the filter of the body, which timm has in the module of its class, and add fresh gated workspaces.
 
     A state dict with any workspace gets none, and so must have all of them.
     """
-    filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    filters = [getattr(sys.modules[cls.__module__], 'checkpoint_filter_fn', None) for cls in type(model).__mro__]
+    filter_fn = next((f for f in filters if f not in (None, checkpoint_filter_fn)), None)
     if filter_fn is not None:
         state_dict = filter_fn(state_dict, model)
     if any('.workspace.' in key for key in state_dict):

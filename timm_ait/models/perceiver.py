@@ -57,7 +57,7 @@ class PerceiverEncoder(MasklessBlock):
     """
 
     def __init__(self, dim: int, num_heads: int, depth: int, num_latents: int, num_iterations: int, **kwargs) -> None:
-        """As `Perceiver` and, the others, as timm's `Block`."""
+        """As `Perceiver`; other arguments as timm's `Block`, of which `device` and `dtype` are needed."""
         super().__init__()
         self.grad_checkpointing = False
         self.num_iterations = num_iterations
