@@ -204,7 +204,7 @@ class TestMistakes:
         refused('weights alone' if content in ('text', 'code') else 'CHECKPOINT', checkpoint, *TRAINED)
 
     @pytest.mark.parametrize('name, message', [
-        ('nowhere', 'it does not exist'), ('.', 'names for'), ('last.pth.tar', '--data-dir')])
+        ('nowhere', 'it does not exist'), ('.', '--data-dir'), ('last.pth.tar', '--data-dir')])
     def test_of_the_data_set(self, refused, checkpoint, tmp_path, name, message):
         refused(message, checkpoint, *TRAINED, '--data-dir', tmp_path / name)
 
