@@ -227,14 +227,14 @@ class TestMistakes:
         assert f'--out {out}, nothing was written' in error_of('export', checkpoint, '--out', out, *TRAINED, '--no-ema')
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
-    @pytest.mark.parametrize('package', ['onnx', 'onnxscript'])
-    def test_a_missing_package_is_named(self, checkpoint, tmp_path, package):
-        # in a process of its own: where torch.onnx has exported before, it no longer imports them
-        code = f'import sys; sys.modules[{package!r}] = None; from timm_ait.__main__ import main; main(sys.argv[1:])'
+    def test_a_missing_package_is_named(self, checkpoint, tmp_path):
+        # in a process of its own: where torch.onnx has exported before, it no longer imports it
+        code = 'import sys; sys.modules["onnxscript"] = None; from timm_ait.__main__ import main; main(sys.argv[1:])'
         arguments = ['export', checkpoint, '--out', tmp_path / 'out', *TRAINED, '--onnx']
         result = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True)
         error = result.stderr.splitlines()[-1]
-        assert result.returncode == 2 and f'--out {tmp_path / "out"}, nothing was written' in error and package in error
+        assert result.returncode == 2 and 'onnxscript' in error
+        assert f'--out {tmp_path / "out"}, nothing was written' in error
         assert not (tmp_path / 'out').exists()
 
     def test_questions_have_no_onnx(self, refused, train):
