@@ -193,15 +193,15 @@ class TestMistakes:
     def test_of_the_model(self, refused, checkpoint, argument, options):
         refused(argument, checkpoint, *options)
 
-    @pytest.mark.parametrize('content', ['text', 'half', 'list', 'empty', 'code'])
+    @pytest.mark.parametrize('content', ['text', 'hi', '', 'half', 'list', 'empty', 'code'])
     def test_of_the_checkpoint(self, refused, checkpoint, content):
-        if content == 'text':
+        if content in ('text', 'hi', ''):
             checkpoint.write_text(content)
         elif content == 'half':
             checkpoint.write_bytes(checkpoint.read_bytes()[:checkpoint.stat().st_size // 2])
         else:
             torch.save({'list': [1], 'empty': {}, 'code': os.getcwd}[content], checkpoint)
-        refused('weights alone' if content in ('text', 'code') else 'CHECKPOINT', checkpoint, *TRAINED)
+        refused('weights alone' if content in ('text', 'hi', '', 'code') else 'CHECKPOINT', checkpoint, *TRAINED)
 
     @pytest.mark.parametrize('name, message', [
         ('nowhere', 'it does not exist'), ('.', '--data-dir'), ('last.pth.tar', '--data-dir')])

@@ -234,7 +234,7 @@ def _training_args(file: Path) -> Dict[str, Any]:
         # a pickle: torch's reader of tensors alone, also timm's default, runs no code in it
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location='meta', weights_only=True)
-    except (IndexError, pickle.UnpicklingError) as e:
+    except (EOFError, LookupError, pickle.UnpicklingError) as e:  # text is read as a pickle, too
         raise ValueError('it is not a file of weights alone; what else a pickle holds could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
