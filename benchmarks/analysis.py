@@ -242,7 +242,6 @@ def attractor_table(shipped: Dict[str, Measured]) -> str:
                 'fixed points': number(figures.get('num_fixed_points', math.nan)),
                 'steps': number(figures.get('steps', math.nan)),
                 'distance': percent(figures.get('distance', math.nan), 0),
-                'energy rises': percent(figures.get('energy_rises', math.nan)),
             })
     return table(rows[0], [row.values() for row in rows])
 

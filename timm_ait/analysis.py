@@ -21,11 +21,6 @@ from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import slot_statistics
 
-__all__ = [
-    'analyse', 'attractors', 'collect_tokens', 'competition', 'fixed_points', 'observed', 'read_shares', 'read_weights',
-    'retrieval', 'workspaces', 'write_attention',
-]
-
 
 def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
     """Workspaces of a model by module name, in the order of its layers.
@@ -219,7 +214,6 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
 
     Returns:
         'effective_slots': Mean over tokens of exp(entropy of the read weights), 1 to M.
-        'energy_rises': Share of tokens whose energy (`naive.energy`) a step raises, beyond rounding: 0 in theory.
         'converged': Share of tokens that reach a fixed point within 100 steps.
         'steps': Mean steps to it, of those.
         'distance': Mean distance to it, relative to the norm of the token.
@@ -227,9 +221,6 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
     """
     stored, beta = attractors(workspace), workspace.beta
     tokens = tokens.flatten(0, -2).float()
-    weights = read_weights(workspace, tokens)
-    before = naive.energy(tokens, stored, beta)
-    after = naive.energy(weights @ stored, stored, beta)
     starts = tokens[::math.ceil(len(tokens) / 2048)]
     ends, steps = fixed_points(starts, stored, beta)
     num_distinct, left = 0, ends
@@ -237,8 +228,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
         left = left[(left - left[0]).norm(dim=-1) > 0.01 * stored.norm(dim=-1).max()]
         num_distinct += 1
     return {
-        'effective_slots': float(torch.special.entr(weights).sum(dim=-1).exp().mean()),
-        'energy_rises': float((after > before + 1e-5 * before.abs().clamp_min(1.)).double().mean()),
+        'effective_slots': float(torch.special.entr(read_weights(workspace, tokens)).sum(dim=-1).exp().mean()),
         'converged': float((~steps.isnan()).double().mean()),
         'steps': float(steps.nanmean()),
         'distance': float(((ends - starts).norm(dim=-1) / starts.norm(dim=-1)).mean()),

@@ -38,8 +38,7 @@ from timm_ait.cli.explain import (
     select_slots,
     smooth,
 )
-from timm_ait.cli.images import load_image, load_model
-from timm_ait.cli.labels import class_names
+from timm_ait.cli.images import class_names, load_image, load_model
 from timm_ait.cli.sheet import fit
 from timm_ait.data.sort_of_clevr import ANSWERS, COLOURS, answer_tables, draw, encode_questions, scenes
 from timm_ait.weights import weights_dir

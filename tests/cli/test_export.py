@@ -17,7 +17,7 @@ from timm.utils import CheckpointSaver
 
 from timm_ait.__main__ import main
 from timm_ait.cli.export import export
-from timm_ait.cli.labels import class_names
+from timm_ait.cli.images import class_names
 from timm_ait.weights import weights_dir
 
 SMALLEST = 'ait_tiny_hybrid_75.sort_of_clevr'

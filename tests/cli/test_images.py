@@ -3,7 +3,9 @@ import os
 import pytest
 from PIL import Image
 
-from timm_ait.cli.images import MAX_ASPECT_RATIO, MAX_PIXELS, find_images, load_image
+import timm
+
+from timm_ait.cli.images import MAX_ASPECT_RATIO, MAX_PIXELS, class_names, find_images, load_image
 
 
 def files_of(folder):
@@ -70,16 +72,12 @@ class TestLoadImage:
         image = load_image(tmp_path / f'gray.{suffix}')
         assert [image.getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
 
-    @pytest.mark.parametrize('damage', ['EXIF', 'LZW'])
-    def test_nothing_is_written_beside_the_error(self, tmp_path, damage, capfd, recwarn):
-        # Pillow warns of the one, its libtiff writes of the other
-        file = tmp_path / 'image.tif'
-        Image.radial_gradient('L').save(file, compression='tiff_lzw')
-        content = file.read_bytes()
-        file.write_bytes(content[:-8] if damage == 'EXIF' else content[:5000] + bytes(200) + content[5200:])
+    def test_an_error_comes_without_pillows_warning(self, tmp_path, recwarn):
+        Image.new('L', (5, 4)).save(tmp_path / 'whole.tif')
+        (tmp_path / 'cut.tif').write_bytes((tmp_path / 'whole.tif').read_bytes()[:-8])
         with pytest.raises((OSError, ValueError)):
-            load_image(file)
-        assert capfd.readouterr().err == '' and not recwarn.list
+            load_image(tmp_path / 'cut.tif')
+        assert not recwarn.list
 
     @pytest.mark.parametrize('mode, suffix, message', [
         ('I', 'tif', 'mode'), ('F', 'tif', 'mode'), ('L', 'eps', 'PostScript')])
@@ -113,3 +111,25 @@ class TestLoadImage:
         (tmp_path / 'image.ppm').write_bytes(b'P6 %d %d 255\n' % (width, height))  # and no pixels
         with pytest.raises(Exception, match='pixels'):
             load_image(tmp_path / 'image.ppm')
+
+
+def model_with(num_classes, **cfg):
+    return timm.create_model('test_ait', num_classes=num_classes, pretrained_cfg_overlay=cfg)
+
+
+class TestClassNames:
+
+    @pytest.mark.parametrize('label_names', [['cat', 'dog'], {'0': 'cat', '1': 'dog'}])
+    def test_from_the_config(self, label_names):
+        model = model_with(2, label_names=label_names, label_descriptions={'cat': 'tom', 'dog': 'rex'})
+        assert class_names(model) == (['cat', 'dog'], ['tom', 'rex'])
+
+    @pytest.mark.parametrize('num_classes', [1, 3])
+    def test_names_of_another_number_of_classes_are_not_used(self, num_classes):
+        names = class_names(model_with(num_classes, label_names=['cat', 'dog']))[0]
+        assert names == [str(i) for i in range(num_classes)]
+
+    def test_imagenet_classes(self):
+        names, descriptions = class_names(model_with(1000))
+        assert names[0] == 'n01440764'
+        assert descriptions[0].startswith('tench')

@@ -12,8 +12,7 @@ import timm
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_ait.__main__ import main
-from timm_ait.cli.images import find_images
-from timm_ait.cli.labels import class_names
+from timm_ait.cli.images import class_names, find_images
 
 EXAMPLES = Path(__file__).parents[2] / 'examples' / 'images' / 'cifar10'
 
@@ -55,35 +54,11 @@ class TestPredict:
         assert '\\udcff.png' in capsys.readouterr().out
 
 
-class TestAccuracy:
-
-    def test_share_of_the_labelled_images(self, capsys, model, images, tmp_path):
-        _, document, _ = predict_json(capsys, images, '--model', model)
-        first, second = (image['predictions'][0]['name'] for image in document['images'][:2])
-        other = 'cat' if second == 'dog' else 'dog'
-        labels = tmp_path / 'labels.csv'
-        labels.write_text(f'file,label\nimages/a.jpg,{first}\nimages/b.png,{other}\n')
-        code, document, _ = predict_json(capsys, images, '--model', model, '--labels', labels)
-        assert code == 0
-        assert document['accuracy'] == 0.5
-        assert [image['correct'] for image in document['images']] == [True, False, None]
-        assert document['images'][1]['label']['name'] == other
-
-        predict(images, '--model', model, '--labels', labels)
-        lines = capsys.readouterr().out.splitlines()
-        assert '  right' in lines[0] and f'  wrong (is {other})' in lines[1]
-        assert lines[-1] == 'top-1 accuracy 50.0% (1 of 2 labelled images)'
-
-    def test_labels_of_other_images(self, error_of, model, images, tmp_path):
-        (tmp_path / 'labels.csv').write_text('file,label\na.jpg,cat\n')
-        assert '--labels' in error_of('predict', images, '--model', model, '--labels', tmp_path / 'labels.csv')
-
-
 class TestSheet:
 
     def test_is_written(self, model, tmp_path):
         sheet = tmp_path / 'sheet.png'
-        assert predict(EXAMPLES, '--model', model, '--labels', EXAMPLES / 'labels.csv', '--sheet', sheet) == 0
+        assert predict(EXAMPLES, '--model', model, '--sheet', sheet) == 0
         assert Image.open(sheet).format == 'PNG'
         assert list(tmp_path.iterdir()) == [sheet]
 

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import subprocess
@@ -7,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from timm_ait.__main__ import main
-from timm_ait.cli.labels import read_labels
 
 REPO = Path(__file__).parents[2]
 EXAMPLES = REPO / 'examples' / 'images' / 'cifar10'
@@ -101,12 +101,17 @@ torch.distributed.destroy_process_group()
 class TestTimmScripts:
 
     def test_validate_measures_the_accuracy_that_predict_does(self, capsys, model, tmp_path):
-        for file, label in read_labels(EXAMPLES / 'labels.csv').items():
+        with open(EXAMPLES / 'labels.csv') as file:
+            labels = {row['file']: row['label'] for row in csv.DictReader(file)}
+        for name, label in labels.items():
             (tmp_path / 'data' / label).mkdir(parents=True, exist_ok=True)
-            (tmp_path / 'data' / label / file.name).symlink_to(file)
+            (tmp_path / 'data' / label / name).symlink_to(EXAMPLES / name)
 
-        main(['predict', str(EXAMPLES), '--model', model, '--labels', str(EXAMPLES / 'labels.csv'), '--json'])
-        accuracy = json.loads(capsys.readouterr().out)['accuracy']
+        main(['predict', str(EXAMPLES), '--model', model, '--json'])
+        predicted = {
+            Path(image['file']).name: image['predictions'][0]['name']
+            for image in json.loads(capsys.readouterr().out)['images']}
+        accuracy = sum(predicted[name] == label for name, label in labels.items()) / len(labels)
         result = run(
             SCRIPTS / 'validate.py', '--data-dir', tmp_path / 'data', '--model', model, '--device', 'cpu',
             '--workers', '1', '--results-file', tmp_path / 'results.json', '--results-format', 'json')

@@ -18,8 +18,7 @@ from timm_ait.analysis import analyse, collect_tokens, read_weights, workspaces,
 from timm_ait.ops.workspace import num_kept
 
 from . import integer, output_folder, quietly, staged
-from .images import add_arguments, each_file, find_images, image_classifier, load_model
-from .labels import class_names
+from .images import add_arguments, class_names, each_file, find_images, image_classifier, load_model
 from .sheet import Tile, contact_sheet, fit
 
 _PANEL = 208  # pixels

@@ -17,6 +17,7 @@ import torch.nn as nn
 from timm.data import create_dataset, infer_imagenet_subset, resolve_model_data_config
 from timm.models import create_model, load_checkpoint, save_for_hf
 from timm.utils import ParseKwargs
+from timm.utils.onnx import onnx_export
 
 from timm_ait.layers import GlobalWorkspace
 
@@ -103,26 +104,16 @@ def write_onnx(model: nn.Module, file: Path) -> None:
     Its input is `image` (B, C, H, W), its output `logits` (B, num_classes). If onnxruntime is installed, its logits are
     compared with the model's, and an AssertionError raised where they differ. The model is converted in place.
     """
-    model = model.float().eval()
-    images = torch.randn(3, *resolve_model_data_config(model)['input_size'])
-    torch.onnx.export(
-        model,
-        (images[:2],),
+    onnx_export(
+        model.float(),
         str(file),
-        dynamo=True,
-        external_data=False,
+        batch_size=2,
+        input_size=resolve_model_data_config(model)['input_size'],
+        use_dynamo=True,
         input_names=['image'],
         output_names=['logits'],
-        dynamic_shapes=({0: torch.export.Dim('batch')},),
-        verbose=False,
+        check_forward=importlib.util.find_spec('onnxruntime') is not None,
     )
-    if importlib.util.find_spec('onnxruntime'):
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
-        for batch in (images, images[:1]):
-            logits = torch.from_numpy(session.run(['logits'], {'image': batch.numpy()})[0])
-            torch.testing.assert_close(logits, model(batch), rtol=1e-3, atol=1e-4)
 
 
 def _assignment(text: str) -> str:

@@ -1,4 +1,4 @@
-""" Reading of image files and models for the commands. """
+""" Images, models and the names of their classes, for the commands. """
 import argparse
 import contextlib
 import os
@@ -13,7 +13,7 @@ import torch.nn as nn
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.models import create_model
 
 from . import one_line
@@ -28,7 +28,9 @@ _PHOTOGRAPHS = set('.heic .heif .hif .avif .jxl .jp2 .webp .raw .dng .cr2 .cr3 .
 def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
     """Arguments for `find_images` and `load_model`."""
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE',
-                        help='image, or folder to search for images; hidden files are left out')
+                        help='image, or folder to search for images, hidden files left out; of at most '
+                             f'{MAX_PIXELS // 10 ** 6} million pixels, no side more than {MAX_ASPECT_RATIO} times the '
+                             'other')
     parser.add_argument('--model', default='ait_small', metavar='NAME',
                         help=f'{models}: a timm model, hf-hub:<user>/<model> or local-dir:<folder> '
                              '(default: %(default)s)')
@@ -76,20 +78,6 @@ def _search(root: Path, extensions: Set[str]) -> List[Path]:
     return sorted(found)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress warnings, and what Pillow's C libraries write to standard error."""
-    with warnings.catch_warnings(), open(os.devnull, 'wb') as nowhere:
-        warnings.simplefilter('ignore')
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
 def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
     """Read the first frame of an image, turned upright by its EXIF orientation; of 16-bit images the upper 8 bits.
 
@@ -98,7 +86,8 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
             32-bit pixels, whose range is unknown.
         Exception: Any error of Pillow on a damaged file.
     """
-    with _quiet(), Image.open(file) as image:
+    with warnings.catch_warnings(), Image.open(file) as image:
+        warnings.simplefilter('ignore')  # what Pillow warns of is raised, or does not matter
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ValueError(f'{width} x {height} pixels are more than {MAX_PIXELS // 10 ** 6} million')
@@ -116,6 +105,26 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
         elif image.mode in ('I', 'F'):
             raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
         return image if image.mode == mode else image.convert(mode)
+
+
+def class_names(model: nn.Module) -> Tuple[List[str], List[str]]:
+    """Names and descriptions of a classifier's classes, each of length num_classes.
+
+    As in timm's inference.py they come from the model's config, else from the ImageNet subset with that many classes. A
+    list of names of another length is ignored. A class without a name is named by its index, and one without a
+    description is described by its name.
+    """
+    names = model.pretrained_cfg.get('label_names') or ()
+    descriptions = model.pretrained_cfg.get('label_descriptions') or {}
+    subset = infer_imagenet_subset(model)
+    if not names and subset:
+        info = ImageNetInfo(subset)
+        names, descriptions = info.label_names(), info.label_descriptions(as_dict=True)
+    if not isinstance(names, dict):
+        names = dict(enumerate(names)) if len(names) == model.num_classes else {}
+    by_index = {int(index): name for index, name in names.items()}  # JSON has strings for keys
+    names = [by_index.get(index, str(index)) for index in range(model.num_classes)]
+    return names, [descriptions.get(name, name) for name in names]
 
 
 def image_classifier(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, torch.Tensor, torch.Tensor]]:

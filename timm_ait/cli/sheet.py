@@ -2,9 +2,9 @@
 from argparse import ArgumentTypeError
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence
+from typing import NamedTuple, Sequence
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from . import output_folder
 
@@ -12,11 +12,10 @@ _MARGIN, _LINE = 8, 18  # pixels
 
 
 class Tile(NamedTuple):
-    """ An image of a contact sheet, the lines under it, the colours of squares before them, and that of its frame. """
+    """ An image of a contact sheet, the lines under it, and the colours of squares before them. """
     image: Image.Image
     lines: Sequence[str]
     squares: Sequence[str] = ()
-    frame: Optional[str] = None
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -41,10 +40,8 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], size: int, title: Sequence[str
     for i, text in enumerate(title):
         write(_MARGIN, i * _LINE + 3, text, sheet.width - 2 * _MARGIN)
     for row, height in zip(rows, heights):
-        for i, (image, lines, squares, frame) in enumerate(row):
+        for i, (image, lines, squares) in enumerate(row):
             x, y = i * width + _MARGIN, top + size + 5
-            if frame:
-                image = ImageOps.expand(image, 3, frame)
             sheet.paste(image, (x + (size - image.width) // 2, top + (size - image.height) // 2))
             for text, square in zip_longest(lines, squares):
                 if square:

@@ -26,11 +26,6 @@ import numpy as np
 
 from .sampling import chunks, first_valid, uniforms
 
-__all__ = [
-    'ANSWERS', 'COLOURS', 'IMAGE_SIZE', 'KINDS', 'NUM_TRAIN', 'NUM_VALIDATION', 'QUESTION_DIM', 'Scenes',
-    'SortOfClevr', 'answer_tables', 'ask', 'draw', 'encode_questions', 'scenes', 'write_sort_of_clevr',
-]
-
 IMAGE_SIZE = 75
 NUM_TRAIN = 9_800
 NUM_VALIDATION = 200

@@ -14,8 +14,6 @@ from PIL import Image
 
 from .sampling import chunks, first_valid, uniforms
 
-__all__ = ['IMAGE_SIZE', 'NUM_TRAIN', 'NUM_VALIDATION', 'CLASSES', 'triangles', 'write_triangle']
-
 IMAGE_SIZE = 64
 NUM_TRAIN = 50_000
 NUM_VALIDATION = 10_000

@@ -4,9 +4,8 @@ Each model is timm's ViT of the same name with gated workspaces in its blocks, a
 weights are timm's on the Hub, and the workspaces start as the identity, so the logits are exactly the ViT's until
 fine-tuning opens the gates.
 
-The workspaces are the paper's: 32 slots of 32 and 8 heads, each of which keeps 1/64 of a batch's tokens. As in every
-AiT, training adds the balance loss (weight 1e-2). Its gradient reaches the pretrained body from the first step,
-which made no difference where it was measured (benchmarks/RESULTS.md); `balance_weight=0.` turns it off.
+The gradient of the balance loss reaches the pretrained body from the first step, which made no difference where it was
+measured (benchmarks/RESULTS.md); `balance_weight=0.` turns it off.
 
 Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     `An Image is Worth 16x16 Words` - https://arxiv.org/abs/2010.11929
@@ -24,8 +23,6 @@ from timm_ait.weights import shipped_cfg
 from ._builder import build_vit, cifar_cfg
 from .associative_transformer import AssociativeTransformer, QuestionAssociativeTransformer
 from .from_timm import checkpoint_filter_fn
-
-__all__ = []
 
 
 def _cfgs(*vits: str) -> Dict[str, PretrainedCfg]:

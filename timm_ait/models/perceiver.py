@@ -30,7 +30,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from timm_ait.layers._arguments import check_at_least, check_choice
 from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_masks
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['Perceiver']
@@ -225,26 +225,22 @@ def _create_perceiver(variant: str, pretrained: bool = False, **kwargs) -> Perce
     return build_vit(Perceiver, QuestionPerceiver, checkpoint_filter_fn, variant, pretrained, **kwargs)
 
 
-# 32 px images in 64 patches
-_CIFAR = dict(img_size=32, patch_size=4)
-
-
 @register_model
 def perceiver_small(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver of AiT-Small's size, 3 iterations of 2 blocks, 32 px, patch 4. """
-    model_args = dict(_CIFAR, embed_dim=768, depth=2, num_heads=12, num_iterations=3)
+    model_args = dict(CIFAR_ARGS, embed_dim=768, depth=2, num_heads=12, num_iterations=3)
     return _create_perceiver('perceiver_small', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def perceiver_base(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver of AiT-Base's size, 2 iterations of 12 blocks, 32 px, patch 4. """
-    model_args = dict(_CIFAR, embed_dim=1024, depth=12, num_heads=16, num_iterations=2)
+    model_args = dict(CIFAR_ARGS, embed_dim=1024, depth=12, num_heads=16, num_iterations=2)
     return _create_perceiver('perceiver_base', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def test_perceiver(pretrained: bool = False, **kwargs) -> Perceiver:
     """ Perceiver for unit tests. """
-    model_args = dict(_CIFAR, embed_dim=64, depth=2, num_heads=2, num_latents=8, num_iterations=3)
+    model_args = dict(CIFAR_ARGS, embed_dim=64, depth=2, num_heads=2, num_latents=8, num_iterations=3)
     return _create_perceiver('test_perceiver', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -87,10 +87,8 @@ def _singular_values(matrix: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, 
 @torch.library.custom_op('timm_ait::polar', mutates_args=())
 def _polar(matrix: torch.Tensor) -> torch.Tensor:
     """Polar factor of a wide matrix."""
-    if matrix.device.type != 'cpu':
+    if matrix.device.type != 'cpu' or not matrix.isfinite().all():
         return _polar_by_products(matrix)
-    if not matrix.isfinite().all():
-        return torch.full_like(matrix, float('nan'), memory_format=torch.contiguous_format)
     return _singular_values(matrix)[2].to(matrix.dtype)
 
 
@@ -100,10 +98,8 @@ def _polar_backward(matrix: torch.Tensor, factor: torch.Tensor, grad: torch.Tens
 
     It is U Y U^T X + U diag(1/s) U^T (G - G X^T X), with Y_ij = (U^T (G X^T - X G^T) U)_ij / (s_i + s_j).
     """
-    if matrix.device.type != 'cpu':
+    if matrix.device.type != 'cpu' or not (factor.isfinite().all() and grad.isfinite().all()):
         return _polar_derivative_by_products(matrix, factor, grad)
-    if not (factor.isfinite().all() and grad.isfinite().all()):
-        return torch.full_like(matrix, float('nan'), memory_format=torch.contiguous_format)
     s, u, x = _singular_values(matrix)
     s = s + 10 * torch.finfo(matrix.dtype).eps * s.norm().clamp_min(torch.finfo(s.dtype).tiny)
     g = grad.double()
