@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch.export import Dim
 
-from timm.utils.onnx import onnx_export
-
 from tests.deployment import TOLERANCE, images, make_ait, other_memory
 
 SIZES = {0: 'batch', 2: 'height', 3: 'width'}  # dimensions of images that may change
@@ -20,7 +18,7 @@ def assert_same_logits(path, model, *batches):
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('dynamo', [True, False], ids=['dynamo', 'torchscript'])
+@pytest.mark.parametrize('dynamo', [pytest.param(True, marks=pytest.mark.slow), False], ids=['dynamo', 'torchscript'])
 class TestOnnx:
 
     def test_any_batch_and_image_size(self, tmp_path, dynamo):
@@ -36,10 +34,3 @@ class TestOnnx:
         # and the model is as it was
         assert not model.training and torch.equal(model(images()), expected)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-    @pytest.mark.slow
-    def test_timms_own_export_checks(self, tmp_path, dynamo):
-        model, path = make_ait(gated=True, beta=2., retrieval_steps=2), tmp_path / 'model.onnx'
-        onnx_export(
-            model, str(path), images(), check=True, check_forward=True, use_dynamo=dynamo, input_names=['images'])
-        assert_same_logits(path, model, images(seed=2))
