@@ -9,8 +9,8 @@ from . import integer, quietly, staged
 from .images import add_arguments, class_names, each_file, find_images, image_classifier, load_model
 from .sheet import Tile, contact_sheet, fit, sheet_file
 
-_THUMBNAIL = 128  # pixels
-_MAX_TILES = 1000  # a sheet of about 5000 px square
+_THUMBNAIL = 160  # pixels
+_MAX_TILES = 1000  # a sheet of about 6000 px square
 
 
 def add_parser(commands) -> None:
