@@ -123,7 +123,7 @@ def budget_and_table(folder: Path) -> str:
     most, fewest = (choose((run['seeds'] for run in recipe['runs'].values()), key=len) for choose in (max, min))
     seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
     if len(fewest) < len(most):
-        seeds += ', of which each run had the first of the number that the table gives'
+        seeds += ', a run with n seeds the first n of them'
     return '\n'.join([
         f"{recipe['steps']} steps of {recipe['batch_size']}, {recipe['opt']}, learning rate {recipe['lr']:g}, cosine, "
         f"{recipe['amp_dtype']} training; {seeds}. Images of {recipe['image_size']} px. "

@@ -20,7 +20,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('recipe', type=Path, help='YAML file')
     parser.add_argument('--data-dir', required=True, help='folder of the data set')
     parser.add_argument('--output', required=True, type=Path, help='folder of the results')
-    parser.add_argument('--runs', nargs='+', metavar='LABEL', help="these of the recipe's runs alone")
+    parser.add_argument('--runs', nargs='+', metavar='LABEL', help="only these of the recipe's runs")
     parser.add_argument('--device', default='cpu', help='device to train on (default: %(default)s)')
     parser.add_argument('--compile', action='store_true', help='compile the models for training')
     args, overrides = parser.parse_known_args(argv)

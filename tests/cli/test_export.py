@@ -201,7 +201,7 @@ class TestMistakes:
             checkpoint.write_bytes(checkpoint.read_bytes()[:checkpoint.stat().st_size // 2])
         else:
             torch.save({'list': [1], 'empty': {}, 'code': os.getcwd}[content], checkpoint)
-        refused('weights alone' if content in ('text', 'hi', '', 'code') else 'CHECKPOINT', checkpoint, *TRAINED)
+        refused('more than weights' if content in ('text', 'hi', '', 'code') else 'CHECKPOINT', checkpoint, *TRAINED)
 
     @pytest.mark.parametrize('name, message', [
         ('nowhere', 'it does not exist'), ('.', '--data-dir'), ('last.pth.tar', '--data-dir')])

@@ -364,7 +364,7 @@ class TestBalanceLoss:
         (output + loss).backward()
         layer.zero_grad()
         assert balance_loss(layer) == loss
-        with pytest.warns(UserWarning, match='after the forward'):
+        with pytest.warns(UserWarning, match='after each forward'):
             balance_loss(layer).backward()
         assert all(parameter.grad is None for parameter in layer.parameters())
 
@@ -475,13 +475,14 @@ class TestCheckpointing:
         with pytest.raises(RuntimeError, match='use_reentrant'):
             train(net, lambda x: net(x.requires_grad_()))
 
+    @pytest.mark.filterwarnings('error:The balance loss')
     def test_reentrant_checkpointing_without_balance_loss_is_the_same(self):
         net = Net(REENTRANT, balance_weight=0.)
         assert_same(train(net, lambda x: net(x.requires_grad_())), train(Net(balance_weight=0.)))
 
 
 class Operators(TorchDispatchMode):
-    """Lists the operators that PyTorch runs, but for views."""
+    """Lists the operators that PyTorch runs, except for views."""
 
     def __init__(self):
         super().__init__()

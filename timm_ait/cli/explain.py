@@ -53,7 +53,8 @@ def layer_maps(model: nn.Module, image: torch.Tensor, bottleneck: float) -> List
     Raises:
         ValueError: The model has no workspaces, or its tokens are not a grid.
     """
-    result, found, figures = [], workspaces(model), analyse(model, [image], bottleneck)
+    result, found = [], workspaces(model)
+    figures = analyse(model, [image], bottleneck)
     num_prefix = getattr(model, 'num_prefix_tokens', 0)
     for name, tokens in collect_tokens(model, image).items():
         workspace = found[name]
@@ -136,7 +137,8 @@ def layer_name(layer: LayerMaps) -> str:
 
 def describe(layer: LayerMaps) -> List[Tuple[str, str]]:
     """Names and values of a layer's figures."""
-    figures, rows = layer.figures, []
+    rows = []
+    figures = layer.figures
     if layer.read is not None:
         rows += [
             ('read / residual stream', f'{figures["residual_share"]:.2%}'),

@@ -19,7 +19,7 @@ from timm.models import create_model, load_checkpoint, save_for_hf
 from timm.utils import ParseKwargs
 from timm.utils.onnx import onnx_export
 
-from timm_ait.layers import GlobalWorkspace
+from timm_ait.layers.advance import named_workspaces
 
 from . import integer, one_line, output_folder, quietly, staged
 
@@ -54,9 +54,8 @@ def export(
         ValueError: Some weights are not finite in this precision, or the preprocessing does not fit the model. Nothing
             is written.
     """
-    for module in model.modules():
-        if isinstance(module, GlobalWorkspace):  # averaged weights hold an averaged memory
-            module.memory.copy_(module.stored_memory())
+    for _, workspace in named_workspaces(model):  # averaged weights hold an averaged memory
+        workspace.memory.copy_(workspace.stored_memory())
     model = model.to(dtype)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
@@ -85,7 +84,7 @@ def _complete(config: Dict[str, Any], label_names: Optional[Sequence[str]], fine
     elif own_names is not None:
         label_names = own_names
     elif fine_tuned and infer_imagenet_subset(config):
-        # from their number alone, timm and transformers would take the classes for ImageNet's
+        # by their number, timm and transformers would take the classes for ImageNet's
         label_names = [str(index) for index in range(config['num_classes'])]
     # also at the top level, and transformers would pass both to the model
     config.get('model_args', {}).pop('num_classes', None)
@@ -146,7 +145,7 @@ def add_parser(commands) -> None:
                         help='precision on disk (default: %(default)s)')
     parser.add_argument('--no-ema', action='store_true', help='use the last weights even if there are averaged ones')
     parser.add_argument('--onnx', action='store_true',
-                        help='also write model.onnx, in float32, for images alone; needs the packages onnx and '
+                        help='also write model.onnx, in float32, for models of images; needs the packages onnx and '
                              'onnxscript')
     parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
@@ -222,11 +221,11 @@ def _training_args(file: Path) -> Dict[str, Any]:
     if file.suffix == '.safetensors':
         return {}
     try:
-        # a pickle: torch's reader of tensors alone, also timm's default, runs no code in it
+        # a pickle: torch's weights-only reader, also timm's default, runs no code in it
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location='meta', weights_only=True)
     except (EOFError, LookupError, pickle.UnpicklingError) as e:  # text is read as a pickle, too
-        raise ValueError('it is not a file of weights alone; what else a pickle holds could run code') from e
+        raise ValueError('it holds more than weights, and such pickles are refused, since they could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 

@@ -28,9 +28,8 @@ _PHOTOGRAPHS = set('.heic .heif .hif .avif .jxl .jp2 .webp .raw .dng .cr2 .cr3 .
 def add_arguments(parser: argparse.ArgumentParser, models: str) -> None:
     """Arguments for `find_images` and `load_model`."""
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE',
-                        help='image, or folder to search for images, hidden files left out; of at most '
-                             f'{MAX_PIXELS // 10 ** 6} million pixels, no side more than {MAX_ASPECT_RATIO} times the '
-                             'other')
+                        help=f'image of at most {MAX_PIXELS // 10 ** 6} million pixels, or folder to search for them, '
+                             'where hidden files are left out')
     parser.add_argument('--model', default='ait_small', metavar='NAME',
                         help=f'{models}: a timm model, hf-hub:<user>/<model> or local-dir:<folder> '
                              '(default: %(default)s)')

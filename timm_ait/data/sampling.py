@@ -1,4 +1,4 @@
-""" Random numbers that depend on the seed and a sample's index alone, and the indices of a data set. """
+""" Random numbers that depend only on the seed and a sample's index, and the indices of a data set. """
 from typing import Callable, Iterator, Tuple
 
 import numpy as np

@@ -6,9 +6,9 @@ with the ternary questions and the encoding of the usual implementation.
 An image is 75 x 75, with one object of each colour, a square of 11 pixels or a circle of that diameter. No two objects
 overlap, no centre lies on a middle line, and every object has one nearest and one farthest other.
 
-Question, 18 numbers, zero but for:
+Question, 18 numbers, zero except for:
     0-5    colour of the object asked about, one-hot (order of `COLOURS`)
-    6-11   colour of the second object, one-hot; ternary questions alone
+    6-11   colour of the second object, one-hot; only in ternary questions
     12-14  kind, one-hot (order of `KINDS`)
     15-17  which of the kind's three questions, one-hot:
         non-relational  the object's shape? is it left of the middle? is it above the middle?
@@ -72,7 +72,7 @@ def _propose(numbers: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 
 def scenes(seed: int, indices: np.ndarray) -> Scenes:
-    """Place the objects of the images of indices (n,); each depends on the seed and its own index alone."""
+    """Place the objects of the images of indices (n,); each depends only on the seed and its own index."""
     indices = np.asarray(indices)
     centres = first_valid(seed, indices, 2 * len(COLOURS) * _ATTEMPTS, _propose)
     return Scenes(centres, uniforms(seed, indices, 0, len(COLOURS)) < 0.5)
@@ -94,7 +94,7 @@ def draw(objects: Scenes) -> np.ndarray:
 def encode_questions(first: np.ndarray, second: np.ndarray, kind: np.ndarray, subtype: np.ndarray) -> np.ndarray:
     """Questions (..., 18) uint8 of indices (...) of two `COLOURS`, one of `KINDS` and one of its three questions.
 
-    The second colour counts in ternary questions alone.
+    The second colour counts only in ternary questions.
     """
     objects, of_three = np.eye(len(COLOURS), dtype=np.uint8), np.eye(3, dtype=np.uint8)
     is_ternary = (kind == KINDS.index('ternary'))[..., None].astype(np.uint8)

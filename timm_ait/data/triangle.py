@@ -44,7 +44,7 @@ def _propose(numbers: np.ndarray, equilateral: np.ndarray) -> Tuple[np.ndarray, 
 
 
 def triangles(seed: int, indices: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Generate the samples of indices (n,); each depends on the seed and its own index alone.
+    """Generate the samples of indices (n,); each depends only on the seed and its own index.
 
     Returns:
         Images (n, 64, 64) uint8, 0 and 255; labels (n,) as indices of `CLASSES`; midpoints (n, 3, 2) as x, y in pixels.

@@ -36,7 +36,7 @@ def check_known(names: Iterable[str], known: Set[str], where: str) -> None:
 
 
 def options(cls: type) -> Set[str]:
-    """Arguments of a layer's constructor but for `dim`, `device` and `dtype`."""
+    """Arguments of a layer's constructor except for `dim`, `device` and `dtype`."""
     return inspect.signature(cls).parameters.keys() - {'dim', 'device', 'dtype'}
 
 

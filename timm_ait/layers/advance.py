@@ -100,9 +100,9 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
 
 
 def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
-    """Workspaces of which an optimizer holds parameters, in the order of these, which is that of all ranks.
+    """Workspaces of which an optimizer holds parameters, in the order of these, which is the same on all ranks.
 
-    Looked up once, and again where its parameters are others.
+    Looked up once, and again when the optimizer's parameters have changed.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     identities = [id(parameter) for parameter in parameters]

@@ -14,7 +14,7 @@ _record: ContextVar[Optional[List[torch.Tensor]]] = ContextVar('balance_losses',
 
 
 def _release_after_backward(workspace: nn.Module, loss: torch.Tensor) -> None:
-    """Let a workspace keep the value alone once the gradient of its loss was computed."""
+    """Let a workspace keep only the value once the gradient of its loss was computed."""
     of_workspace, of_loss = weakref.ref(workspace), weakref.ref(loss)
 
     def release(grad: torch.Tensor) -> None:
@@ -27,8 +27,8 @@ def _release_after_backward(workspace: nn.Module, loss: torch.Tensor) -> None:
 
 def _warn_of_a_value(grad: torch.Tensor) -> None:
     warnings.warn(
-        'The balance loss in this backward was a value of an earlier step, without a gradient: call '
-        'balance_loss(model) after the forward that it is to be part of, and before its backward.', stacklevel=2)
+        'The balance loss in this backward is that of an earlier step and has no gradient: call balance_loss(model) '
+        'after each forward, and before its backward.', stacklevel=2)
 
 
 def balance_loss(model: nn.Module) -> torch.Tensor:
@@ -36,9 +36,9 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
 
     In your own training loop, add it to the criterion after each forward; timm's training tasks do so themselves. It is
     zero if no workspace wrote: in evaluation, or where the write is frozen. A workspace that the forward used several
-    times, each use feeding the next, counts with all of them (compiled, or side by side, with the last). The graph is
-    kept until the backward, the next forward, `eval()` or the optimizer's step; from then on the loss is its value
-    alone, and a backward through it warns.
+    times, each use feeding the next, counts with all of them; compiled or parallel uses count with the last. The graph
+    is kept until the backward, the next forward, `eval()` or the optimizer's step; from then on the loss is only its
+    value, and a backward through it warns.
     """
     losses = [
         (workspace, workspace.balance) for _, workspace in named_workspaces(model)
@@ -50,7 +50,8 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
             _release_after_backward(workspace, loss)
     parts = [loss for _, loss in alive or losses]
     total = sum(parts, torch.zeros((), device=parts[0].device if parts else None))
-    if parts and not alive and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    is_weighted = any(workspace.balance_weight for workspace, _ in losses)
+    if is_weighted and not alive and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         total = total.detach().requires_grad_()
         total.register_hook(_warn_of_a_value)
     record = _record.get()

@@ -17,7 +17,15 @@ class PublishedWorkspace(GlobalWorkspace):
     """
 
     def __init__(self, dim: int, bottleneck: Union[int, float] = 512, **kwargs) -> None:
-        """As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`, which are the published ones."""
+        """
+        Args:
+            dim: Token width E.
+            bottleneck: As `GlobalWorkspace`, whose default is a share of the tokens.
+            **kwargs: As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`, which are fixed.
+
+        Raises:
+            ValueError: An argument is out of its range.
+        """
         super().__init__(dim, bottleneck=bottleneck, memory_update='normalize', differentiable_write=False, **kwargs)
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:

@@ -52,8 +52,8 @@ class ProcessGroups:
 def ranks_of(workspace: nn.Module) -> Optional[ProcessGroups]:
     """The ranks that train a workspace together: those of its `process_group`, of DDP, or of FSDP's mesh.
 
-    With a global batch they are, unless known, all there are, as `torch.nn.SyncBatchNorm` has it. None for a workspace
-    that a single process trains.
+    Where none of these is known and the layer has a global batch, all ranks, as in `torch.nn.SyncBatchNorm`. None for a
+    workspace that a single process trains.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None

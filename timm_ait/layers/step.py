@@ -97,7 +97,7 @@ class StepwiseMemory(nn.Module):
         return super().train(mode)
 
     def release_balance(self) -> None:
-        """Keep of the balance loss its value alone."""
+        """Keep only the value of the balance loss."""
         self.balance = None if self.balance is None else self.balance.detach()
         self._balance_node = None
 

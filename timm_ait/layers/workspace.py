@@ -320,6 +320,7 @@ class WorkspaceMlp(Mlp):
         self.workspace = GlobalWorkspace(out_features or in_features, device=device, dtype=dtype, **workspace_kwargs)
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Tokens (..., E) after MLP and workspace, for tokens x (..., E); mask and errors as `GlobalWorkspace`."""
         x = self.fc1(x)
         x = self.act(x)
         x = self.drop1(x)

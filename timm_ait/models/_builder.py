@@ -17,7 +17,7 @@ CIFAR_ARGS = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg
 
 
 def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
-    """Pretrained cfg of a model for 32 px images and 10 classes."""
+    """Pretrained cfg of a model, by default for 32 px images and 10 classes."""
     return {
         'url': url,
         'num_classes': 10,
@@ -110,5 +110,6 @@ class MasklessBlock(nn.Module):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
+        """`update` of the tokens x (B, N, E); a mask raises a ValueError."""
         reject_masks(attn_mask, is_causal)
         return self.update(x)

@@ -59,7 +59,7 @@ class AssociativeBlock(Block):
 
 
 class AttentionFreeBlock(AssociativeBlock):
-    """timm's block without self-attention: tokens communicate through the workspace alone, at linear cost."""
+    """timm's block without self-attention: tokens communicate only through the workspace, at linear cost."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -101,8 +101,8 @@ class AssociativeTransformer(VisionTransformer):
             workspace: If False, plain MLPs without workspaces: a ViT of the same size.
             attention: If False, blocks without self-attention.
             mlp_layer: MLP layer, by default `WorkspaceMlp`, or `Mlp` without workspaces.
-            **kwargs: As `GlobalWorkspace`, its own from `num_slots` on, and as `VisionTransformer` except for its
-                blocks.
+            **kwargs: Arguments of `GlobalWorkspace` (from `num_slots` on) and of `VisionTransformer`, except for
+                `block_fn`.
 
         Raises:
             ValueError: An argument is out of its range.

@@ -24,6 +24,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers._arguments import check_known, options, split_kwargs
+from timm_ait.layers.advance import named_workspaces
 from timm_ait.weights import check_weights
 
 from .associative_transformer import AssociativeBlock
@@ -105,10 +106,9 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         raise TypeError('gated is not an argument of add_workspace: the workspaces that it adds are always gated.')
     check_known(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
     architecture = type(model).__name__
-    for name, module in model.named_modules():
-        if isinstance(module, GlobalWorkspace):
-            raise ValueError(
-                f'{architecture} has a workspace already, {name}: add_workspace needs a model without workspaces.')
+    for name, _ in named_workspaces(model):
+        raise ValueError(
+            f'{architecture} has a workspace already, {name}: add_workspace needs a model without workspaces.')
     mlps = [(name, module) for name, module in model.named_modules() if _BLOCK_MLP.search(name)]
     if not mlps:
         raise ValueError(
@@ -171,8 +171,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         return state_dict
     fresh = {
         f'{name}.{key}': value.clone()
-        for name, module in model.named_modules() if isinstance(module, GlobalWorkspace) and module.gated
-        for key, value in module.state_dict().items()
+        for name, workspace in named_workspaces(model) if workspace.gated
+        for key, value in workspace.state_dict().items()
     }
     return {**state_dict, **fresh}
 

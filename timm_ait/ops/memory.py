@@ -32,7 +32,7 @@ _OF_DERIVATIVE = {
 
 
 def _polar_by_products(matrix: torch.Tensor) -> torch.Tensor:
-    """Polar factor of a wide matrix (M, D), M <= D, by products alone: nothing waits for the device.
+    """Polar factor of a wide matrix (M, D), M <= D, by products only: nothing waits for the device.
 
     In float64 where the device has it. What a matrix lacks to full rank is taken from cosines.
     """

@@ -6,7 +6,6 @@ and are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
 """
-import math
 from fractions import Fraction
 from typing import NamedTuple, Optional, Tuple, Union
 
@@ -155,13 +154,3 @@ def read(
     for _ in range(num_steps):
         state = retrieve(state, attractors, beta)
     return (tokens if residual is None else residual) + (state if gate is None else gate * state)
-
-
-def energy(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.) -> torch.Tensor:
-    """Energy of each token, (T,); a retrieval step never raises it."""
-    return (
-        -torch.logsumexp(beta * state @ attractors.T, dim=-1) / beta
-        + 0.5 * state.square().sum(dim=-1)
-        + math.log(len(attractors)) / beta
-        + 0.5 * attractors.square().sum(dim=-1).max()
-    )

@@ -70,7 +70,7 @@ def _balance(
         token_mask: Optional[torch.Tensor],
         ranks: Optional[Any],
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Union[int, torch.Tensor]]:
-    """What `naive.balance_loss` is made of, from the weights and tokens of the selections alone, both (A, M * k).
+    """What `naive.balance_loss` is made of, only from the weights and tokens of the selections, both (A, M * k).
 
     Returns:
         Sums of squared deviations of this rank's tokens in importance and load, (2, A); what to divide them by for
