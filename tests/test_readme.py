@@ -64,7 +64,9 @@ RULES = {
         shorten='--steps 1 --seeds 0 --batch-size 8 --opt adamw --opt-kwargs {} --amp-dtype float32'),
     r'python -m benchmarks\.validate': Rule(),
     r'python examples/on_device/train_on_device\.py ': Rule(
-        shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1', slow=True),
+        shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1 --opt adamw --opt-kwargs '
+                '--amp-dtype float32',
+        slow=True),
     r'python -m pytest': Rule(skip='is how this runs'),
     r'(python|torchrun( -\S+)*) train.py ': Rule(
         shorten='--epochs 1 --batch-size 8 --validation-batch-size 8 --workers 0', slow=True, scripts=True),
@@ -133,12 +135,12 @@ def commands_of(text: str) -> List[str]:
 def markdown_files() -> List[Path]:
     cards = sorted((ROOT / 'weights').glob('*/README.md'))
     pages = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'examples' / 'space' / 'README.md']
-    return [*cards, *pages, *sorted((ROOT / 'docs').glob('*.md'))]
+    return [*cards, *pages, *sorted((ROOT / 'docs').glob('*.md')), *sorted((ROOT / 'benchmarks').glob('*.md'))]
 
 
 def all_snippets() -> List[Snippet]:
     snippets = []
-    for file in sorted((ROOT / 'examples').glob('*.yaml')):
+    for file in sorted((ROOT / 'examples').rglob('*.yaml')):
         snippets += snippets_of_recipe(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
     for file in markdown_files():
         snippets += snippets_of_markdown(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
@@ -429,7 +431,7 @@ def test_options_in_prose(snippet, workplace, monkeypatch, capfd):
 
 def test_every_document_has_something_to_run():
     documents = {snippet.document for snippet in all_snippets()}
-    files = [*(ROOT / 'examples').glob('*.yaml'), *markdown_files()]
+    files = [*(ROOT / 'examples').rglob('*.yaml'), *markdown_files()]
     assert documents == {file.relative_to(ROOT).as_posix() for file in files}
 
 
