@@ -46,7 +46,7 @@ class Rule(NamedTuple):
 
 # the first that is found at the beginning of a command
 RULES = {
-    r'python -m venv|pip |python -m pip |ruff ': Rule(skip='what .ci/run does, with a network'),
+    r'python -m venv|\. \.venv/bin/activate|pip |python -m pip |ruff ': Rule(skip='what .ci/run does, with a network'),
     r'git clone |cd ': Rule(skip='prepares a machine'),
     r'hf auth ': Rule(skip='needs an account'),
     r'hf |python benchmarks/|python -m benchmarks\.(?!compare|validate)': Rule(run=False),  # an account, or minutes
