@@ -240,7 +240,6 @@ def attractor_table(shipped: Dict[str, Measured]) -> str:
                 'back after noise': percent(back['1'][NOISES.index(1.)], 0),
                 'least β for all': next((beta for beta in back if back[beta][0] > 0.999), f'more than {max(BETAS):g}'),
                 'fixed points': number(figures.get('num_fixed_points', math.nan)),
-                'steps': number(figures.get('steps', math.nan)),
                 'distance': percent(figures.get('distance', math.nan), 0),
             })
     return table(rows[0], [row.values() for row in rows])

@@ -126,7 +126,7 @@ def basins(attractors: torch.Tensor, beta: float, noise: float) -> torch.Tensor:
     directions = torch.randn(NUM_TRIALS, num_slots, num_slots, generator=torch.Generator().manual_seed(0))
     directions = F.normalize(directions.to(attractors) @ (attractors - attractors.mean(dim=0)), dim=-1)
     starts = attractors + noise * attractors.norm(dim=-1, keepdim=True) * directions
-    ends = fixed_points(starts.flatten(0, 1), attractors, beta)[0].view_as(starts)
+    ends = fixed_points(starts.flatten(0, 1), attractors, beta).view_as(starts)
     return ((ends - attractors).norm(dim=-1) < reach).float().mean(dim=0)
 
 

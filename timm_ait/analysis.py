@@ -17,6 +17,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from timm.models.eva import EvaBlock
+from timm.models.swin_transformer import SwinTransformerBlock
+
 from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import slot_statistics
@@ -66,7 +69,8 @@ def read_shares(
     Returns:
         By layer, where it reads:
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
-            mean over tokens; nan if the layer is not at the end of a block's MLP.
+            mean over tokens; nan if the layer is not at the end of the MLP of a block like ViT's, EVA's or Swin's,
+            which adds it to the residual stream.
         'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal.
 
     Raises:
@@ -87,7 +91,13 @@ def read_shares(
             shares[name] = {'residual_share': float('nan'), 'constant_share': constant}
 
     def after_block(name: str, block: nn.Module, inputs: Any, output: torch.Tensor):
-        read = block.ls2(reads.pop(name)) if hasattr(block, 'ls2') else reads.pop(name)
+        read = reads.pop(name)
+        if hasattr(block, 'ls2'):
+            read = block.ls2(read)
+        elif getattr(block, 'gamma_2', None) is not None:
+            read = block.gamma_2 * read
+        elif not isinstance(block, (EvaBlock, SwinTransformerBlock)):
+            return
         ratios = read.float().norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-20)
         shares[name]['residual_share'] = float(ratios.mean())
 
@@ -178,33 +188,14 @@ def read_weights(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
-def fixed_points(
-        state: torch.Tensor,
-        attractors: torch.Tensor,
-        beta: float = 1.,
-        max_steps: int = 100,
-        tolerance: float = 1e-3,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Repeat Hopfield retrieval of states (T, E) from attractors (M, E) until it converges.
+def fixed_points(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1., num_steps: int = 100) -> torch.Tensor:
+    """Where repeated Hopfield retrieval takes each state (T, E) from attractors (M, E), (T, E).
 
-    Source: theorem 2 of `Hopfield Networks is All You Need`.
-
-    Args:
-        max_steps: Largest number of steps, at least 1.
-        tolerance: Step length at convergence, relative to the largest norm of an attractor.
-
-    Returns:
-        Final states (T, E), and the number of steps to convergence (T,), nan for states that did not converge.
+    Source: theorem 2 of `Hopfield Networks is All You Need`, by which it converges.
     """
-    limit = tolerance * float(attractors.norm(dim=-1).max())
-    steps = state.new_full(state.shape[:1], float('nan'))
-    for step in range(max_steps):
-        previous, state = state, naive.retrieve(state, attractors, beta)
-        has_converged = (state - previous).norm(dim=-1) <= limit
-        steps = torch.where(steps.isnan() & has_converged, float(step), steps)
-        if not steps.isnan().any():
-            break
-    return state, steps
+    for _ in range(num_steps):
+        state = naive.retrieve(state, attractors, beta)
+    return state
 
 
 def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, float]:
@@ -214,23 +205,19 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
 
     Returns:
         'effective_slots': Mean over tokens of exp(entropy of the read weights), 1 to M.
-        'converged': Share of tokens that reach a fixed point within 100 steps.
-        'steps': Mean steps to it, of those.
-        'distance': Mean distance to it, relative to the norm of the token.
+        'distance': Mean distance to the fixed point, relative to the norm of the token.
         'num_fixed_points': Number of fixed points, those within 1 % of the largest attractor norm counted once.
     """
     stored, beta = attractors(workspace), workspace.beta
     tokens = tokens.flatten(0, -2).float()
     starts = tokens[::math.ceil(len(tokens) / 2048)]
-    ends, steps = fixed_points(starts, stored, beta)
+    ends = fixed_points(starts, stored, beta)
     num_distinct, left = 0, ends
     while len(left):
         left = left[(left - left[0]).norm(dim=-1) > 0.01 * stored.norm(dim=-1).max()]
         num_distinct += 1
     return {
         'effective_slots': float(torch.special.entr(read_weights(workspace, tokens)).sum(dim=-1).exp().mean()),
-        'converged': float((~steps.isnan()).double().mean()),
-        'steps': float(steps.nanmean()),
         'distance': float(((ends - starts).norm(dim=-1) / starts.norm(dim=-1)).mean()),
         'num_fixed_points': float(num_distinct),
     }

@@ -33,7 +33,7 @@ def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) 
     balance, loss = balance_loss(model), result['loss']
     is_added = any(loss is part for part in asked_for) or depends_on(loss, {part.grad_fn for part in asked_for})
     if not is_added:
-        loss = loss + balance
+        loss = loss + balance.to(loss.device)
     step = task._num_balance_losses = getattr(task, '_num_balance_losses', -1) + 1
     if task.verbose and step % _LOG_INTERVAL == 0:  # since train.py reports one figure
         whole, part = float(loss.detach()), float(balance.detach())

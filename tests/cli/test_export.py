@@ -15,7 +15,7 @@ import timm
 from timm.utils import CheckpointSaver
 
 from timm_ait.__main__ import main
-from timm_ait.cli.export import export
+from timm_ait.cli.export import export, write_onnx
 from timm_ait.cli.images import class_names
 from timm_ait.weights import weights_dir
 
@@ -246,6 +246,13 @@ def test_onnx_computes_what_the_model_does_for_any_batch(checkpoint, tmp_path):
         images = torch.randn(batch_size, 3, 32, 32)
         logits = torch.from_numpy(session.run(['logits'], {'image': images.numpy()})[0])
         torch.testing.assert_close(logits, model(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_takes_the_images_of_the_model(tmp_path):
+    write_onnx(timm.create_model('test_ait', img_size=64, in_chans=1), tmp_path / 'model.onnx')
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'))
+    assert session.get_inputs()[0].shape[1:] == [1, 64, 64]
 
 
 class TestTransformers:

@@ -357,6 +357,12 @@ class TestBalanceLoss:
         layer.eval()
         assert balance_loss(layer) == 0.
 
+    def test_is_summed_where_the_first_workspace_is(self):
+        layers = nn.Sequential(make_workspace(), make_workspace())
+        for layer, device in zip(layers, ('meta', 'cpu')):
+            layer.balance = torch.ones((), device=device)
+        assert balance_loss(layers).device.type == 'meta'
+
     def test_has_its_gradient_until_the_backward_and_then_is_its_value(self):
         layer = make_workspace()
         output = layer(tokens()).sum()
@@ -562,6 +568,13 @@ class TestCompile:
 
 
 class TestPrecision:
+
+    @pytest.mark.parametrize('training', [True, False])
+    def test_autocast_leaves_a_float32_residual_as_it_is(self, training):
+        layer, x = make_workspace(gated=True).train(training), tokens()
+        nn.init.zeros_(layer.gate)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(layer(x), x)
 
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     def test_autocast_keeps_the_memory_in_float32(self, dtype):

@@ -1,7 +1,9 @@
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from timm_ait.layers import balance_loss, published_workspace_mlp
 
@@ -58,6 +60,16 @@ class TestPublishedParity:
             torch.testing.assert_close(balance_loss(mlp), step['balance_loss'][0], atol=1e-5, rtol=0)
             torch.testing.assert_close(mlp.workspace.memory, step['memory_after'], atol=1e-5, rtol=0)
             assert mlp.workspace.written is None  # by which an optimizer's step would move it again
+
+    def test_gradient_checkpointing_is_refused(self):
+        mlp = published_workspace_mlp(16, num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=5)
+        output = checkpoint(mlp, torch.randn(2, 9, 16), use_reentrant=False)
+        with pytest.raises(RuntimeError, match='Gradient checkpointing'):
+            output.sum().backward()
+
+    def test_has_one_dtype(self):
+        mlp = published_workspace_mlp(16, num_slots=4, dtype=torch.bfloat16)
+        assert {tensor.dtype for tensor in mlp.state_dict().values()} == {torch.bfloat16}
 
     def test_gradients_and_their_absence(self):
         for mlp, step, x, _ in self.run():

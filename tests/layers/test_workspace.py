@@ -110,6 +110,14 @@ class TestForward:
 
 class TestMemory:
 
+    def test_reset_parameters_forgets_what_was_written(self):
+        layer = make_workspace()
+        layer(torch.randn(4, 9, 24))
+        layer.reset_parameters()
+        memory = layer.memory.clone()
+        advance_memory(layer)
+        assert torch.equal(layer.memory, memory)
+
     @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
     def test_initialisations_have_rows_of_unit_norm_and_differ(self, memory_update):
         normal, uniform, identity = (

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import timm
+from timm.layers import SwiGLU
 
 from tests.layers import written_by
 from tests.models import images, make_model
-from timm_ait import balance_loss, memory_statistics
+from timm_ait import AssociativeTransformer, balance_loss, memory_statistics
 
 make_model = partial(make_model, 'test_ait')
 
@@ -114,6 +115,10 @@ class TestAblations:
     def test_without_workspaces_and_attention_tokens_would_not_meet(self):
         with pytest.raises(ValueError, match='attention.*workspace'):
             make_model(workspace=False, attention=False)
+
+    def test_an_mlp_without_a_workspace_is_named(self):
+        with pytest.raises(ValueError, match='mlp_layer=.*SwiGLU.*workspace=False'):
+            AssociativeTransformer(img_size=32, patch_size=4, embed_dim=64, depth=1, num_heads=2, mlp_layer=SwiGLU)
 
     @pytest.mark.parametrize('name, value', [('qk_norm', True), ('attn_drop_rate', 0.1), ('attn_layer', 'diff')])
     def test_without_attention_its_arguments_are_refused(self, name, value):

@@ -55,3 +55,9 @@ def test_attention_dropout_acts_on_write_and_broadcast(fused):
         assert torch.equal(step(x, memory), step(x, memory))
         layer.train()
         assert not torch.equal(step(x, memory), step(x, memory))
+
+
+@pytest.mark.parametrize('kwargs', [dict(pool_include_prefix=True), dict(global_pool='prr')])
+def test_the_memory_is_not_pooled(kwargs):
+    with pytest.raises(ValueError, match='pool_include_prefix.*prr'):
+        make_model(**kwargs)

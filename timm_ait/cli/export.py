@@ -14,8 +14,8 @@ from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from timm.data import create_dataset, infer_imagenet_subset, resolve_model_data_config
-from timm.models import create_model, load_checkpoint, save_for_hf
+from timm.data import create_dataset, infer_imagenet_subset
+from timm.models import create_model, get_model_input_config, load_checkpoint, save_for_hf
 from timm.utils import ParseKwargs
 from timm.utils.onnx import onnx_export
 
@@ -107,7 +107,7 @@ def write_onnx(model: nn.Module, file: Path) -> None:
         model.float(),
         str(file),
         batch_size=2,
-        input_size=resolve_model_data_config(model)['input_size'],
+        input_size=get_model_input_config(model)['input_size'],
         use_dynamo=True,
         input_names=['image'],
         output_names=['logits'],

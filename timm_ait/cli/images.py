@@ -85,25 +85,26 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
             32-bit pixels, whose range is unknown.
         Exception: Any error of Pillow on a damaged file.
     """
-    with warnings.catch_warnings(), Image.open(file) as image:
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # what Pillow warns of is raised, or does not matter
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f'{width} x {height} pixels are more than {MAX_PIXELS // 10 ** 6} million')
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
-        if image.format == 'EPS':
-            raise ValueError('PostScript is not read, since it is a program that Ghostscript would run')
-        image.load()
-        # errors of damaged EXIF data
-        with contextlib.suppress(SyntaxError, TypeError, ValueError, LookupError, OverflowError, struct.error):
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
-            # Pillow's own conversion clips at 255: the image would be white
-            image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
-        elif image.mode in ('I', 'F'):
-            raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
-        return image if image.mode == mode else image.convert(mode)
+        with Image.open(file) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f'{width} x {height} pixels are more than {MAX_PIXELS // 10 ** 6} million')
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                raise ValueError(f'{width} x {height} pixels, one side is more than {MAX_ASPECT_RATIO} times the other')
+            if image.format == 'EPS':
+                raise ValueError('PostScript is not read, since it is a program that Ghostscript would run')
+            image.load()
+            # errors of damaged EXIF data
+            with contextlib.suppress(SyntaxError, TypeError, ValueError, LookupError, OverflowError, struct.error):
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
+                # Pillow's own conversion clips at 255: the image would be white
+                image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
+            elif image.mode in ('I', 'F'):
+                raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
+            return image if image.mode == mode else image.convert(mode)
 
 
 def class_names(model: nn.Module) -> Tuple[List[str], List[str]]:

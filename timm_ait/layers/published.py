@@ -6,6 +6,8 @@ from typing import Optional, Union
 
 import torch
 
+from timm_ait.ops.graph import is_recomputed
+
 from .workspace import GlobalWorkspace, WorkspaceMlp
 
 
@@ -17,16 +19,19 @@ class PublishedWorkspace(GlobalWorkspace):
     """
 
     def __init__(self, dim: int, bottleneck: Union[int, float] = 512, **kwargs) -> None:
-        """
-        Args:
-            dim: Token width E.
-            bottleneck: As `GlobalWorkspace`, whose default is a share of the tokens.
-            **kwargs: As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`, which are fixed.
+        """As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`, which are fixed as published.
 
         Raises:
             ValueError: An argument is out of its range.
         """
         super().__init__(dim, bottleneck=bottleneck, memory_update='normalize', differentiable_write=False, **kwargs)
+
+    def check_it_can_write(self, x: torch.Tensor, token_mask: Optional[torch.Tensor], has_parameters: bool) -> None:
+        super().check_it_can_write(x, token_mask, has_parameters)
+        if not torch.compiler.is_compiling() and is_recomputed():
+            raise RuntimeError(
+                'Gradient checkpointing does not support the published workspace: its memory has moved since the first '
+                'forward. Train without checkpointing, or use GlobalWorkspace.')
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
         # it averages in place, into the memory that backward has saved for W_Q
@@ -38,11 +43,8 @@ class PublishedWorkspace(GlobalWorkspace):
 def published_workspace_mlp(in_features: int, hidden_features: Optional[int] = None, **kwargs) -> WorkspaceMlp:
     """The MLP and workspace of the published implementation, for tokens of width E = `in_features`.
 
-    The hidden width is E by default; the other arguments are those of `PublishedWorkspace`.
-
-    Raises:
-        ValueError: An argument is out of its range.
+    The hidden width is E by default; other arguments and errors are those of `PublishedWorkspace`.
     """
-    mlp = WorkspaceMlp(in_features, hidden_features)
+    mlp = WorkspaceMlp(in_features, hidden_features, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
     mlp.workspace = PublishedWorkspace(in_features, **kwargs)
     return mlp

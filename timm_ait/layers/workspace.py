@@ -189,6 +189,7 @@ class GlobalWorkspace(StepwiseMemory):
             nn.init.zeros_(self.gate)
         memory = MEMORY_INITS[self.memory_init](torch.empty_like(self.memory, dtype=torch.float32))
         self.memory.copy_(project_memory(memory, self.memory_update))
+        self.written = None
         self.end_step()
 
     def init_weights(self) -> None:
@@ -230,6 +231,10 @@ class GlobalWorkspace(StepwiseMemory):
         tokens = self.norm(x).to(x.dtype).reshape(-1, self.dim)
         attractors = self.attractors(F.normalize(self.memory, dim=-1).to(self.norm.weight.dtype))
         residual = x.reshape(-1, self.dim) if self.gated else None
+        if not torch.jit.is_scripting():
+            if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+                with torch.autocast(x.device.type, enabled=False):  # it would round the residual
+                    return read(tokens, attractors, self.beta, self.retrieval_steps, residual, self.gate).view(x.shape)
         output = read(tokens, attractors, self.beta, self.retrieval_steps, residual, self.gate)
         return output.view(x.shape).to(x.dtype)
 

@@ -22,6 +22,7 @@ from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers._arguments import options, split_kwargs
+from timm_ait.layers.advance import named_workspaces
 from timm_ait.weights import shipped_cfg
 
 from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_masks
@@ -124,6 +125,9 @@ class AssociativeTransformer(VisionTransformer):
         if flat:
             kwargs['global_pool'] = 'avg'  # has its norm in the same place
         super().__init__(block_fn=block_fn, mlp_layer=mlp_layer, **kwargs)
+        if workspace and not named_workspaces(self):
+            raise ValueError(
+                f'mlp_layer={mlp_layer.func!r} has no workspace: derive it from WorkspaceMlp, or use workspace=False.')
         self.norm_layer = get_norm_layer(kwargs.get('norm_layer')) or LayerNorm
         if flat:
             self.reset_classifier(self.num_classes, 'flat')

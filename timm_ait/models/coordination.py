@@ -220,6 +220,9 @@ class Coordination(VisionTransformer):
             return CoordinationBlock(self.num_prefix_tokens, num_slots, slots, **block_kwargs)
 
         super().__init__(block_fn=block_fn, no_embed_class=True, **kwargs)
+        if self.pool_include_prefix:
+            raise ValueError(
+                "pool_include_prefix=True and global_pool='prr' are not supported: prefix tokens hold the memory.")
         memory = LearnedSlots(
             num_slots, slot_dim, self.num_prefix_tokens, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
         self.norm_pre = nn.Sequential(OrderedDict(norm=self.norm_pre, memory=memory))

@@ -70,8 +70,7 @@ class MultiheadAttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Update the set x (B, M, d) with what it reads from the set y (B, N, d)."""
         x = self.norm1(x + self.drop_path1(self.attn(x, y)))
-        x = self.norm2(x + self.drop_path2(self.rff(x)))
-        return x
+        return self.norm2(x + self.drop_path2(self.rff(x)))
 
 
 class InducedSetAttentionBlock(MasklessBlock):
