@@ -16,8 +16,7 @@ from timm_ait.ops.graph import depends_on
 
 _logger = logging.getLogger(__name__)
 
-# steps between two lines in the log, as timm's --log-interval
-_LOG_INTERVAL = 50
+_LOG_INTERVAL = 50  # steps, as timm's --log-interval
 
 
 def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) -> Dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -540,6 +541,14 @@ class TestCompile:
     def test_the_whole_model_without_graph_breaks(self, backend):
         net = Net()
         assert_same(train(net, torch.compile(net, backend=backend, fullgraph=True)), train(Net()))
+
+    def test_several_steps_are_compiled_once(self):
+        layer, counter = make_workspace().train(), CompileCounter()
+        run = torch.compile(layer, backend=counter)
+        for _ in range(3):
+            run(tokens()).sum().backward()
+            sgd(layer).step()
+        assert counter.frame_count == 1
 
     def test_the_whole_model_with_checkpoints(self):
         net = Net(NON_REENTRANT, depth=1)

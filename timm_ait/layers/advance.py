@@ -12,8 +12,7 @@ from timm_ait.ops.memory import project_memory
 
 from .ranks import ranks_of
 
-# forwards that write without the memory moving, before a warning
-_MAX_WRITES = 100
+_MAX_WRITES = 100  # forwards that write without the memory moving, before a warning
 
 _state = globals().setdefault('_state', {  # outlives a reload of this module
     'lock': threading.Lock(),  # of the workspaces

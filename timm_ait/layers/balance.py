@@ -48,9 +48,8 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     if not torch.compiler.is_compiling():
         for workspace, loss in alive:
             _release_after_backward(workspace, loss)
-    parts = [loss for _, loss in alive or losses]
-    device = parts[0].device if parts else None
-    total = sum((loss.to(device) for loss in parts), torch.zeros((), device=device))
+    parts = [loss.to(losses[0][1].device) for _, loss in alive or losses]
+    total = sum(parts, torch.zeros((), device=parts[0].device if parts else None))
     is_weighted = any(workspace.balance_weight for workspace, _ in losses)
     if is_weighted and not alive and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         total = total.detach().requires_grad_()

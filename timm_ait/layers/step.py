@@ -81,8 +81,9 @@ class StepwiseMemory(nn.Module):
 
     def written_since_step(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """Sum (M, D), in at least float32, and number (scalar) of the memories written since the last step."""
-        if self.written is None or self.written[0].device != self.memory.device:
-            total = torch.zeros_like(self.memory, dtype=torch.promote_types(self.memory.dtype, torch.float32))
+        dtype = torch.promote_types(self.memory.dtype, torch.float32)
+        if self.written is None or (self.written[0].device, self.written[0].dtype) != (self.memory.device, dtype):
+            total = torch.zeros_like(self.memory, dtype=dtype)
             self.written = total, torch.zeros((), dtype=torch.long, device=total.device)
         return self.written
 
@@ -94,6 +95,8 @@ class StepwiseMemory(nn.Module):
     def train(self, mode: bool = True) -> 'StepwiseMemory':
         if not mode:
             self.release_balance()
+        elif self.writes and not self.reset_memory:
+            self.written_since_step()  # a compiled forward that made them would be compiled twice
         return super().train(mode)
 
     def release_balance(self) -> None:
