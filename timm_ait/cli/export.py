@@ -225,7 +225,7 @@ def _training_args(file: Path) -> Dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location='meta', weights_only=True)
     except (EOFError, LookupError, pickle.UnpicklingError) as e:  # text is read as a pickle, too
-        raise ValueError('it holds more than weights, and such pickles are refused, since they could run code') from e
+        raise ValueError('it is no checkpoint, or one that holds more than weights and could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else {}
 
