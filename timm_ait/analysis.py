@@ -69,8 +69,7 @@ def read_shares(
     Returns:
         By layer, where it reads:
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
-            mean over tokens; nan if the layer is not at the end of the MLP of a block like ViT's, EVA's or Swin's,
-            which adds it to the residual stream.
+            mean over tokens; nan unless the layer ends the MLP of a pre-norm block, such as ViT's, EVA's or Swin's.
         'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal.
 
     Raises:

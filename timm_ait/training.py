@@ -15,7 +15,6 @@ from timm_ait.layers.balance import balance_loss, record_balance_losses
 from timm_ait.ops.graph import depends_on
 
 _logger = logging.getLogger(__name__)
-
 _LOG_INTERVAL = 50  # steps, as timm's --log-interval
 
 

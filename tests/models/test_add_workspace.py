@@ -193,7 +193,7 @@ class TestArguments:
 
     @pytest.mark.parametrize('gated', [True, False])
     def test_added_workspaces_are_always_gated(self, gated):
-        with pytest.raises(TypeError, match="multiple values for keyword argument 'gated'"):
+        with pytest.raises(TypeError, match='gated.*always gated'):
             timm_ait.add_workspace(make_model(), gated=gated)
 
 

@@ -102,6 +102,8 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
         ValueError: The model has no such MLPs or already has workspaces, or an argument is out of its range. After
             any error the model is unchanged.
     """
+    if 'gated' in workspace_kwargs:
+        raise TypeError('gated is not an argument of add_workspace: the workspaces that it adds are always gated.')
     check_known(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
     architecture = type(model).__name__
     for name, _ in named_workspaces(model):
