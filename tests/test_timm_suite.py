@@ -53,8 +53,7 @@ def test_suite_passes(timm_tests, tmp_path, models):
         source, count = re.subn(rf'^{name} = \[', f'{name} = [{repr(filters)[1:-1]}, ', source, flags=re.MULTILINE)
         assert count == 1, f"timm's test_models.py has no list {name}"
     (tmp_path / 'test_models.py').write_text(source)
-    environment = {
-        **os.environ, 'TORCH_BACKEND': 'timm_ait', 'PYTHONPATH': str(Path(timm_ait.__file__).parents[1])}
+    environment = {**os.environ, 'TORCH_BACKEND': 'timm_ait', 'PYTHONPATH': str(Path(timm_ait.__file__).parents[1])}
     command = [
         sys.executable, '-m', 'pytest', '-q', '-W', 'ignore', '-p', 'no:cacheprovider', '--rootdir', str(tmp_path),
         str(tmp_path / 'test_models.py'), '-k', models,

@@ -80,5 +80,4 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, kwargs):
         assert [key for key, value in actual.items() if not torch.equal(value, expected[key])] == []
     actual, expected = (run.optimizer.state_dict()['state'] for run in (resumed, whole))
     torch.testing.assert_close(actual, expected, rtol=0., atol=0.)
-    assert not torch.equal(*(run.model.blocks[0].mlp.workspace.memory for run in (
-        resumed, Run(tmp_path, **kwargs))))
+    assert not torch.equal(*(run.model.blocks[0].mlp.workspace.memory for run in (resumed, Run(tmp_path, **kwargs))))

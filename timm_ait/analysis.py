@@ -138,8 +138,7 @@ def write_attention(
         raise ValueError(f'bottleneck must be a positive integer or a share in (0, 1], got {bottleneck!r}')
     queries, keys = (
         F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
-        for x, projection in (
-            (workspace.stored_memory(), workspace.q), (tokens.flatten(0, -2).float(), workspace.k)))
+        for x, projection in ((workspace.stored_memory(), workspace.q), (tokens.flatten(0, -2).float(), workspace.k)))
     return naive.attend(queries, keys, keys, bottleneck)[1]
 
 
@@ -252,12 +251,12 @@ def analyse(
     for images in batches:
         for name, shares in read_shares(model, images, visit).items():
             figures[name][-1].update(shares)
-    if not all(figures.values()):
+    if not any(figures.values()):
         raise ValueError('batches: at least one is needed, got none')
     return {
         name: {
             **{key: sum(f[key] for f in of_layer) / len(of_layer) for key in of_layer[0]},
             **slot_statistics(found[name].stored_memory()),
         }
-        for name, of_layer in figures.items()
+        for name, of_layer in figures.items() if of_layer  # not those that no forward reaches
     }

@@ -167,8 +167,7 @@ class TestAugmentation:
     images = torch.from_numpy(triangles(0, np.arange(64))[0])[:, None].float()
 
     def augment(self, **changes):
-        options = dict(
-            hflip=False, vflip=False, transpose=False, crop_padding=0, padding_mode='reflect', place=False)
+        options = dict(hflip=False, vflip=False, transpose=False, crop_padding=0, padding_mode='reflect', place=False)
         return augment(self.images, {**options, **changes}, torch.Generator().manual_seed(0))
 
     def test_placing_moves_what_is_shown_whole(self):

@@ -92,6 +92,11 @@ class TestTokenGrid:
         with pytest.raises(ValueError, match=f'^{num_tokens} tokens'):
             token_grid(num_tokens, num_prefix, 32, 32)
 
+    def test_is_not_that_of_tokens_in_units_of_masks(self):
+        model = timm_ait.add_workspace(timm.create_model('hiera_tiny_224', device='meta'), blocks=[0])
+        with pytest.raises(ValueError, match='Hiera'):
+            layer_maps(model, torch.zeros(1, 3, 224, 224), 0.1)
+
 
 class TestSlots:
 

@@ -26,8 +26,7 @@ class TestAccelerate:
         model = make_ait()
         expected = model(images())
         offload = accelerate.cpu_offload if to == 'cpu' else partial(accelerate.disk_offload, offload_dir=str(tmp_path))
-        offloaded = offload(
-            copy.deepcopy(model), execution_device=torch.device('cpu'), offload_buffers=offload_buffers)
+        offloaded = offload(copy.deepcopy(model), execution_device=torch.device('cpu'), offload_buffers=offload_buffers)
         for _ in range(2):
             torch.testing.assert_close(offloaded(images()), expected)
 

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.deployment import images, make_ait, memories, train
+from timm_ait import balance_loss
 
 CONFIGS = {
     'qkv': dict(target_modules=['qkv']),
@@ -30,6 +31,12 @@ def test_training_an_adapter_leaves_the_base_bitwise_and_the_memory_unless_the_w
     assert len(written) == (2 if config == 'workspace' else 0)
     base, before = model.unload().state_dict(), before.state_dict()
     assert all(torch.equal(base[name], before[name]) for name in before if config not in name.split('.'))
+
+
+def test_a_workspace_that_is_saved_with_the_adapter_is_counted_once():
+    model, base = get_peft_model(make_ait(), LoraConfig(r=2, **CONFIGS['workspace'])).train(), make_ait().train()
+    model(images()), base(images())
+    torch.testing.assert_close(balance_loss(model), balance_loss(base))
 
 
 @ALL

@@ -155,14 +155,14 @@ def record_traffic(rank: int, num_ranks: int) -> Dict[str, Dict[str, int]]:
         return result, sum(sent)
 
     traffic = {}
-    with mock.patch.multiple(
-            dist, all_reduce=recording(dist.all_reduce), all_gather=recording(dist.all_gather)):
+    with mock.patch.multiple(dist, all_reduce=recording(dist.all_reduce), all_gather=recording(dist.all_gather)):
         for kind, kwargs in {
             'count': dict(bottleneck=20),
             'fraction': dict(bottleneck=10 / (48 * num_ranks)),
             'without': dict(global_batch=False),
         }.items():
-            workspace = GlobalWorkspace(24, process_group=dist.group.WORLD, **{**SMALL, **kwargs})
+            workspace = GlobalWorkspace(24, **{**SMALL, **kwargs})
+            workspace.process_group = dist.group.WORLD
             optimizer = torch.optim.SGD(workspace.parameters(), lr=0.1)
             output, forward = sent_by(lambda: workspace(torch.randn(3, 16, 24)))
             loss = output.square().mean() + timm_ait.balance_loss(workspace)

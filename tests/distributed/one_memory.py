@@ -141,7 +141,9 @@ def train_without_images(rank: int, num_ranks: int) -> Dict[str, torch.Tensor]:
 
 def write_not_finite(rank: int, num_ranks: int, ranks: str, by_optimizer: bool, **kwargs) -> Dict[str, torch.Tensor]:
     """A step in which one rank's ('last'), or all ranks' images are not finite."""
-    model = make_model(process_group=dist.group.WORLD, **kwargs)
+    model = make_model(**kwargs)
+    for workspace in workspaces(model):
+        workspace.process_group = dist.group.WORLD
     before = memory(model)
     x, _ = images(rank)
     model(x if ranks == 'last' and rank < num_ranks - 1 else x * float('nan'))
@@ -170,8 +172,7 @@ SCENARIOS = {
     'ddp without buffers': partial(train, wrap=partial(DistributedDataParallel, broadcast_buffers=False)),
     'task': partial(train, wrap=task),
     'fsdp': partial(train, wrap=shard),
-    'zero': partial(
-        train, make_optimizer=partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD), depth=3),
+    'zero': partial(train, make_optimizer=partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD), depth=3),
     'accumulation by one': partial(accumulate, as_ranks=False),
     'accumulation by ranks': partial(accumulate, as_ranks=True),
     'unrelated': train_unrelated,

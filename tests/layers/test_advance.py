@@ -88,6 +88,7 @@ class TestAdvance:
         with no_grad():
             assert torch.equal(layer(x), expected[0])
             layer(tokens())
+            layer.eval(), layer.train()
         assert balance_loss(layer) == loss and balance_loss(layer).requires_grad
         advance_memory(layer), advance_memory(undisturbed)
         assert torch.equal(layer.memory, undisturbed.memory)

@@ -293,6 +293,14 @@ class TestArchitecture:
         assert timm.data.resolve_model_data_config(model)['mean'] == (0.5, 0.5, 0.5)
         assert torch.equal(model.blocks[0].mlp.fc1.weight, body.blocks[0].mlp.fc1.weight)
 
+    def test_features_only(self, body):
+        arguments = dict(model='test_vit', pretrained=True, blocks=[-1], **WORKSPACE)
+        features = timm.create_model('ait_from_timm', features_only=True, out_indices=[1, -1], **arguments).eval()
+        model = timm.create_model('ait_from_timm', **arguments).eval()
+        assert list(workspaces(features)) == [f'model.{name}' for name in workspaces(model)]
+        expected = model.forward_intermediates(images(size=160), [1, -1], intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(features(images(size=160)), expected))
+
     @pytest.mark.parametrize('name', [None, 'no_such_model', 'hf-hub:timm/test_vit.r160_in1k', 3])
     def test_a_missing_or_unknown_body_is_named(self, name):
         with pytest.raises(ValueError, match='model='):

@@ -87,6 +87,11 @@ class TestMasks:
         assert not torch.equal(model.forward_features(changed)[self.kept], written[0][0])
         assert not torch.equal(written_by(model.blocks[0].mlp.workspace), written[0][2])
 
+    def test_a_mask_that_is_the_same_for_all_keys_excludes_none(self):
+        model, x = make_model().train(), images(2)
+        expected = model(x)
+        torch.testing.assert_close(model(x, attn_mask=torch.ones(2, 1, 64, 1, dtype=torch.bool)), expected)
+
     @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
     def test_scripted(self):
         model, x = make_model().eval(), images(2)

@@ -270,8 +270,7 @@ class TestIntermediates:
     @pytest.mark.parametrize('name', WITH_GRIDS)
     def test_prefix_tokens_are_returned_beside_the_grid(self, name):
         model, x, asked = make_and_ask(name, reg_tokens=2, global_pool='token', question_dim=5)
-        layers = model.eval().get_intermediate_layers(
-            x, 3, reshape=True, return_prefix_tokens=True, norm=True, **asked)
+        layers = model.eval().get_intermediate_layers(x, 3, reshape=True, return_prefix_tokens=True, norm=True, **asked)
         assert [tuple(grid.flatten(2).shape) for grid, _ in layers] == [(4, 64, n) for n in NUM_FEATURES[name]]
         assert [prefix.shape[1] for _, prefix in layers] == [model.num_prefix_tokens] * 3
         last = torch.cat([layers[-1][1], layers[-1][0].flatten(2).transpose(1, 2)], dim=1)
@@ -289,7 +288,7 @@ class TestIntermediates:
     def test_the_last_that_is_asked_for_is_final_with_stop_early(self, name, index):
         model, x = make_model(name).eval(), images()
         expected = model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)[index]
-        final, last = model.forward_intermediates(x, indices=[index], stop_early=True, output_fmt='NLC')
+        final, last = model.forward_intermediates(x, [index], False, False, True, 'NLC')
         assert torch.equal(final[:, model.num_prefix_tokens:], expected)
         assert len(last) == 1 and torch.equal(last[0], expected)
 

@@ -51,8 +51,10 @@ def layer_maps(model: nn.Module, image: torch.Tensor, bottleneck: float) -> List
     """Maps of every layer for one picture (1, C, H, W), normalised, whose tokens compete among themselves.
 
     Raises:
-        ValueError: The model has no workspaces, or its tokens are not a grid.
+        ValueError: The model has no workspaces, or its tokens are not a grid, or not in its order, as in Hiera.
     """
+    if hasattr(model, 'unroll'):
+        raise ValueError(f'{type(model).__name__} does not keep its tokens in the order of the grid')
     result, found = [], workspaces(model)
     figures = analyse(model, [image], bottleneck)
     num_prefix = getattr(model, 'num_prefix_tokens', 0)

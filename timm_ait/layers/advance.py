@@ -38,8 +38,8 @@ def all_workspaces() -> List[nn.Module]:
 
 
 def named_workspaces(model: nn.Module) -> List[Tuple[str, nn.Module]]:
-    """Workspaces of a model, also those of a class that was reloaded since."""
-    return [(name, module) for name, module in model.named_modules() if getattr(module, 'is_workspace', False)]
+    """Workspaces of a model, also those of a class that was reloaded since, without wrappers that pass for one."""
+    return [(name, module) for name, module in model.named_modules() if getattr(type(module), 'is_workspace', False)]
 
 
 def count_write(workspace: nn.Module) -> None:
@@ -137,7 +137,4 @@ def _after_step(optimizer: torch.optim.Optimizer, *_) -> None:
 
 for hook in _state['hooks']:
     hook.remove()
-_state['hooks'] = [
-    register_optimizer_step_pre_hook(_before_step),
-    register_optimizer_step_post_hook(_after_step),
-]
+_state['hooks'] = [register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)]

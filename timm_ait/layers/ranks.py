@@ -79,7 +79,7 @@ def _wrap(cls: type) -> None:
     def init_and_note_group(self, *args, **kwargs) -> None:
         init(self, *args, **kwargs)
         for module in self.modules():
-            if getattr(module, 'is_workspace', False):
+            if getattr(type(module), 'is_workspace', False):
                 module.wrapper_group = self.process_group
 
     init_and_note_group.notes_group = True

@@ -27,12 +27,12 @@ class StepwiseMemory(nn.Module):
     coverage: Optional[torch.Tensor] = None
     num_writes = 0  # forwards since the last step that were not compiled
     has_optimizer = False  # whether one that holds its parameters has stepped
-    wrapper_group: Optional[Any] = None  # ranks of DDP or FSDP
+    # ranks that train the layer together, if they are named, and those of DDP or FSDP; see `ranks.ranks_of`
+    process_group: Optional[Any] = None
+    wrapper_group: Optional[Any] = None
 
-    def __init__(self, process_group: Optional[Any] = None) -> None:
-        """`process_group` has the ranks that train the layer together, if they are named; see `ranks.ranks_of`."""
+    def __init__(self) -> None:
         super().__init__()
-        self.process_group = process_group
         register_workspace(self)
         self.register_load_state_dict_post_hook(_forget_written)
 
@@ -95,7 +95,7 @@ class StepwiseMemory(nn.Module):
     def train(self, mode: bool = True) -> 'StepwiseMemory':
         if not mode:
             self.release_balance()
-        elif self.writes and not self.reset_memory:
+        elif self.writes and not self.reset_memory and not torch.is_inference_mode_enabled():
             self.written_since_step()  # a compiled forward that made them would be compiled twice
         return super().train(mode)
 

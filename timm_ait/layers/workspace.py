@@ -4,7 +4,7 @@ Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import contextlib
 import math
-from typing import Any, Dict, Optional, Union
+from typing import Dict, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -92,7 +92,6 @@ class GlobalWorkspace(StepwiseMemory):
             gated: bool = False,
             reset_memory: bool = False,
             global_batch: bool = False,
-            process_group: Optional[Any] = None,
             device=None,
             dtype=None,
     ) -> None:
@@ -119,14 +118,11 @@ class GlobalWorkspace(StepwiseMemory):
                 trained without a workspace, instead of the paper's `xi + retrieve(xi)`.
             reset_memory: Start every write from the initial memory, which evaluation reads; nothing is remembered.
             global_batch: In distributed training, let the tokens of all ranks compete, not those of each rank.
-            process_group: The ranks that train the layer together, whose memories are averaged; by default those of
-                DDP, FSDP, or FSDP2's mesh. Needed for a global batch under FSDP2 if its mesh is a part of all ranks,
-                since a forward does not see the mesh. Copies of the layer have none.
 
         Raises:
             ValueError: An argument is out of its range.
         """
-        super().__init__(process_group)
+        super().__init__()
         check_at_least(
             1, dim=dim, num_slots=num_slots, slot_dim=slot_dim, workspace_heads=workspace_heads,
             retrieval_steps=retrieval_steps)

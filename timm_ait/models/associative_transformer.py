@@ -33,15 +33,15 @@ __all__ = ['AssociativeTransformer']
 
 @torch.fx.wrap
 @register_notrace_function
-def attended_tokens(attn_mask: Optional[torch.Tensor], batch_size: int) -> Optional[torch.Tensor]:
+def attended_tokens(attn_mask: Optional[torch.Tensor], B: int, N: int) -> Optional[torch.Tensor]:
     """Tokens (B, N) that any may attend to, by a boolean or additive mask for (B, heads, N, N); None for all."""
     if attn_mask is None:
         return None
     # the softmax gives no weight to -inf, to the lowest number of the dtype, or to -1e4
     attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask.float().exp() > 0
     if attended.ndim < 4:  # one mask for all images
-        return attended.flatten(0, -2).any(dim=0).expand(batch_size, -1)
-    return attended.flatten(1, 2).any(dim=1).expand(batch_size, -1)
+        return attended.flatten(0, -2).any(dim=0).expand(B, N)
+    return attended.flatten(1, 2).any(dim=1).expand(B, N)
 
 
 class AssociativeBlock(Block):
@@ -55,7 +55,7 @@ class AssociativeBlock(Block):
     ) -> torch.Tensor:
         """Update the tokens x (B, N, E); a mask broadcasts to (B, heads, N, N)."""
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
-        token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
+        token_mask = attended_tokens(attn_mask, x.shape[0], x.shape[1]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
 
 
@@ -74,7 +74,7 @@ class AttentionFreeBlock(AssociativeBlock):
     ) -> torch.Tensor:
         """As `AssociativeBlock`; the mask only excludes tokens from the write, and `is_causal` is not supported."""
         reject_masks(None, is_causal)
-        token_mask = attended_tokens(attn_mask, x.shape[0]) if self.training else None
+        token_mask = attended_tokens(attn_mask, x.shape[0], x.shape[1]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
 
 
@@ -113,8 +113,7 @@ class AssociativeTransformer(VisionTransformer):
         unused = {} if attention else dict(
             qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are fixed with attention={attention}'
-        kwargs = reject_arguments(
-            self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
+        kwargs = reject_arguments(self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         if workspace:
             block_fn = AssociativeBlock if attention else AttentionFreeBlock
@@ -281,8 +280,7 @@ def ait_tiny_hybrid_75(pretrained: bool = False, **kwargs) -> AssociativeTransfo
         dtype=kwargs.get('dtype'),
     )
     embed_layer = partial(HybridEmbed, backbone=stem, proj=False)
-    model_args = dict(
-        _SORT_OF_CLEVR, embed_layer=embed_layer, patch_size=1, embed_dim=128, depth=4, num_heads=4)
+    model_args = dict(_SORT_OF_CLEVR, embed_layer=embed_layer, patch_size=1, embed_dim=128, depth=4, num_heads=4)
     return _create_ait('ait_tiny_hybrid_75', pretrained=pretrained, **dict(model_args, **kwargs))
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from functools import partial
 from typing import Any, Dict, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
@@ -215,7 +216,7 @@ def ait_from_timm(
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         # first with the original classifier: where timm adapts it, timm no longer checks the other weights
-        own_classifier = pretrained and not kwargs.keys() & {'global_pool', 'features_only'}
+        own_classifier = pretrained and 'global_pool' not in kwargs
         num_classes = kwargs.pop('num_classes', None) if own_classifier else None
         try:
             body = create_model(model, pretrained, **kwargs)
@@ -232,7 +233,9 @@ def ait_from_timm(
         pretrained_cfg = PretrainedCfg(**pretrained_cfg)
     is_saved = isinstance(pretrained_cfg, PretrainedCfg) and pretrained_cfg.source in ('local-dir', 'hf-hub')
     if not is_saved and not overlay.keys() & {'file', 'state_dict', 'url', 'hf_hub_id'}:
-        return build(pretrained=pretrained, pretrained_cfg_overlay=overlay, **kwargs)
+        build, pretrained = partial(build, pretrained, pretrained_cfg_overlay=overlay), False
+        if not kwargs.get('features_only'):
+            return build(**kwargs)
 
     if not is_saved:
         # a file has no config of its own: use the body's

@@ -61,8 +61,7 @@ class PerceiverEncoder(MasklessBlock):
         super().__init__()
         self.grad_checkpointing = False
         self.num_iterations = num_iterations
-        self.latents = nn.Parameter(
-            torch.empty(1, num_latents, dim, device=kwargs['device'], dtype=kwargs['dtype']))
+        self.latents = nn.Parameter(torch.empty(1, num_latents, dim, device=kwargs['device'], dtype=kwargs['dtype']))
         self.cross_attns = nn.ModuleList([CrossAttentionBlock(dim, **kwargs) for _ in range(min(2, num_iterations))])
         self.latent_transformers = nn.ModuleList([
             nn.Sequential(*[Block(dim, num_heads, **kwargs) for _ in range(depth)])])
