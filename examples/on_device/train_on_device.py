@@ -333,15 +333,13 @@ class Trainer:
         self.kwargs = dict(args.model_kwargs, num_classes=self.num_classes)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = timm.create_model(args.model, **self.kwargs).to(self.device, memory_format=memory_format)
-        cfg = self.model.pretrained_cfg
-        self.mean, self.std = [
-            torch.tensor(cfg[name], device=self.device).view(1, -1, 1, 1) for name in ('mean', 'std')]
         # a ViT may have been created for another size than its cfg says
         patch_embed = getattr(self.model, 'patch_embed', None)
-        self.input_size = tuple(getattr(patch_embed, 'img_size', None) or cfg['input_size'][-2:])
+        self.input_size = tuple(getattr(patch_embed, 'img_size', None) or self.model.pretrained_cfg['input_size'][-2:])
         self.augment = Augmentation(args, self.input_size, self.generator)
+        self.statistics: Dict[nn.Module, List[torch.Tensor]] = {}
         if hasattr(self.model, 'init_from_images'):
-            self.model.init_from_images(self.normalise(self.resize(self.train_data.images[:5000])))
+            self.model.init_from_images(self.normalise(self.resize(self.train_data.images[:5000]), self.model))
         self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=True, foreach=True)
         self.optimizer = create_optimizer(self.model, args)
         self.criterion = SoftTargetCrossEntropy()
@@ -356,10 +354,6 @@ class Trainer:
         elif args.kd_model_name:
             self.teacher = timm.create_model(args.kd_model_name, num_classes=self.num_classes)
             self.teacher.to(self.device).eval().requires_grad_(False)
-            for name in ('mean', 'std'):
-                if self.teacher.pretrained_cfg[name] != cfg[name]:
-                    raise ValueError(f'The teacher {args.kd_model_name} must see what the model sees: its {name} is '
-                                     f'{self.teacher.pretrained_cfg[name]}, that of {args.model} {cfg[name]}.')
         self.run_model, self.run_teacher = self.model, self.teacher
         if args.compile:
             self.run_model = torch.compile(self.model)
@@ -381,8 +375,14 @@ class Trainer:
         dtype = getattr(torch, self.args.amp_dtype)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        return (images - self.mean) / self.std
+    def normalise(self, images: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        """Images in [0, 1] as a model expects them."""
+        if model not in self.statistics:
+            self.statistics[model] = [
+                torch.tensor(model.pretrained_cfg[name], device=self.device).view(1, -1, 1, 1)
+                for name in ('mean', 'std')]
+        mean, std = self.statistics[model]
+        return (images - mean) / std
 
     def resize(self, images: torch.Tensor) -> torch.Tensor:
         """Whole images, bytes, at the model's size, in [0, 1]."""
@@ -404,14 +404,13 @@ class Trainer:
                 images, targets = self.mixup(images, labels)
             else:
                 targets = mixup_target(labels, self.num_classes, smoothing=args.smoothing)
-            images = self.normalise(images)
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast():
-            logits = self.run_model(images)
+            logits = self.run_model(self.normalise(images, self.model))
             if self.run_teacher is not None:
                 with torch.no_grad():
-                    taught = self.run_teacher(images)
+                    taught = self.run_teacher(self.normalise(images, self.teacher))
         logits = logits.float()
         loss = self.criterion(logits, targets)
         if self.run_teacher is not None:
@@ -497,7 +496,7 @@ class Trainer:
         model.eval()
         with torch.no_grad(), self.autocast():
             correct = torch.stack([
-                (model(self.normalise(self.resize(images))).argmax(-1) == labels).sum()
+                (model(self.normalise(self.resize(images), self.model)).argmax(-1) == labels).sum()
                 for images, labels in zip(data.images.split(EVAL_BATCH_SIZE), data.labels.split(EVAL_BATCH_SIZE))])
         model.train(training)
         return 100 * correct.sum().item() / len(data.labels)
