@@ -63,6 +63,7 @@ RULES = {
     r'python -m benchmarks\.compare ': Rule(
         shorten='--steps 1 --seeds 0 --batch-size 8 --opt adamw --opt-kwargs {} --amp-dtype float32'),
     r'python -m benchmarks\.validate': Rule(),
+    r'python examples/linear_probe\.py ': Rule(shorten='--img-size 64'),
     r'python examples/on_device/train_on_device\.py ': Rule(
         shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1 --opt adamw --opt-kwargs '
                 '--amp-dtype float32',
