@@ -40,28 +40,31 @@ class Norm(nn.BatchNorm2d):
 
 
 class Stage(nn.Module):
-    """Three convolutions, the first of which halves the image; the other two are residual."""
+    """Two convolutions, the first of which halves the image, or with a third, which makes the other two residual."""
 
-    def __init__(self, in_chs: int, out_chs: int, **dd) -> None:
+    def __init__(self, in_chs: int, out_chs: int, residual: bool, **dd) -> None:
         super().__init__()
         self.conv1, self.norm1 = Conv(in_chs, out_chs, **dd), Norm(out_chs, **dd)
         self.conv2, self.norm2 = Conv(out_chs, out_chs, **dd), Norm(out_chs, **dd)
-        self.conv3, self.norm3 = Conv(out_chs, out_chs, **dd), Norm(out_chs, **dd)
+        self.residual = residual
+        if residual:
+            self.conv3, self.norm3 = Conv(out_chs, out_chs, **dd), Norm(out_chs, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.gelu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
-        residual = self.norm3(self.conv3(F.gelu(self.norm2(self.conv2(x)))))
-        return F.gelu(x + residual)
+        y = F.gelu(self.norm2(self.conv2(x)))
+        return F.gelu(x + self.norm3(self.conv3(y))) if self.residual else y
 
 
 class CifarTeacher(nn.Module):
-    """Whitened patches, stages of three convolutions, and the maximum of each feature."""
+    """Whitened patches, stages of convolutions, and the maximum of each feature."""
 
     def __init__(
             self,
             num_classes: int = 10,
             in_chans: int = 3,
             widths: Tuple[int, ...] = (128, 384, 512),
+            residual: bool = True,
             drop_rate: float = 0.,
             device=None,
             dtype=None,
@@ -71,6 +74,7 @@ class CifarTeacher(nn.Module):
             num_classes: Number of classes.
             in_chans: Number of channels of the image.
             widths: Of each stage.
+            residual: Three convolutions a stage, for some tens of epochs; else two, for ten.
             drop_rate: Dropout rate before the classifier.
         """
         super().__init__()
@@ -79,7 +83,7 @@ class CifarTeacher(nn.Module):
         self.whiten = nn.Conv2d(in_chans, 2 * 4 * in_chans, 2, **dd)
         self.whiten.weight.requires_grad_(False)
         chs = (self.whiten.out_channels, *widths)
-        self.stages = nn.Sequential(*[Stage(*in_out, **dd) for in_out in zip(chs, widths)])
+        self.stages = nn.Sequential(*[Stage(*in_out, residual, **dd) for in_out in zip(chs, widths)])
         self.head_drop = nn.Dropout(drop_rate)
         self.fc = nn.Linear(self.num_features, num_classes, bias=False, **dd)
         self.to(memory_format=torch.channels_last)  # what oneDNN's and cuDNN's convolutions work in

@@ -48,8 +48,7 @@ def some_images(num=16):
 
 def test_flip_mirrors_the_images_that_it_names_and_no_other():
     images, flip = some_images(2), torch.tensor([True, False])
-    expected = torch.stack([images[0].flip(-1), images[1]]) / 255
-    torch.testing.assert_close(augmentation()(images, flip), expected)
+    torch.testing.assert_close(augmentation()(images, flip), torch.stack([images[0].flip(-1), images[1]]) / 255)
 
 
 def test_crops_with_padding_are_shifts_by_whole_pixels():
@@ -147,10 +146,11 @@ def test_images_are_scaled_to_the_size_that_the_model_was_created_for(train):
     assert train('--epochs', '1', '--model-kwargs', 'img_size=48')[-1]['progress'] == 1
 
 
-def test_a_convolutional_teacher_trains(train):
+@pytest.mark.parametrize('residual', [True, False])
+def test_a_convolutional_teacher_trains(train, residual):
     final = train(
-        '--model', 'cifar_teacher', '--model-kwargs', 'widths=(8,8,8)', '--channels-last', '--epochs', '10', '--opt',
-        'sgd', '--lr', '0.3', '--bn-bias-lr-scale', '8', '--model-ema-decay', '0.9')[-1]
+        '--model', 'cifar_teacher', '--model-kwargs', 'widths=(8,8,8)', f'residual={residual}', '--channels-last',
+        '--epochs', '10', '--opt', 'sgd', '--lr', '0.3', '--bn-bias-lr-scale', '8', '--model-ema-decay', '0.9')[-1]
     assert final['top1_ema'] == 100
 
 
