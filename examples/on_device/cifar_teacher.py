@@ -74,7 +74,7 @@ class CifarTeacher(nn.Module):
             num_classes: Number of classes.
             in_chans: Number of channels of the image.
             widths: Of each stage.
-            residual: Three convolutions a stage, for some tens of epochs; else two, for ten.
+            residual: Three convolutions a stage, of which two are residual, rather than two.
             drop_rate: Dropout rate before the classifier.
         """
         super().__init__()

@@ -10,9 +10,8 @@ Parameters without the classifier: base 85.1M, ViT-Base with the seventh of its 
 attention, which has the same parameters. Small 14.8M, near AiT-Small's 15.1M, but three blocks 640 wide in place of two
 768 wide: one before, one of centroid attention and one after are the least that make the family.
 """
-import inspect
 from functools import partial
-from typing import Any, Tuple
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -28,9 +27,6 @@ from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_ar
 from ._question import QuestionViT
 
 __all__ = ['CentroidTransformer']
-
-# of timm's forward_intermediates, after the image
-_ARGUMENTS = list(inspect.signature(VisionTransformer.forward_intermediates).parameters)[2:]
 
 
 class CentroidAttention(Attention):
@@ -139,12 +135,13 @@ class CentroidTransformer(VisionTransformer):
             if isinstance(block, CentroidBlock):
                 block.grid_size = self.patch_embed.grid_size
 
-    def forward_intermediates(self, x: torch.Tensor, *args, **kwargs) -> Any:
+    def forward_intermediates(
+            self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, return_prefix_tokens: bool = False,
+            norm: bool = False, stop_early: bool = False, output_fmt: str = 'NCHW', *args, **kwargs) -> Any:
         """As `VisionTransformer`; the grid is one of centroids from their block on."""
-        kwargs.update(zip(_ARGUMENTS, args))
-        output_fmt = kwargs.pop('output_fmt', 'NCHW')
         assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
-        output = super().forward_intermediates(x, output_fmt='NLC', **kwargs)
+        output = super().forward_intermediates(
+            x, indices, return_prefix_tokens, norm, stop_early, 'NLC', *args, **kwargs)
         if output_fmt == 'NLC':
             return output
         H, W = self.patch_embed.grid_size
