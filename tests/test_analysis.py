@@ -25,7 +25,11 @@ def images():
 
 class TestTokens:
 
-    def test_are_the_normed_inputs_of_the_workspaces(self, model, images):
+    @pytest.mark.parametrize('compiled', [False, True])
+    def test_are_the_normed_inputs_of_the_workspaces(self, model, images, compiled):
+        if compiled:
+            model.compile(backend='eager')
+            model(images)
         tokens = analysis.collect_tokens(model, images)
         assert list(tokens) == [f'blocks.{i}.mlp.workspace' for i in range(3)]
         block = model.blocks[0]

@@ -51,6 +51,7 @@ def observed(model: nn.Module, modules: Dict[str, nn.Module], hook: Optional[Cal
         for name, module in modules.items():
             undo.callback(module.register_forward_hook(functools.partial(hook, name)).remove)
         model.eval()
+        undo.enter_context(torch.compiler.set_stance('force_eager'))  # compiled code does not look for new hooks
         yield
 
 
@@ -176,8 +177,7 @@ def attractors(workspace: GlobalWorkspace) -> torch.Tensor:
     """
     if not workspace.retrieves:
         raise ValueError('workspace: it has retrieval=False, so no token reads from it')
-    lift = workspace.attractors
-    return lift(workspace.stored_memory().to(lift.weight.dtype)).float()
+    return workspace.attractors(workspace.stored_memory().to(workspace.norm.weight.dtype)).float()
 
 
 def read_weights(workspace: GlobalWorkspace, tokens: torch.Tensor) -> torch.Tensor:

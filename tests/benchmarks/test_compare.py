@@ -242,29 +242,20 @@ def assert_refused(capsys, images, output, names, recipe, *options):
 class TestBadInput:
 
     @pytest.mark.parametrize('change, names', [
-        (dict(stepz=3), ['stepz']),
-        (dict(dataset='mnist'), ['dataset', 'mnist']),
-        (dict(steps='many'), ['steps', 'many']),
-        (dict(steps=0), ['steps', '0']),
-        (dict(hflip=1), ['hflip', '1']),
-        (dict(opt='adamx'), ["'AiT'", 'adamx']),
-        (dict(amp_dtype='float16'), ['amp-dtype', 'float16']),
-        (dict(kinds=['binary']), ['kinds', 'binary']),
-        (dict(seeds=[]), ['seeds']),
-        (dict(seeds=[0, 0]), ['seeds', '[0, 0]']),
-        (dict(model_kwargs=3), ['model-kwargs', '3']),
-        (dict(runs={}), ['runs']),
-        (dict(runs={'x': 'ait_small'}), ["'x'", 'ait_small']),
+        (dict(stepz=3), ['stepz']), (dict(dataset='mnist'), ['dataset', 'mnist']),
+        (dict(steps='many'), ['steps', 'many']), (dict(steps=0), ['steps', '0']), (dict(hflip=1), ['hflip', '1']),
+        (dict(opt='adamx'), ["'AiT'", 'adamx']), (dict(amp_dtype='float16'), ['amp-dtype', 'float16']),
+        (dict(kinds=['binary']), ['kinds', 'binary']), (dict(seeds=[]), ['seeds']),
+        (dict(seeds=[0, 0]), ['seeds', '[0, 0]']), (dict(model_kwargs=3), ['model-kwargs', '3']),
+        (dict(runs={}), ['runs']), (dict(runs={'x': 'ait_small'}), ["'x'", 'ait_small']),
         (dict(runs={'x': {'model': 'ait_smal'}}), ["'x'", 'ait_smal']),
         (dict(runs={'x': {'model': 'ait_small', 'seeds': 3}}), ["'x'", 'seeds', '3']),
         (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0.1}}), ["'x'", 'gate_lr', '0.1', 'no gates']),
         (dict(runs={'x': {'model': 'ait_small', 'workspace': False, 'blocks': [7]}}), ["'x'", 'blocks', '7']),
         (dict(all_patches_from=2), ['all_patches_from', '2', 'patch_drop_rate']),
-        (dict(opt_kwargs={'betaz': 3}), ["'AiT'", 'betaz']),
-        (dict(runs={'../x': {'model': 'ait_small'}}), ["'../x'"]),
+        (dict(opt_kwargs={'betaz': 3}), ["'AiT'", 'betaz']), (dict(runs={'../x': {'model': 'ait_small'}}), ["'../x'"]),
         (dict(runs={'x': {'model': 'ait_small', 'bottlenek': 3}}), ["'x'", 'bottlenek']),
-        (dict(dataset='sort_of_clevr'), ['image_size', '75']),
-        (dict(batch_size=25), ['batch_size', '25', '24']),
+        (dict(dataset='sort_of_clevr'), ['image_size', '75']), (dict(batch_size=25), ['batch_size', '25', '24']),
     ], ids=str)
     def test_recipe(self, capsys, images, output, change, names):
         assert_refused(capsys, images, output, names, recipe_of(**change))

@@ -118,6 +118,10 @@ class TestTrainingArguments:
         model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
         assert class_names(model)[0] == ['a', 'b', 'c']
 
+    def test_a_folder_of_other_classes_gives_no_names(self, train, tmp_path):
+        write_classes(tmp_path / 'data/train', 'a', 'b')
+        assert 'label_names' not in run(train(data_dir=str(tmp_path / 'data')), tmp_path / 'out')
+
 
 class TestPretrained:
 

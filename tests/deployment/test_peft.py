@@ -5,6 +5,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+import timm
+
 from tests.deployment import images, make_ait, memories, train
 from timm_ait import balance_loss
 
@@ -37,6 +39,15 @@ def test_a_workspace_that_is_saved_with_the_adapter_is_counted_once():
     model, base = get_peft_model(make_ait(), LoraConfig(r=2, **CONFIGS['workspace'])).train(), make_ait().train()
     model(images()), base(images())
     torch.testing.assert_close(balance_loss(model), balance_loss(base))
+
+
+def test_an_adapter_of_the_centroids_attention_is_trained_and_merged():
+    model = timm.create_model('test_centroid_transformer', img_size=16)
+    model, x = get_peft_model(model, LoraConfig(r=2, target_modules=['qkv'], init_lora_weights=False)).eval(), images()
+    logits = model(x)
+    logits.sum().backward()
+    assert all(parameter.grad.count_nonzero() for name, parameter in model.named_parameters() if 'lora' in name)
+    torch.testing.assert_close(model.merge_and_unload()(x), logits, atol=1e-5, rtol=1e-5)
 
 
 @ALL

@@ -13,6 +13,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 )
 
 from tests.deployment import images, make_ait, memories, other_memory, train, workspaces
+from tests.models import make_model
+from timm_ait.analysis import analyse
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -66,6 +68,19 @@ def test_the_workspace_reads_a_memory_that_is_loaded_later(quantize):
     other_memory(quantized, model)
     assert not torch.equal(quantized(images(8)), before)
     assert relative_error(quantized(images(8)), model(images(8))) < 0.1
+
+
+@torch.no_grad()
+def test_models_with_questions():
+    model, x, question = make_model('test_ait', question_dim=4).eval(), images(4, 32), torch.randn(4, 4)
+    assert relative_error(dynamic(model)(x, question=question), model(x, question=question)) < 0.1
+
+
+def test_analysis():
+    figures, expected = analyse(dynamic(make_ait()), [images(8)]), analyse(make_ait(), [images(8)])
+    assert figures.keys() == expected.keys()
+    for name in figures:
+        assert figures[name]['effective_slots'] == pytest.approx(expected[name]['effective_slots'], rel=0.1)
 
 
 def test_quantised_model_leaves_the_one_in_float_able_to_train():

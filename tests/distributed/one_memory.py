@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +50,14 @@ def shard(model: nn.Module) -> nn.Module:
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """Hybrid FSDP1 with a replica on each rank, between which it averages no gradients then."""
+    mesh = init_device_mesh('cpu', (dist.get_world_size(), 1))
+    return FullyShardedDataParallel(
+        model, device_mesh=mesh, sharding_strategy=ShardingStrategy.HYBRID_SHARD, use_orig_params=True,
+        device_id=torch.device('cpu'))
 
 
 def task(model: nn.Module) -> nn.Module:
@@ -172,6 +180,7 @@ SCENARIOS = {
     'ddp without buffers': partial(train, wrap=partial(DistributedDataParallel, broadcast_buffers=False)),
     'task': partial(train, wrap=task),
     'fsdp': partial(train, wrap=shard),
+    'hybrid fsdp': partial(train, wrap=replicate),
     'zero': partial(train, make_optimizer=partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD), depth=3),
     'accumulation by one': partial(accumulate, as_ranks=False),
     'accumulation by ranks': partial(accumulate, as_ranks=True),

@@ -46,9 +46,11 @@ class TestOneMemory:
             torch.testing.assert_close(result['loss'], expected['loss'], rtol=1e-5, atol=0.)
             torch.testing.assert_close(result['memory'], expected['memory'], rtol=0., atol=1e-5)
 
-    def test_sharded_optimizer_averages_each_layer_with_itself(self, results):
-        written = [result['written'] for result in results('zero')]
-        torch.testing.assert_close(results('zero')[0]['memory'], projected_mean(written), rtol=0., atol=1e-5)
+    @pytest.mark.parametrize('name', ['zero', 'hybrid fsdp'])
+    def test_sharded_optimizer_and_hybrid_fsdp_average_each_layer_with_itself(self, results, name):
+        expected = projected_mean([result['written'] for result in results(name)])
+        for result in results(name):
+            torch.testing.assert_close(result['memory'], expected, rtol=0., atol=1e-5)
 
     def test_ranks_move_the_memory_as_one_process_that_accumulates_their_batches(self, results):
         for by_ranks, by_one in zip(results('accumulation by ranks'), results('accumulation by one')):

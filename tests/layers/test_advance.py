@@ -402,11 +402,14 @@ class TestBalanceLoss:
         losses[1].backward()
         torch.testing.assert_close(layer.q.weight.grad, alone.q.weight.grad)
 
-    def test_a_workspace_used_several_times_counts_with_each_of_its_uses(self):
+    @pytest.mark.parametrize('asks_between', [False, True])
+    def test_a_workspace_used_several_times_counts_once_with_each_of_its_uses(self, asks_between):
         layer, first, second = make_workspace(), make_workspace(), make_workspace()
         x = tokens()
-        layer(layer(x)), second(first(x))
-        loss, expected = balance_loss(layer), balance_loss(first) + balance_loss(second)
+        y = layer(x)
+        loss = balance_loss(layer) if asks_between else 0.
+        layer(y), second(first(x))
+        loss, expected = loss + balance_loss(layer), balance_loss(first) + balance_loss(second)
         torch.testing.assert_close(loss, expected)
         loss.backward(), expected.backward()
         torch.testing.assert_close(layer.q.weight.grad, first.q.weight.grad + second.q.weight.grad)

@@ -67,6 +67,12 @@ class TestPublishedParity:
         with pytest.raises(RuntimeError, match='Gradient checkpointing'):
             output.sum().backward()
 
+    def test_reset_memory_keeps_the_memory(self):
+        mlp = published_workspace_mlp(16, num_slots=4, slot_dim=8, workspace_heads=2, reset_memory=True)
+        before = mlp.workspace.memory.clone()
+        mlp(torch.randn(2, 9, 16))
+        assert torch.equal(mlp.workspace.memory, before)
+
     def test_has_one_dtype(self):
         mlp = published_workspace_mlp(16, num_slots=4, dtype=torch.bfloat16)
         assert {tensor.dtype for tensor in mlp.state_dict().values()} == {torch.bfloat16}

@@ -142,24 +142,13 @@ class TestMemory:
         assert torch.tensor(make_workspace().memory_statistics()['coverage']).isnan()
 
 
-@pytest.mark.parametrize('argument, value', [
-    ('num_slots', 0),
-    ('num_slots', 2.5),
-    ('slot_dim', 0),
-    ('workspace_heads', -1),
-    ('bottleneck', 0),
-    ('bottleneck', 0.),
-    ('bottleneck', 1.5),
-    ('bottleneck', True),
-    ('beta', 0.),
-    ('beta', float('nan')),
-    ('retrieval_steps', 0),
-    ('memory_momentum', -0.1),
-    ('memory_momentum', 1.1),
-    ('memory_init', 'zeros'),
-    ('memory_update', 'svd'),
-    ('balance_weight', -1.),
-])
+BAD = dict(
+    num_slots=[0, 2.5], slot_dim=[0], workspace_heads=[-1], bottleneck=[0, 0., 1.5, True, '1/32'], retrieval_steps=[0],
+    beta=[0., float('nan')], memory_momentum=[-0.1, 1.1], memory_init=['zeros'], memory_update=['svd'],
+    balance_weight=[-1.], gated=['false'], write=[None])
+
+
+@pytest.mark.parametrize('argument, value', [(argument, value) for argument in BAD for value in BAD[argument]])
 def test_a_bad_argument_is_named(argument, value):
     with pytest.raises(ValueError, match=argument):
         GlobalWorkspace(24, **{argument: value})

@@ -146,7 +146,7 @@ class TestMasks:
 class TestArguments:
 
     @pytest.mark.parametrize('blocks, expected', [
-        (None, [0, 1, 2]), ([1], [1]), ((-1, 0, 2), [0, 2]), (range(2), [0, 1])])
+        (None, [0, 1, 2]), ([1], [1]), ((-1, 0, 2), [0, 2]), (range(2), [0, 1]), (-1, [2])])
     def test_blocks_are_selectable(self, blocks, expected):
         model = make_ait(blocks=blocks, depth=3)
         assert list(workspaces(model)) == [f'blocks.{i}.mlp.workspace' for i in expected]

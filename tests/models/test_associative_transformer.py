@@ -72,8 +72,9 @@ class TestMasks:
         (keys.expand(-1, 2, 64, -1), dict()),
         (torch.zeros(keys.shape).masked_fill(~keys, float('-inf')), dict()),
         (torch.zeros(keys.shape).masked_fill(~keys, -1e4), dict()),
+        (torch.zeros(keys.shape).masked_fill(~keys, -100.), dict()),
         (additive, dict()),
-    ], ids=['keys', 'without attention', 'keys of each head', 'infinite', 'large', 'additive pairs'])
+    ], ids=['keys', 'without attention', 'keys of each head', 'infinite', 'large', 'as in Swin', 'additive pairs'])
     def test_masked_tokens_neither_write_nor_count(self, mask, kwargs):
         model, x = make_model(**kwargs).train(), images(2)
         changed = x.clone()

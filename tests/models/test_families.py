@@ -68,30 +68,17 @@ UNDECAYED = {'test_ait': [
     f'blocks.0.mlp.workspace.{name}' for name in ('norm.weight', 'slot_norm.bias', 'attractors.bias', 'gate')]}
 OPTIONS = [
     dict(drop_rate=0.1, pos_drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2),
-    dict(in_chans=1),
-    dict(img_size=48, patch_size=8),
-    dict(num_classes=0),
-    dict(global_pool='max'),
+    dict(in_chans=1), dict(img_size=48, patch_size=8), dict(num_classes=0), dict(global_pool='max'),
     dict(question_dim=5),
 ]
 VIT_OPTIONS = [
-    dict(class_token=True, global_pool='token'),
-    dict(class_token=True, reg_tokens=2),
-    dict(global_pool='map'),
-    dict(init_values=1e-4),
-    dict(qkv_bias=False, proj_bias=False),
-    dict(weight_init='jax'),
+    dict(class_token=True, global_pool='token'), dict(class_token=True, reg_tokens=2), dict(global_pool='map'),
+    dict(init_values=1e-4), dict(qkv_bias=False, proj_bias=False), dict(weight_init='jax'),
 ]
 OWN_OPTIONS = {
     'test_ait': [*VIT_OPTIONS, FLAT[1], dict(patch_drop_rate=0.5), dict(gated=True)],
-    'test_set_transformer': [
-        dict(global_pool='avg'),
-        dict(norm_layer='rmsnorm', act_layer='gelu'),
-    ],
-    'test_perceiver': [
-        dict(mlp_ratio=4.),
-        dict(norm_layer='rmsnorm', act_layer='relu'),
-    ],
+    'test_set_transformer': [dict(global_pool='avg'), dict(norm_layer='rmsnorm', act_layer='gelu')],
+    'test_perceiver': [dict(mlp_ratio=4.), dict(norm_layer='rmsnorm', act_layer='relu')],
     'test_coordination': [*VIT_OPTIONS, dict(patch_drop_rate=0.5), dict(bottleneck=1000)],
     'test_centroid_transformer': [*VIT_OPTIONS, dict(qk_norm=True, scale_attn_norm=True)],
 }
@@ -240,6 +227,13 @@ class TestQuestions:
         final, intermediates = model.eval().forward_intermediates(x, output_fmt='NLC', **asked)
         assert [tuple(y.shape) for y in intermediates] == [(4, n, 64) for n in NUM_FEATURES[name]]
         torch.testing.assert_close(final, model.forward_features(x, **asked))
+        (last,) = model.get_intermediate_layers(x, 1, False, False, True, **asked)  # with the norm
+        torch.testing.assert_close(last, final[:, -last.shape[1]:])
+
+    @pytest.mark.parametrize('name', WITH_GRIDS)
+    def test_features_only_takes_no_question(self, name):
+        with pytest.raises(ValueError, match='features_only'):
+            make_model(name, question_dim=5, features_only=True)
 
     def test_threads_do_not_mix_their_questions(self):
         model, x = make_model('test_ait', question_dim=5).eval(), images(1)

@@ -178,7 +178,9 @@ def _main(args: argparse.Namespace) -> int:
             indices = create_dataset('', str(data_dir), split, class_map=class_map).reader.class_to_idx
             names = sorted(indices, key=indices.get)
             if len(names) != model.num_classes:
-                raise ValueError(f'there are names for {len(names)} classes, the model has {model.num_classes}')
+                if args.data_dir:
+                    raise ValueError(f'there are names for {len(names)} classes, the model has {model.num_classes}')
+                names = None
     data_config = {key: trained[key] for key in _PREPROCESSING if trained.get(key)}
     with _blame(f'--out {args.out}, nothing was written'):
         config = export(model, args.out, getattr(torch, args.dtype), names, data_config, fine_tuned, args.onnx)

@@ -20,7 +20,7 @@ def check_number(name: str, value: float, low: float, high: float, low_open: boo
         raise ValueError(f'{name} must be a number in {brackets[0]}{low}, {high}{brackets[1]}, got {value!r}.')
 
 
-def check_choice(name: str, value: str, choices: Tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: Tuple[Any, ...]) -> None:
     """Raise a ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f'{name} must be one of {choices}, got {value!r}.')

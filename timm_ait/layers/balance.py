@@ -48,6 +48,7 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     if not torch.compiler.is_compiling():
         for workspace, loss in alive:
             _release_after_backward(workspace, loss)
+            workspace._balance_node = None  # asked for, so the next forward does not add it
     parts = [loss.to(losses[0][1].device) for _, loss in alive or losses]
     total = sum(parts, torch.zeros((), device=parts[0].device if parts else None))
     is_weighted = any(workspace.balance_weight for workspace, _ in losses)

@@ -35,8 +35,9 @@ class PublishedWorkspace(GlobalWorkspace):
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
         # it averages in place, into the memory that backward has saved for W_Q
-        memory.data.lerp_(candidate, 1. - self.memory_momentum)
-        self.memory.copy_(torch.where(written.isfinite().all(), written.to(self.memory.dtype), self.memory))
+        if not self.reset_memory:
+            memory.data.lerp_(candidate, 1. - self.memory_momentum)
+            self.memory.copy_(torch.where(written.isfinite().all(), written.to(self.memory.dtype), self.memory))
         self.num_writes = 0
 
 

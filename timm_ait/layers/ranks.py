@@ -58,13 +58,11 @@ def ranks_of(workspace: nn.Module) -> Optional[ProcessGroups]:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     meshes = [parameter.device_mesh for parameter in workspace.parameters() if hasattr(parameter, 'device_mesh')]
-    group = workspace.process_group or workspace.wrapper_group
-    if group is not None:
-        groups = [group]
-    elif meshes:
+    groups = (workspace.process_group,) if workspace.process_group else workspace.wrapper_groups
+    if not groups and meshes:
         groups = meshes[0].get_all_groups()
-    else:
-        groups = [dist.group.WORLD] if workspace.global_batch else []
+    elif not groups and workspace.global_batch:
+        groups = (dist.group.WORLD,)
     groups = tuple(group for group in groups if dist.get_world_size(group) > 1)
     return ProcessGroups(groups) if groups else None
 
@@ -80,7 +78,8 @@ def _wrap(cls: type) -> None:
         init(self, *args, **kwargs)
         for module in self.modules():
             if getattr(type(module), 'is_workspace', False):
-                module.wrapper_group = self.process_group
+                # FSDP shards over one group and, if it is hybrid, averages over another
+                module.wrapper_groups = tuple(filter(None, (self.process_group, getattr(self, '_inter_node_pg', None))))
 
     init_and_note_group.notes_group = True
     cls.__init__ = init_and_note_group

@@ -29,7 +29,7 @@ class StepwiseMemory(nn.Module):
     has_optimizer = False  # whether one that holds its parameters has stepped
     # ranks that train the layer together, if they are named, and those of DDP or FSDP; see `ranks.ranks_of`
     process_group: Optional[Any] = None
-    wrapper_group: Optional[Any] = None
+    wrapper_groups: Tuple[Any, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class StepwiseMemory(nn.Module):
         # what belongs to one step of one process stays behind when the layer is copied (EMA) or pickled
         return {
             **self.__dict__, 'written': None, 'balance': None, '_balance_node': None, 'has_optimizer': False,
-            'process_group': None, 'wrapper_group': None}
+            'process_group': None, 'wrapper_groups': ()}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)

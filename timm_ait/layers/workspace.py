@@ -126,10 +126,10 @@ class GlobalWorkspace(StepwiseMemory):
         check_at_least(
             1, dim=dim, num_slots=num_slots, slot_dim=slot_dim, workspace_heads=workspace_heads,
             retrieval_steps=retrieval_steps)
-        if isinstance(bottleneck, float):
-            check_number('bottleneck', bottleneck, 0., 1., low_open=True)
-        else:
+        if isinstance(bottleneck, int):
             check_at_least(1, bottleneck=bottleneck)
+        else:
+            check_number('bottleneck', bottleneck, 0., 1., low_open=True)
         check_number('beta', beta, 0., float('inf'), low_open=True)
         check_number('memory_momentum', memory_momentum, 0., 1.)
         check_choice('memory_init', memory_init, tuple(MEMORY_INITS))
@@ -138,6 +138,8 @@ class GlobalWorkspace(StepwiseMemory):
                 f"memory_init='identity' needs num_slots <= slot_dim, got {num_slots} slots of width {slot_dim}.")
         check_choice('memory_update', memory_update, ('orthogonal', 'normalize'))
         check_number('balance_weight', balance_weight, 0., float('inf'))
+        for name in ('write', 'retrieval', 'differentiable_write', 'gated', 'reset_memory', 'global_batch'):
+            check_choice(name, locals()[name], (True, False))
         dd = {'device': device, 'dtype': dtype}
 
         self.dim = dim
@@ -188,9 +190,7 @@ class GlobalWorkspace(StepwiseMemory):
         self.written = None
         self.end_step()
 
-    def init_weights(self) -> None:
-        """Called by timm's ViT initialisation, which would otherwise leave its own in the projections."""
-        self.reset_parameters()
+    init_weights = reset_parameters  # for timm's ViT initialisation, which would leave its own in the projections
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Write (in training) and read.

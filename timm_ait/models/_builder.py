@@ -50,6 +50,8 @@ def build_vit(
     """
     check_at_least(0, question_dim=question_dim)
     if question_dim:
+        if kwargs.get('features_only'):
+            raise ValueError('features_only takes no question: call forward_intermediates(x, question=question).')
         model_cls, kwargs['question_dim'] = question_cls, question_dim
     with say_where_weights_are(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')):
         return build_model_with_cfg(

@@ -18,17 +18,17 @@ class QuestionEmbed(nn.Module):
         self.question_dim = question_dim
         self.proj = nn.Linear(question_dim, embed_dim, device=device, dtype=dtype)
 
-    def forward(self, question: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Tokens (B, 1, E) of questions (B, Q), of any real dtype, about a batch of B images.
+    def forward(self, question: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, 1, E) of questions (B, Q), of any real dtype, about B images, in the dtype of these.
 
         Raises:
             ValueError: The question has another shape.
         """
-        if question.ndim != 2 or question.shape[0] != batch_size or question.shape[1] != self.question_dim:
+        if question.ndim != 2 or question.shape[0] != images.shape[0] or question.shape[1] != self.question_dim:
             raise ValueError(
-                f'question must have the shape ({batch_size}, {self.question_dim}), one vector per image, got '
+                f'question must have the shape ({images.shape[0]}, {self.question_dim}), one vector per image, got '
                 f'{list(question.shape)}.')
-        return self.proj(question.to(self.proj.weight.dtype)).unsqueeze(1)
+        return self.proj(question.to(images.dtype)).unsqueeze(1)
 
 
 class QuestionViT(VisionTransformer):
@@ -58,7 +58,7 @@ class QuestionViT(VisionTransformer):
             question: torch.Tensor,
     ) -> torch.Tensor:
         """Features (B, N, E) after all blocks and the norm; arguments as `forward`."""
-        asked = self.question_embed(question, x.shape[0])
+        asked = self.question_embed(question, x)
         x = self._pos_embed(self.patch_embed(x))
         x = torch.cat([x[:, :1] + asked, x[:, 1:]], dim=1)
         x = self.norm_pre(self.patch_drop(x))
@@ -90,11 +90,11 @@ class QuestionViT(VisionTransformer):
         """As the family's class, with a question (B, Q)."""
         # a shallow copy with one class token per image, so that the model itself keeps no state of a call
         asking = copy.copy(self)
-        cls_token = self.cls_token + self.question_embed(question, x.shape[0])
+        cls_token = self.cls_token + self.question_embed(question, x)
         asking._parameters = {**self._parameters, 'cls_token': cls_token}
         return super(QuestionViT, asking).forward_intermediates(x, *args, **kwargs)
 
-    def get_intermediate_layers(self, x: torch.Tensor, n: Any = 1, reshape: bool = False, **kwargs) -> List[Any]:
+    def get_intermediate_layers(self, x: torch.Tensor, n: Any = 1, reshape: bool = False, *args, **kwargs) -> List[Any]:
         """As `VisionTransformer`, with a question (B, Q) among the keywords."""
         output_fmt = 'NCHW' if reshape else 'NLC'
-        return self.forward_intermediates(x, n, output_fmt=output_fmt, intermediates_only=True, **kwargs)
+        return self.forward_intermediates(x, n, *args, output_fmt=output_fmt, intermediates_only=True, **kwargs)

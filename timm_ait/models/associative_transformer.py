@@ -37,15 +37,15 @@ def attended_tokens(attn_mask: Optional[torch.Tensor], B: int, N: int) -> Option
     """Tokens (B, N) that any may attend to, by a boolean or additive mask for (B, heads, N, N); None for all."""
     if attn_mask is None:
         return None
-    # the softmax gives no weight to -inf, to the lowest number of the dtype, or to -1e4
-    attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask.float().exp() > 0
+    # -inf, the lowest number of the dtype, -1e4 and Swin's -100 hide a token
+    attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -80.
     if attended.ndim < 4:  # one mask for all images
         return attended.flatten(0, -2).any(dim=0).expand(B, N)
     return attended.flatten(1, 2).any(dim=1).expand(B, N)
 
 
 class AssociativeBlock(Block):
-    """timm's block with a `WorkspaceMlp`. In training, tokens that are masked out for all others are not written."""
+    """timm's block with a `WorkspaceMlp`. Tokens that a mask hides from all, also from themselves, are not written."""
 
     def forward(
             self,

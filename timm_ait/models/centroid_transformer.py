@@ -49,10 +49,8 @@ class CentroidAttention(Attention):
 
     def forward(self, centroids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Step (B, M, C) of the centroids (B, M, C) towards the tokens x (B, N, C), both normed."""
-        C = self.attn_dim
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(centroids, weight[:C], None if bias is None else bias[:C])
-        kv = F.linear(x, weight[C:], None if bias is None else bias[C:])
+        # called as a whole, so that adapters and int8 layers in its place act
+        q, kv = self.qkv(centroids)[..., :self.attn_dim], self.qkv(x)[..., self.attn_dim:]
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)

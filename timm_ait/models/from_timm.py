@@ -75,7 +75,7 @@ class UnmaskedEvaBlockPostNorm(_Unmasked, EvaBlockPostNorm):
 _UNMASKED = {cls.__bases__[1]: cls for cls in _Unmasked.__subclasses__()}
 
 
-def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **workspace_kwargs) -> ModelT:
+def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None, **workspace_kwargs) -> ModelT:
     """Add gated global workspaces to the MLPs of a timm transformer, in place.
 
     While the gates are zero, as they start, the model computes exactly what it did before; fine-tuning opens them. Its
@@ -86,13 +86,13 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
     timm's `save_for_hf` and `push_to_hf_hub` write the result as architecture `ait_from_timm`, which `create_model`
     builds with its workspaces again.
 
-    Call it before you create the optimizer, which must hold the parameters of the workspaces.
+    Call it before you compile the model or create the optimizer, which must hold the parameters of the workspaces.
 
     Args:
         model: Transformer with MLPs at `….blocks.<i>.mlp` whose last layer is a linear one named `fc2`, such as timm's
             ViT, DeiT, BEiT, EVA and Swin families. The workspaces get its device and dtype.
-        blocks: Indices of the blocks that get a workspace, counted over all stages; negative ones count from the end.
-            None for all.
+        blocks: Index or indices of the blocks that get a workspace, counted over all stages; negative ones count from
+            the end. None for all.
         **workspace_kwargs: Arguments of `GlobalWorkspace` other than `gated`.
 
     Returns:
@@ -116,7 +116,7 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
             f'{architecture} has no MLPs of transformer blocks: add_workspace looked for modules named '
             '[….]blocks.<number>.mlp.')
     if blocks is not None:
-        num_blocks = len(mlps)
+        blocks, num_blocks = [blocks] if isinstance(blocks, int) else list(blocks), len(mlps)
         if not blocks or not all(-num_blocks <= i < num_blocks for i in blocks):
             raise ValueError(f'blocks must be block numbers from {-num_blocks} to {num_blocks - 1}, got {blocks!r}.')
         mlps = [mlps[i] for i in sorted({i % num_blocks for i in blocks})]
@@ -150,7 +150,7 @@ def add_workspace(model: ModelT, blocks: Optional[Sequence[int]] = None, **works
     if 'architecture' in pretrained_cfg:
         arguments = dict(model=pretrained_cfg['architecture'], **workspace_kwargs)
         if blocks is not None:
-            arguments['blocks'] = list(blocks)
+            arguments['blocks'] = blocks
         model._model_args = {**getattr(model, '_model_args', {}), **arguments}
         # train.py takes the image size from here, not from what the model was built for
         input_size = get_model_input_config(model)['input_size']
@@ -189,7 +189,7 @@ def ait_from_timm(
         pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         model: str = '',
-        blocks: Optional[Sequence[int]] = None,
+        blocks: Union[None, int, Sequence[int]] = None,
         **kwargs,
 ) -> nn.Module:
     """ Any timm transformer with gated workspaces, see `add_workspace`.
