@@ -6,14 +6,16 @@ The data set is an ImageFolder: train/<class>/*. timm's train.py takes the resul
 `--kd-model-name local-dir:output/pets_teacher`, validate.py as `--model local-dir:output/pets_teacher --pretrained`.
 """
 import argparse
+from pathlib import Path
 from typing import Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 import timm
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.models import save_for_hf
 from timm.utils import random_seed
 
@@ -29,12 +31,12 @@ def extract_features(model: nn.Module, data_dir: str, size: int, crops: int) -> 
     """
     config = dict(resolve_data_config({}, model=model), input_size=(3, size, size), crop_pct=1.0)
     dataset = create_dataset('', root=data_dir, split='train')
+    if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
+        raise ValueError(f'{data_dir} has no folder train.')
     features, labels = [], []
     for crop in range(1 + crops):
-        loader = create_loader(
-            dataset, batch_size=BATCH_SIZE, num_workers=1, use_prefetcher=False, device=torch.device('cpu'),
-            is_training=crop > 0, scale=(0.35, 1.0), color_jitter=0., **config)
-        for images, targets in loader:
+        dataset.transform = create_transform(**config, is_training=crop > 0, scale=(0.35, 1.0), color_jitter=0.)
+        for images, targets in DataLoader(dataset, BATCH_SIZE, num_workers=1):
             features.append(model.forward_head(model.forward_features(images), pre_logits=True))
             labels.append(targets)
     return torch.cat(features), torch.cat(labels)

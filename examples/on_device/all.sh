@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything here that wants a GPU, one run after another: what the layer and the models cost, the weights, and the
+# Runs for a GPU, one after another: what the layer and the models cost, the weights for CIFAR-10 and pets, and the
 # paper's four models at its own setting. About fifteen minutes of an H200.
 #
 #   examples/on_device/all.sh CIFAR10 PETS OUTPUT [workspace.py's further arguments]
@@ -45,3 +45,8 @@ python -m benchmarks.compare examples/compare_bodies.yaml --data-dir "$cifar10" 
     --runs 'published AiT' 'published ViT' 'AiT body, plain' 'AiT body, plain + LayerNorm' \
     --model-kwargs '{dim: 768}' --steps 9700 --batch-size 512 --lr 1e-4 --warmup-steps 485 --eval-every 485 \
     --seeds 0 --amp-dtype bfloat16 --device cuda --compile | tee "$output/logs/compare_bodies_full.txt"
+
+for name in cifar10_teacher ait_small_cifar10 pets ait_medium_cifar10; do
+    [ -f "$output/$name/done" ] || { echo "$name has failed, see $output/logs/$name.txt" >&2; failed=1; }
+done
+exit "${failed:-0}"

@@ -13,6 +13,7 @@ train.py where it has the same.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -108,7 +109,7 @@ def get_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('loss')
     group.add_argument('--smoothing', type=float, default=0.1)
     group.add_argument('--kd-model-name', metavar='NAME', help="teacher, or 'ema': the average of the model itself")
-    group.add_argument('--kd-model-file', metavar='FILE', help='checkpoint of the teacher')
+    group.add_argument('--kd-model-file', metavar='FILE', help="checkpoint of the teacher in place of timm's weights")
     group.add_argument('--kd-temperature', type=float, default=2.)
     group.add_argument('--task-loss-weight', type=float, default=0.1, metavar='SHARE',
                        help='of the cross entropy with the labels, the rest is that with the teacher')
@@ -146,6 +147,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             parser.error(f'--{name} must be above 0, got {getattr(args, name)}.')
     if args.seconds is None and args.epochs is None:
         parser.error('a budget is missing: give --seconds, --epochs, or both.')
+    if args.kd_model_file and args.kd_model_name in (None, 'ema'):
+        parser.error(f'--kd-model-file is for another model as the teacher, --kd-model-name is {args.kd_model_name}.')
     if args.evals < 1:
         parser.error(f'--evals must be at least 1, got {args.evals}.')
     if args.batch_size % 2:
@@ -176,9 +179,11 @@ def read_images(data_dir: str, split: str, num_threads: int) -> Images:
     """Decode a split of an ImageFolder.
 
     Raises:
-        ValueError: The images are of several sizes.
+        ValueError: There is no such split, or the images are of several sizes.
     """
     dataset = create_dataset('', root=data_dir, split=split, input_img_mode='RGB')
+    if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
+        raise ValueError(f'{data_dir} has no folder {split}: --train-split and --val-split name the folders.')
 
     def read(index: int) -> Tuple[np.ndarray, int]:
         image, label = dataset[index]
@@ -200,10 +205,11 @@ def load_images(data_dir: str, split: str, num_threads: int, cache: Optional[str
     if cache is None:
         return read_images(data_dir, split, num_threads)
     Path(cache).mkdir(parents=True, exist_ok=True)
-    file = Path(cache) / f'{Path(data_dir).resolve().name}_{split}.pt'
+    folder = Path(data_dir).resolve()
+    file = Path(cache) / f'{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}_{split}.pt'
     with lock(f'{file}.lock'):
         if not file.exists():
-            torch.save(tuple(read_images(data_dir, split, num_threads)), file)
+            write_whole(torch.save, tuple(read_images(data_dir, split, num_threads)), file)
     return Images(*torch.load(file))
 
 
@@ -329,7 +335,7 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         self.train_data, self.val_data = train.to(self.device), val and val.to(self.device)
         self.num_classes = args.num_classes or len(train.classes)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        self.generator = torch.Generator(self.device)
         self.kwargs = dict(args.model_kwargs, num_classes=self.num_classes)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = timm.create_model(args.model, **self.kwargs).to(self.device, memory_format=memory_format)
@@ -339,7 +345,8 @@ class Trainer:
         self.augment = Augmentation(args, self.input_size, self.generator)
         self.statistics: Dict[nn.Module, List[torch.Tensor]] = {}
         if hasattr(self.model, 'init_from_images'):
-            self.model.init_from_images(self.normalise(self.resize(self.train_data.images[:5000]), self.model))
+            some = self.train_data.images[::math.ceil(len(train.labels) / 5000)]  # of all classes
+            self.model.init_from_images(self.normalise(self.resize(some), self.model))
         self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=True, foreach=True)
         self.optimizer = create_optimizer(self.model, args)
         self.criterion = SoftTargetCrossEntropy()
@@ -352,7 +359,8 @@ class Trainer:
         if args.kd_model_name == 'ema':
             self.teacher = self.ema.module
         elif args.kd_model_name:
-            self.teacher = timm.create_model(args.kd_model_name, num_classes=self.num_classes)
+            self.teacher = timm.create_model(
+                args.kd_model_name, pretrained=not args.kd_model_file, num_classes=self.num_classes)
             self.teacher.to(self.device).eval().requires_grad_(False)
         self.run_model, self.run_teacher = self.model, self.teacher
         if args.compile:
@@ -452,23 +460,31 @@ class Trainer:
         self.optimizer.state.clear()
         self.step_count = 0
         self.totals.zero_()
-        self.generator.manual_seed(self.args.seed)
-        random_seed(self.args.seed)
+
+    def seed(self) -> None:
+        """Seed what is random from here on by the step, so that it is the same in a run that is resumed here."""
+        self.generator.manual_seed(self.args.seed + self.step_count)
+        random_seed(self.args.seed, self.step_count)
+
+    def draw_order(self, epoch: int) -> torch.Tensor:
+        """Order of the images in an epoch (N,), which depends on it and the seed alone."""
+        generator = torch.Generator().manual_seed(self.args.seed << 32 | epoch)
+        return torch.randperm(len(self.train_data.labels), generator=generator).to(self.device)
 
     def fit(self) -> None:
         """Train until the budget is spent."""
-        args, num_images, batch_size = self.args, len(self.train_data.labels), self.args.batch_size
-        flips = torch.rand(num_images, generator=self.generator, device=self.device) < 0.5
+        args, steps = self.args, self.steps_per_epoch
+        flips = self.draw_order(2 ** 32 - 1) % 2 == 0  # half of the images, by an order that no epoch has
 
         def following(progress: float) -> float:
             return (math.floor(progress * args.evals) + 1) / args.evals
 
         self.model.train()
+        self.seed()
         self.schedule.start()
         next_eval = following(self.schedule.progress(self.step_count))
-        for epoch in count(self.step_count // self.steps_per_epoch):
-            order = torch.randperm(num_images, generator=self.generator, device=self.device)
-            for indices in order.split(batch_size)[:self.steps_per_epoch]:
+        for epoch in count(self.step_count // steps):
+            for indices in self.draw_order(epoch).split(args.batch_size)[self.step_count % steps:steps]:
                 if self.step_count % CLOCK_STEPS == 0:
                     self.keep_pace()
                 progress = self.schedule.progress(self.step_count)
@@ -520,11 +536,12 @@ class Trainer:
         self.schedule.progress(self.step_count)
         self.reported = (self.step_count, self.schedule.seconds)
         self.save()
+        self.seed()
 
     def save(self) -> None:
         output, args = Path(self.args.output), self.args
         write_whole(torch.save, dict(
-            arch=args.model, args=vars(args), state_dict=self.model.state_dict(),
+            arch=args.model, args=dict(vars(args), num_classes=self.num_classes), state_dict=self.model.state_dict(),
             state_dict_ema=self.ema.module.state_dict(), optimizer=self.optimizer.state_dict(),
             step=self.step_count, seconds=self.schedule.seconds), output / 'last.pth.tar')
         dtype = getattr(torch, args.save_dtype)
@@ -548,7 +565,6 @@ class Trainer:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
             self.step_count, self.schedule.seconds = checkpoint['step'], checkpoint['seconds']
             self.reported = (self.step_count, self.schedule.seconds)
-            self.generator.manual_seed(args.seed + self.step_count)
 
 
 def log(record: Dict[str, Any], output: str) -> None:
@@ -571,6 +587,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         train, val = hold_out(train, args.holdout, seed=0)
     else:
         val = load_images(args.data_dir, args.val_split, args.workers, args.cache) if args.val_split else None
+        if val is not None and val.classes != train.classes:
+            raise ValueError(f'{args.train_split} and {args.val_split} in {args.data_dir} must have the same classes.')
     trainer = Trainer(args, train, val)
     trainer.warm_up()
     log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)

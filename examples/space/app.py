@@ -46,6 +46,7 @@ from timm_ait.weights import weights_dir
 PETS, SORT_OF_CLEVR = 'ait_vit_small_patch14_dinov2.pets', 'ait_tiny_hybrid_75.sort_of_clevr'
 SAMPLES = sorted(Path(__file__).resolve().with_name('samples').glob('*.jpg'), key=lambda file: file.name.lower())
 MAX_MEGABYTES = 30  # of a file
+FIRST_SCENE = 9_800  # those before it are in the training images
 
 _PAPER = 'https://arxiv.org/abs/2309.12862'
 _BOTTLENECK = 0.1  # share of the picture's tokens that each slot and head select, as explain has it
@@ -359,7 +360,7 @@ def page():
         return answer_html(*shapes.ask(scene, colour, question))
 
     def new_scene(colour: str, question: str):
-        scene = random.randrange(2 ** 31)
+        scene = random.randrange(FIRST_SCENE, 2 ** 31)
         return scene, shapes_html(shapes.picture(scene)), ask(scene, colour, question)
 
     with gr.Blocks(title='Associative Transformer', analytics_enabled=False) as blocks:
@@ -380,15 +381,15 @@ def page():
             maps = gr.HTML(layer_html(first, middle), elem_classes='figures')
             gr.HTML(pets.credit, elem_classes='credit')
         with gr.Tab('Questions about shapes'):
-            scene = gr.State(0)
+            scene = gr.State(FIRST_SCENE)
             with gr.Row():
                 with gr.Column(min_width=240):
-                    picture = gr.HTML(shapes_html(shapes.picture(0)))
+                    picture = gr.HTML(shapes_html(shapes.picture(FIRST_SCENE)))
                     another = gr.Button('new picture')
                 with gr.Column(min_width=240):
                     colour = gr.Radio(list(COLOURS), value='red', label='object', elem_id='object')
                     question = gr.Radio(list(QUESTIONS), value=question_asked, label='question', elem_id='question')
-                    answer = gr.HTML(ask(0, 'red', question_asked))
+                    answer = gr.HTML(ask(FIRST_SCENE, 'red', question_asked))
             gr.HTML(shapes.credit, elem_classes='credit')
 
         photograph.upload(

@@ -25,10 +25,8 @@ def test_accuracy_is_that_of_each_kind(sort_of_clevr, capsys):
 
 @pytest.mark.parametrize('arguments, name', [
     (['ait_tiny_hybrid_75', '--data-dir', 'nowhere'], 'nowhere'),
-    (['ait_tiny_hybrid_75', '--batch-size', '0'], 'batch-size'),
-    (['ait_tiny_hybrid_75', '--device', 'gpu'], 'gpu'),
-    (['ait_small'], 'ait_small'),
-    (['no_such_model'], 'no_such_model'),
+    (['ait_tiny_hybrid_75', '--batch-size', '0'], 'batch-size'), (['ait_tiny_hybrid_75', '--device', 'gpu'], 'gpu'),
+    (['ait_small'], 'ait_small'), (['no_such_model'], 'no_such_model'),
 ])
 def test_bad_input(sort_of_clevr, capsys, arguments, name):
     with pytest.raises(SystemExit, match='2'):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import timm
 
 from tests.benchmarks import write_images
+from timm_ait.__main__ import main as command_line
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'examples' / 'on_device'))
 
@@ -96,6 +97,7 @@ def test_training_learns_and_writes_weights_that_timm_loads(train, tmp_path):
     model = timm.create_model('test_ait', pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
     average = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['state_dict_ema']
     assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+    assert command_line(['export', str(tmp_path / 'run' / 'last.pth.tar'), '--out', str(tmp_path / 'exported')]) == 0
 
 
 def test_the_loss_includes_the_balance_loss(train):
@@ -123,9 +125,17 @@ def test_warm_stops_before_training(train, tmp_path):
     assert not (tmp_path / 'run' / 'model.safetensors').exists()
 
 
-def test_a_resumed_run_goes_on_where_it_stopped(train):
-    train('--epochs', '1')
-    assert train('--epochs', '3', '--resume')[-1]['step'] == 9
+def test_a_run_that_is_interrupted_amid_an_epoch_resumes_to_the_same_weights(train, tmp_path, monkeypatch):
+    options = '--epochs 2 --evals 4 --mixup 0.5 --aa-prob 0.5 --model-kwargs drop_path_rate=0.2'.split()
+    train(*options)
+    save = train_on_device.Trainer.save
+    monkeypatch.setattr(train_on_device.Trainer, 'save', lambda self: save(self) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(*options, output=tmp_path / 'other')
+    monkeypatch.setattr(train_on_device.Trainer, 'save', save)
+    train(*options, '--resume', output=tmp_path / 'other')
+    whole, resumed = [load_file(tmp_path / name / 'model.safetensors') for name in ('run', 'other')]
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_the_student_approaches_its_teacher(train, tmp_path):
@@ -194,6 +204,7 @@ def test_blocks_grow_into_a_multiple_of_them():
     (['--epochs', '1', '--batch-size', '7'], '--batch-size must be even'),
     (['--epochs', '1', '--warmup', '0.5'], '--warmup <= --decay-from'),
     (['--epochs', '1', '--evals', '0'], '--evals must be at least 1'),
+    (['--epochs', '1', '--kd-model-file', 'a.safetensors'], '--kd-model-name is None'),
 ])
 def test_options_out_of_range_are_refused(train, options, message, capsys):
     with pytest.raises(SystemExit):
@@ -207,6 +218,20 @@ def test_images_of_several_sizes_are_refused(tmp_path):
         Image.new('RGB', (size, size)).save(tmp_path / 'train' / name / '0.png')
     with pytest.raises(ValueError, match='must be of one size, they are 8x8, 9x9'):
         train_on_device.read_images(str(tmp_path), 'train', 2)
+
+
+def test_a_split_that_is_not_there_or_of_other_classes_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match='has no folder trian'):
+        train('--epochs', '1', '--train-split', 'trian')
+    (next((tmp_path / 'images' / 'validation').iterdir())).rename(tmp_path / 'images' / 'validation' / 'other')
+    with pytest.raises(ValueError, match='train and validation in .* must have the same classes'):
+        train('--epochs', '1')
+
+
+def test_data_sets_of_the_same_name_do_not_share_a_cache(tmp_path):
+    for name in 'ab':
+        train_on_device.load_images(str(write_images(tmp_path / name / 'images')), 'train', 2, str(tmp_path))
+    assert len(list(tmp_path.glob('*.pt'))) == 2
 
 
 def test_a_checkpoint_that_is_not_there_is_named(train, tmp_path):

@@ -40,14 +40,8 @@ def classify(centroid_index, centroid_pool, model, x, question=None):
 
 
 @pytest.mark.parametrize('index, pool, kwargs', [
-    (1, 2, dict()),
-    (1, 2, dict(question_dim=5)),
-    (1, 2, dict(qkv_bias=False)),
-    (1, 2, dict(img_size=(28, 20), question_dim=5)),
-    (0, 2, dict()),
-    (1, 1, dict()),
-    (1, 3, dict()),
-    (1, 8, dict()),
+    (1, 2, dict()), (1, 2, dict(question_dim=5)), (1, 2, dict(qkv_bias=False)),
+    (1, 2, dict(img_size=(28, 20), question_dim=5)), (0, 2, dict()), (1, 1, dict()), (1, 3, dict()), (1, 8, dict()),
 ])
 def test_outputs_and_gradients_are_those_of_the_equations(index, pool, kwargs):
     model = make_model(num_heads=4, global_pool='', centroid_index=index, centroid_pool=pool, **kwargs)
@@ -72,12 +66,8 @@ def test_with_tied_values_the_attention_is_the_gradient_of_soft_k_means():
 
 
 @pytest.mark.parametrize('kwargs, grid', [
-    (dict(), (4, 4)),
-    (dict(centroid_pool=4), (2, 2)),
-    (dict(centroid_pool=8), (1, 1)),
-    (dict(centroid_pool=1), (8, 8)),
-    (dict(img_size=(28, 20)), (4, 3)),
-    (dict(img_size=48, patch_size=8), (3, 3)),
+    (dict(), (4, 4)), (dict(centroid_pool=4), (2, 2)), (dict(centroid_pool=8), (1, 1)), (dict(centroid_pool=1), (8, 8)),
+    (dict(img_size=(28, 20)), (4, 3)), (dict(img_size=48, patch_size=8), (3, 3)),
 ])
 def test_number_of_centroids(kwargs, grid):
     model = make_model(**kwargs).eval()

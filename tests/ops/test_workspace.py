@@ -6,11 +6,8 @@ from tests.ops import assert_is_naive, make_step, write_and_read
 from timm_ait.ops import naive, workspace
 
 KINDS = {
-    'plain': dict(),
-    'one token kept': dict(bottleneck=1),
-    'all but one': dict(bottleneck=63),
-    'more than there are': dict(bottleneck=512),
-    'fraction': dict(bottleneck=0.3),
+    'plain': dict(), 'one token kept': dict(bottleneck=1), 'all but one': dict(bottleneck=63),
+    'more than there are': dict(bottleneck=512), 'fraction': dict(bottleneck=0.3),
     'more slots than their width': dict(num_slots=12, slot_dim=8),
     'gated': dict(residual=lambda randn: randn(64, 24), gate=lambda randn: randn(24)),
     'several steps': dict(beta=0.7, num_steps=3),

@@ -219,7 +219,7 @@ def _load_trained(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
 
 
 def _training_args(file: Path) -> Dict[str, Any]:
-    """Arguments of train.py in its checkpoint; empty for other files of weights."""
+    """Arguments of train.py, or of a program like it, in its checkpoint; empty for other files of weights."""
     if file.suffix == '.safetensors':
         return {}
     try:
@@ -229,7 +229,7 @@ def _training_args(file: Path) -> Dict[str, Any]:
     except (EOFError, LookupError, pickle.UnpicklingError) as e:  # text is read as a pickle, too
         raise ValueError('it is no checkpoint, or one that holds more than weights and could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    return vars(args) if isinstance(args, argparse.Namespace) else {}
+    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
 
 def _load_pretrained(args: argparse.Namespace) -> nn.Module:
