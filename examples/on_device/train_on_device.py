@@ -108,8 +108,10 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('loss')
     group.add_argument('--smoothing', type=float, default=0.1)
-    group.add_argument('--kd-model-name', metavar='NAME', help="teacher, or 'ema': the average of the model itself")
-    group.add_argument('--kd-model-file', metavar='FILE', help="checkpoint of the teacher in place of timm's weights")
+    group.add_argument('--kd-model-name', nargs='+', default=[], metavar='NAME',
+                       help="teachers, whose logits are averaged; 'ema' is the average of the model itself")
+    group.add_argument('--kd-model-file', nargs='+', default=[], metavar='FILE',
+                       help="checkpoints of the teachers but 'ema', in place of timm's weights")
     group.add_argument('--kd-temperature', type=float, default=2.)
     group.add_argument('--task-loss-weight', type=float, default=0.1, metavar='SHARE',
                        help='of the cross entropy with the labels, the rest is that with the teacher')
@@ -147,8 +149,13 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             parser.error(f'--{name} must be above 0, got {getattr(args, name)}.')
     if args.seconds is None and args.epochs is None:
         parser.error('a budget is missing: give --seconds, --epochs, or both.')
-    if args.kd_model_file and args.kd_model_name in (None, 'ema'):
-        parser.error(f'--kd-model-file is for another model as the teacher, --kd-model-name is {args.kd_model_name}.')
+    for name in ('kd_model_name', 'kd_model_file'):
+        if isinstance(getattr(args, name), str):  # in the config
+            setattr(args, name, [getattr(args, name)])
+    others = [name for name in args.kd_model_name if name != 'ema']
+    if args.kd_model_file and len(args.kd_model_file) != len(others):
+        parser.error(f'--kd-model-file must have a file for each teacher but ema ({", ".join(others) or "there is none"}), '
+                     f'got {", ".join(args.kd_model_file)}.')
     if args.evals < 1:
         parser.error(f'--evals must be at least 1, got {args.evals}.')
     if args.batch_size % 2:
@@ -289,6 +296,12 @@ def lock(file: Optional[str]) -> Iterator[None]:
 
 # training
 
+def input_size(model: nn.Module) -> Tuple[int, int]:
+    """Height and width of the images that a model is for. A ViT may have another size than its cfg says."""
+    return tuple(
+        getattr(getattr(model, 'patch_embed', None), 'img_size', None) or model.pretrained_cfg['input_size'][-2:])
+
+
 class Schedule:
     """What share of the budget is spent, and the learning rate that goes with it."""
 
@@ -339,14 +352,11 @@ class Trainer:
         self.kwargs = dict(args.model_kwargs, num_classes=self.num_classes)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = timm.create_model(args.model, **self.kwargs).to(self.device, memory_format=memory_format)
-        # a ViT may have been created for another size than its cfg says
-        patch_embed = getattr(self.model, 'patch_embed', None)
-        self.input_size = tuple(getattr(patch_embed, 'img_size', None) or self.model.pretrained_cfg['input_size'][-2:])
-        self.augment = Augmentation(args, self.input_size, self.generator)
+        self.augment = Augmentation(args, input_size(self.model), self.generator)
         self.statistics: Dict[nn.Module, List[torch.Tensor]] = {}
         if hasattr(self.model, 'init_from_images'):
             some = self.train_data.images[::math.ceil(len(train.labels) / 5000)]  # of all classes
-            self.model.init_from_images(self.normalise(self.resize(some), self.model))
+            self.model.init_from_images(self.prepare(some.float() / 255, self.model))
         self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay, use_warmup=True, foreach=True)
         self.optimizer = create_optimizer(self.model, args)
         self.criterion = SoftTargetCrossEntropy()
@@ -355,21 +365,21 @@ class Trainer:
             self.mixup = Mixup(
                 args.mixup, args.cutmix, prob=args.mixup_prob, label_smoothing=args.smoothing,
                 num_classes=self.num_classes)
-        self.teacher = None
-        if args.kd_model_name == 'ema':
-            self.teacher = self.ema.module
-        elif args.kd_model_name:
-            self.teacher = timm.create_model(
-                args.kd_model_name, pretrained=not args.kd_model_file, num_classes=self.num_classes)
-            self.teacher.to(self.device).eval().requires_grad_(False)
-        self.run_model, self.run_teacher = self.model, self.teacher
+        self.teachers = [self.create_teacher(name) for name in args.kd_model_name]
+        self.run_model, self.run_teachers = self.model, self.teachers
         if args.compile:
-            self.run_model = torch.compile(self.model)
-            self.run_teacher = self.teacher and torch.compile(self.teacher)
+            self.run_model, self.run_teachers = torch.compile(self.model), [torch.compile(t) for t in self.teachers]
         self.schedule = Schedule(args, self.steps_per_epoch)
         self.step_count, self.mixes, self.event = 0, True, None
         self.totals = torch.zeros(2, device=self.device)  # loss and balance loss of the steps since the last report
         self.reported = (0, 0.)  # steps and seconds
+
+    def create_teacher(self, name: str) -> nn.Module:
+        if name == 'ema':
+            return self.ema.module
+        pretrained = not self.args.kd_model_file  # or the weights are read in load()
+        teacher = timm.create_model(name, pretrained=pretrained, num_classes=self.num_classes)
+        return teacher.to(self.device).eval().requires_grad_(False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -383,21 +393,16 @@ class Trainer:
         dtype = getattr(torch, self.args.amp_dtype)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def normalise(self, images: torch.Tensor, model: nn.Module) -> torch.Tensor:
-        """Images in [0, 1] as a model expects them."""
+    def prepare(self, images: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        """Images in [0, 1], of any size, as a model expects them."""
+        if images.shape[-2:] != input_size(model):
+            images = F.interpolate(images, size=input_size(model), mode='bicubic', antialias=True).clamp(0., 1.)
         if model not in self.statistics:
             self.statistics[model] = [
                 torch.tensor(model.pretrained_cfg[name], device=self.device).view(1, -1, 1, 1)
                 for name in ('mean', 'std')]
         mean, std = self.statistics[model]
         return (images - mean) / std
-
-    def resize(self, images: torch.Tensor) -> torch.Tensor:
-        """Whole images, bytes, at the model's size, in [0, 1]."""
-        images = images.float() / 255
-        if images.shape[-2:] != self.input_size:
-            images = F.interpolate(images, size=self.input_size, mode='bicubic', antialias=True).clamp(0., 1.)
-        return images
 
     def step(self, indices: torch.Tensor, flip: torch.Tensor) -> None:
         """
@@ -415,17 +420,18 @@ class Trainer:
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast():
-            logits = self.run_model(self.normalise(images, self.model))
-            if self.run_teacher is not None:
-                with torch.no_grad():
-                    taught = self.run_teacher(self.normalise(images, self.teacher))
+            logits = self.run_model(self.prepare(images, self.model))
+            with torch.no_grad():
+                taught = [
+                    run(self.prepare(images, teacher)).float()
+                    for run, teacher in zip(self.run_teachers, self.teachers)]
         logits = logits.float()
         loss = self.criterion(logits, targets)
-        if self.run_teacher is not None:
+        if taught:
             t = args.kd_temperature
             distance = F.kl_div(
-                F.log_softmax(logits / t, dim=-1), F.log_softmax(taught.float() / t, dim=-1), reduction='batchmean',
-                log_target=True)
+                F.log_softmax(logits / t, dim=-1), F.log_softmax(sum(taught) / len(taught) / t, dim=-1),
+                reduction='batchmean', log_target=True)
             loss = args.task_loss_weight * loss + (1 - args.task_loss_weight) * t ** 2 * distance
         balance = timm_ait.balance_loss(self.model).to(loss.device)
         loss = loss + balance
@@ -512,7 +518,7 @@ class Trainer:
         model.eval()
         with torch.no_grad(), self.autocast():
             correct = torch.stack([
-                (model(self.normalise(self.resize(images), self.model)).argmax(-1) == labels).sum()
+                (model(self.prepare(images.float() / 255, self.model)).argmax(-1) == labels).sum()
                 for images, labels in zip(data.images.split(EVAL_BATCH_SIZE), data.labels.split(EVAL_BATCH_SIZE))])
         model.train(training)
         return 100 * correct.sum().item() / len(data.labels)
@@ -553,8 +559,9 @@ class Trainer:
     def load(self) -> None:
         """Load what the run starts from."""
         args = self.args
-        if args.kd_model_file:
-            load_weights(self.teacher, args.kd_model_file, args.kd_model_name, num_classes=self.num_classes)
+        others = [(name, teacher) for name, teacher in zip(args.kd_model_name, self.teachers) if name != 'ema']
+        for (name, teacher), file in zip(others, args.kd_model_file):
+            load_weights(teacher, file, name, num_classes=self.num_classes)
         if args.init:
             load_weights(self.model, args.init, args.model, **self.kwargs)
             self.ema.set(self.model)
