@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 
 def create_recipe_parser() -> argparse.ArgumentParser:
     """Parser of a recipe's options; it raises a ValueError where others exit."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     group = parser.add_argument_group('options that a recipe may have')
     add = group.add_argument
     add('--dataset', choices=('image_folder', 'sort_of_clevr'), required=True,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs for a GPU, one after another: what the layer and the models cost, the weights for CIFAR-10 and pets, and the
-# paper's four models at its own setting. About fifteen minutes of an H200.
+# four models of docs/paper.md at the paper's setting.
 #
 #   examples/on_device/all.sh CIFAR10 PETS OUTPUT [workspace.py's further arguments]
 #

@@ -88,15 +88,6 @@ def recolour(images: torch.Tensor, prob: float, strength: float, generator: torc
     return torch.where(choice == 6, (images - low) / (high - low).clamp(min=1e-3), images)
 
 
-def cut_out(images: torch.Tensor, side: int, generator: torch.Generator) -> torch.Tensor:
-    """Make a square of each image gray. Its centre is in the image, not all of it need be."""
-    height, width = images.shape[-2:]
-    y, x = [torch.arange(length, device=images.device) + 0.5 for length in (height, width)]
-    centre_y, centre_x = [uniform(len(images), 0, length, generator).view(-1, 1) for length in (height, width)]
-    rows, columns = (y - centre_y).abs() < side / 2, (x - centre_x).abs() < side / 2
-    return torch.where((rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1), 0.5, images)
-
-
 class Augmentation:
     """Crop, flip, distort and recolour. All that moves pixels is one resampling."""
 
@@ -124,6 +115,4 @@ class Augmentation:
         images = images.clamp(0., 1.)
         if args.aa_prob > 0:
             images = recolour(images, args.aa_prob, args.aa_strength, generator)
-        if args.cutout > 0:
-            images = cut_out(images, args.cutout, generator)
         return images

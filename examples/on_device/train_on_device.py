@@ -100,7 +100,6 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--aa-prob', type=float, default=0., metavar='P',
                        help='of one random colour operation, and likewise of one geometric, per image')
     group.add_argument('--aa-strength', type=float, default=0.5, metavar='X', help='of these, 0 to 1')
-    group.add_argument('--cutout', type=int, default=0, metavar='PIXELS', help='side of a gray square')
     group.add_argument('--mixup', type=float, default=0., metavar='ALPHA')
     group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
     group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
@@ -122,7 +121,6 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--evals', type=int, default=4, metavar='N', help='evaluations, equally spaced, one at the end')
     group.add_argument('--save-dtype', default='float32', choices=['float32', 'float16', 'bfloat16'])
     group.add_argument('--resume', action='store_true', help="go on from the output's last.pth.tar")
-    group.add_argument('--warm', action='store_true', help='compile, and stop before training')
     group.add_argument('--lock', metavar='FILE',
                        help='once compiled, wait until no other run holds this lock; --init and --kd-model-file, which '
                             'the others may write, are read only then')
@@ -154,8 +152,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             setattr(args, name, [getattr(args, name)])
     others = [name for name in args.kd_model_name if name != 'ema']
     if args.kd_model_file and len(args.kd_model_file) != len(others):
-        parser.error(f'--kd-model-file must have a file for each teacher but ema ({", ".join(others) or "there is none"}), '
-                     f'got {", ".join(args.kd_model_file)}.')
+        parser.error(f'--kd-model-file must have a file for each teacher but ema, there are {len(others)}, got '
+                     f'{", ".join(args.kd_model_file)}.')
     if args.evals < 1:
         parser.error(f'--evals must be at least 1, got {args.evals}.')
     if args.batch_size % 2:
@@ -599,8 +597,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     trainer = Trainer(args, train, val)
     trainer.warm_up()
     log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)
-    if args.warm:
-        return
     with lock(args.lock):
         trainer.load()
         trainer.fit()

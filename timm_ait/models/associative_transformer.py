@@ -60,7 +60,7 @@ class AssociativeBlock(Block):
 
 
 class AttentionFreeBlock(AssociativeBlock):
-    """timm's block without self-attention: tokens communicate only through the workspace, at linear cost."""
+    """timm's block without self-attention: in training tokens meet only in the workspace, in evaluation not at all."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -99,7 +99,7 @@ class AssociativeTransformer(VisionTransformer):
         """
         Args:
             *args: As `VisionTransformer`, and `global_pool='flat'`.
-            workspace: If False, plain MLPs without workspaces: a ViT of the same size.
+            workspace: If False, plain MLPs without workspaces: a ViT of the same width and depth.
             attention: If False, blocks without self-attention.
             mlp_layer: MLP layer, by default `WorkspaceMlp`, or `Mlp` without workspaces.
             **kwargs: Arguments of `GlobalWorkspace` (from `num_slots` on) and of `VisionTransformer`, except for

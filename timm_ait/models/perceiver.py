@@ -12,7 +12,7 @@ appendix C: norms before every layer and none at the end, cross-attention with a
 their input, the mean over the latents before the classifier, weights shared by all iterations except for the first
 cross-attention (table 7).
 
-Parameters without the classifier: small 14.3M, in AiT-Small's width and number of blocks; base 88.3M, in the width of
+Parameters without the classifier: small 14.3M, in AiT-Small's width and number of blocks; base 88.4M, in the width of
 the paper's ImageNet model, 1024, with 12 blocks as AiT-Base. Shared blocks count once, so the number of iterations is
 free: 3 in small and 2 in base, about the multiplications of the AiT of that name.
 """
