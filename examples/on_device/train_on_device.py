@@ -66,6 +66,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--model', metavar='NAME')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
     group.add_argument('--num-classes', type=int, metavar='N', help='default: as many as folders')
+    group.add_argument('--img-size', type=int, metavar='PIXELS',
+                       help='side of the images it sees, of models that take any; others: --model-kwargs img_size=…')
     group.add_argument('--init', metavar='FILE', help='checkpoint to start from; if of fewer blocks, they are grown')
     group.add_argument('--device-modules', nargs='+', default=[], metavar='MODULE', help='that register models')
     group.add_argument('--device', default='cuda')
@@ -350,6 +352,11 @@ class Trainer:
         self.kwargs = dict(args.model_kwargs, num_classes=self.num_classes)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = timm.create_model(args.model, **self.kwargs).to(self.device, memory_format=memory_format)
+        if args.img_size:
+            self.model.pretrained_cfg = {**self.model.pretrained_cfg, 'input_size': (3, args.img_size, args.img_size)}
+            if input_size(self.model) != (args.img_size, args.img_size):
+                raise ValueError(f'--img-size {args.img_size}: {args.model} was created for another size, say '
+                                 f'--model-kwargs img_size={args.img_size} instead.')
         self.augment = Augmentation(args, input_size(self.model), self.generator)
         self.statistics: Dict[nn.Module, List[torch.Tensor]] = {}
         if hasattr(self.model, 'init_from_images'):

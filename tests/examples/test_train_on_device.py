@@ -149,8 +149,15 @@ def test_the_student_approaches_the_mean_of_its_teachers(train, tmp_path):
     assert ((logits[:, 0] - logits[:, 1] - 6).abs() < 2).all()
 
 
-def test_images_are_scaled_to_the_size_that_the_model_was_created_for(train):
-    assert train('--epochs', '1', '--model-kwargs', 'img_size=48')[-1]['progress'] == 1
+@pytest.mark.parametrize('options', [
+    ['--model-kwargs', 'img_size=48'], ['--model', 'test_efficientnet', '--img-size', '48']])
+def test_images_are_scaled_to_the_size_that_the_model_is_for(train, options, monkeypatch):
+    sizes = []
+    prepare = train_on_device.Trainer.prepare
+    monkeypatch.setattr(
+        train_on_device.Trainer, 'prepare', lambda *args: sizes.append(prepare(*args).shape[-2:]) or prepare(*args))
+    train('--epochs', '1', *options)
+    assert set(sizes) == {(48, 48)}
 
 
 @pytest.mark.parametrize('residual', [True, False])
