@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 
 import timm
 
@@ -88,10 +89,12 @@ class TestWriteAttention:
     def test_is_the_softmax_of_the_largest_scores(self, model, images):
         tokens = analysis.collect_tokens(model, images)[FIRST]
         workspace = model.blocks[0].mlp.workspace
-        query = (workspace.q.weight @ workspace.stored_memory()[5])[16:32]
+        prune.identity(workspace.q, 'weight')
+        torch.nn.init.normal_(workspace.q.weight_orig)
+        attention = analysis.write_attention(workspace, tokens, 3)[1, 5]
+        query = (workspace.q() @ workspace.stored_memory()[5])[16:32]
         scores = tokens.flatten(0, 1) @ workspace.k.weight[16:32].T @ query / 4.
         kept = scores.topk(3)
-        attention = analysis.write_attention(workspace, tokens, 3)[1, 5]
         torch.testing.assert_close(attention[kept.indices], kept.values.softmax(dim=-1))
         assert attention.count_nonzero() == 3
 
@@ -148,13 +151,12 @@ def test_read_shares_follow_layer_scale():
 
 
 @pytest.mark.parametrize('name, kwargs', [
-    ('vit_tiny_patch16_224', dict(img_size=32)),
-    ('beit_base_patch16_224', dict(img_size=32, init_values=1e-5)),
+    ('vit_tiny_patch16_224', dict(img_size=32)), ('beit_base_patch16_224', dict(img_size=32, init_values=1e-5)),
     ('eva02_tiny_patch14_224', dict(img_size=28)),
     ('swin_tiny_patch4_window7_224', dict(img_size=32, window_size=2, embed_dim=24, num_heads=(1, 1, 1, 1))),
 ])
 def test_read_shares_are_those_of_the_blocks_output(name, kwargs):
-    model = timm_ait.add_workspace(timm.create_model(name, **kwargs), blocks=[-1]).eval()
+    model = timm_ait.add_workspace(timm.create_model(name, **kwargs), blocks=[0]).eval()
     (layer, workspace), = analysis.workspaces(model).items()
     torch.nn.init.normal_(workspace.gate, std=100.)  # a reading that shows in float32
     block, outputs = model.get_submodule(layer.removesuffix('.mlp.workspace')), []

@@ -39,10 +39,7 @@ def explicit_step(autocast_dtype=None, scale=1., num_batches=1, **kwargs):
 
 
 @pytest.mark.parametrize('autocast_dtype, scale, num_batches, checkpointing', [
-    (None, 1., 1, False),
-    (torch.bfloat16, 1., 1, False),
-    (torch.float16, 2. ** 10, 1, False),
-    (None, 1., 3, False),
+    (None, 1., 1, False), (torch.bfloat16, 1., 1, False), (torch.float16, 2. ** 10, 1, False), (None, 1., 3, False),
     (None, 1., 1, True),
 ], ids=['float32', 'bfloat16', 'float16 and gradient scaler', 'accumulation', 'checkpointing'])
 def test_task_adds_the_balance_loss(autocast_dtype, scale, num_batches, checkpointing):

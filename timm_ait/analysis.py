@@ -98,7 +98,7 @@ def read_shares(
             read = block.gamma_2 * read
         elif not isinstance(block, (EvaBlock, SwinTransformerBlock)):
             return
-        ratios = read.float().norm(dim=-1) / output.float().norm(dim=-1).clamp_min(1e-20)
+        ratios = read.float().norm(dim=-1).flatten(1) / output.float().norm(dim=-1).flatten(1).clamp_min(1e-20)
         shares[name]['residual_share'] = float(ratios.mean())
 
     found, suffix = workspaces(model), '.mlp.workspace'
@@ -138,7 +138,7 @@ def write_attention(
     if bottleneck <= 0 or (isinstance(bottleneck, float) and bottleneck > 1):
         raise ValueError(f'bottleneck must be a positive integer or a share in (0, 1], got {bottleneck!r}')
     queries, keys = (
-        F.linear(x, projection.weight.float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
+        F.linear(x, projection().float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
         for x, projection in ((workspace.stored_memory(), workspace.q), (tokens.flatten(0, -2).float(), workspace.k)))
     return naive.attend(queries, keys, keys, bottleneck)[1]
 

@@ -42,8 +42,7 @@ def test_naive_layer_computes_what_ours_does():
 
 
 @pytest.mark.parametrize('arguments, name', [
-    (['--tokens', '100'], '--tokens'),
-    (['--contenders', 'published'], '--published'),
+    (['--tokens', '100'], '--tokens'), (['--contenders', 'published'], '--published'),
 ])
 def test_bad_arguments_are_named(arguments, name, capsys):
     with pytest.raises(SystemExit):

@@ -181,16 +181,13 @@ def refused(error_of, tmp_path):
 class TestMistakes:
 
     @pytest.mark.parametrize('argument, options', [
-        ('--model', ['--model', 'no_such_model']),
-        ('--model', ['--model', 'local-dir:nowhere']),
+        ('--model', ['--model', 'no_such_model']), ('--model', ['--model', 'local-dir:nowhere']),
         ('--model', ['--model', 'ait_from_timm']),
         ('--model', ['--model', 'ait_from_timm', '--model-kwargs', 'model=no_such_model']),
         ('--model-kwargs', [*TRAINED, '--model-kwargs', 'depth']),
         ('--model-kwargs', [*TRAINED, '--model-kwargs', 'no_such_argument=3']),
-        ('--model-kwargs', [*TRAINED, '--model-kwargs', 'num_slots=-1']),
-        ('--model', []),
-        ('CHECKPOINT', ['--model', 'test_ait']),
-        ('CHECKPOINT', [*TRAINED, '--model-kwargs', 'depth=2']),
+        ('--model-kwargs', [*TRAINED, '--model-kwargs', 'num_slots=-1']), ('--model', []),
+        ('CHECKPOINT', ['--model', 'test_ait']), ('CHECKPOINT', [*TRAINED, '--model-kwargs', 'depth=2']),
         ('CHECKPOINT', [*TRAINED, '--model-kwargs', 'num_slots=9']),
     ])
     def test_of_the_model(self, refused, checkpoint, argument, options):

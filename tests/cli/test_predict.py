@@ -100,9 +100,7 @@ class TestErrors:
         assert f'{images / "broken.png"}: cannot be classified' in error
 
     @pytest.mark.parametrize('name, message', [
-        ('no_such_model', 'Unknown model'),
-        ('test_ait', 'No pretrained weights'),
-        ('local-dir:nowhere', 'nowhere'),
+        ('no_such_model', 'Unknown model'), ('test_ait', 'No pretrained weights'), ('local-dir:nowhere', 'nowhere'),
     ])
     def test_model(self, error_of, images, name, message):
         error = error_of('predict', images, '--model', name)
@@ -114,11 +112,12 @@ class TestErrors:
     def test_model_that_does_not_classify_images(self, error_of, save, images, kwargs, message):
         assert message in error_of('predict', images, '--model', save(timm.create_model('test_ait', **kwargs)))
 
-    def test_model_output_that_is_not_a_number(self, error_of, save, images):
-        model = timm.create_model('test_ait')
-        torch.nn.init.constant_(model.head.bias, float('nan'))
+    @pytest.mark.parametrize('bias, kwargs', [(float('nan'), {}), (0., dict(global_pool='', fc_norm=False))])
+    def test_model_output_that_is_not_a_number_for_each_class(self, error_of, save, images, bias, kwargs):
+        model = timm.create_model('test_ait', **kwargs)
+        torch.nn.init.constant_(model.head.bias, bias)
         error = error_of('predict', images, '--model', save(model))
-        assert str(images / 'a.jpg') in error and "the model's output is not a number" in error
+        assert str(images / 'a.jpg') in error and 'not one number for each class' in error
 
 
 @pytest.mark.parametrize('command', ['predict', 'explain --out out'])
@@ -157,18 +156,12 @@ class TestCommandLine:
         assert error_of(*argv)
 
     @pytest.mark.parametrize('command, option, value', [
-        ('predict images', '--topk', '-1'),
-        ('predict images', '--device', 'toaster'),
-        ('explain images --out out', '--layers', '0'),
-        ('explain images --out out', '--slots', '-1'),
-        ('explain images --out out', '--device', 'toaster'),
-        ('explain images', '--out', __file__),
-        ('export test_ait --out out', '--num-classes', '-3'),
-        ('export test_ait', '--out', __file__),
-        ('data triangle --out out', '--train', '0'),
-        ('data triangle --out out', '--validation', '0'),
-        ('data triangle --out out', '--seed', '-1'),
-        ('data triangle --out out', '--seed', str(2 ** 64)),
+        ('predict images', '--topk', '-1'), ('predict images', '--device', 'toaster'),
+        ('explain images --out out', '--layers', '0'), ('explain images --out out', '--slots', '-1'),
+        ('explain images --out out', '--device', 'toaster'), ('explain images', '--out', __file__),
+        ('export test_ait --out out', '--num-classes', '-3'), ('export test_ait', '--out', __file__),
+        ('data triangle --out out', '--train', '0'), ('data triangle --out out', '--validation', '0'),
+        ('data triangle --out out', '--seed', '-1'), ('data triangle --out out', '--seed', str(2 ** 64)),
         ('data triangle', '--out', __file__),
     ])
     def test_a_bad_value_is_named_in_one_line(self, error_of, images, monkeypatch, command, option, value):

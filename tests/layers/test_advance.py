@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -133,15 +134,25 @@ class TestAdvance:
         advance_memory(model)
         torch.testing.assert_close([layer.memory for layer in model], written)
 
+    @pytest.mark.parametrize('is_compiled', [False, True])
     @pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-    def test_a_copy_amid_a_step_makes_steps_of_its_own(self, copied):
+    def test_a_copy_amid_a_step_makes_steps_of_its_own(self, copied, is_compiled):
         layer = make_workspace()
+        if is_compiled:
+            layer.compile(backend='eager')
         loss = layer(tokens()).sum() + balance_loss(layer)
         twin, before = copied(layer), layer.memory.clone()
         assert twin.written is None and balance_loss(twin) == 0.
         step(twin, tokens())
         assert torch.equal(layer.memory, before) and not torch.equal(twin.memory, before)
         loss.backward()
+
+    def test_a_copy_that_is_made_without_setstate_makes_steps_too(self):
+        layer = make_workspace(gated=True)
+        parametrize.register_parametrization(layer, 'gate', nn.Tanh())
+        twin = copy.deepcopy(layer)
+        step(twin, tokens())
+        assert not torch.equal(twin.memory, layer.memory)
 
     @pytest.mark.parametrize('fused', [False, True])
     def test_a_step_that_the_gradient_scaler_skips_moves_nothing(self, fused):

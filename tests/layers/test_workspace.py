@@ -65,8 +65,7 @@ class TestForward:
         assert torch.equal(layer.eval()(x), x)
 
     @pytest.mark.parametrize('kwargs, untrained', [
-        ({}, []),
-        (dict(gated=True), []),
+        ({}, []), (dict(gated=True), []),
         (dict(differentiable_write=False), ['v.weight', 'proj.weight', 'slot_norm.weight', 'slot_norm.bias']),
         (dict(retrieval=False), ['v.weight', 'proj.weight', 'slot_norm.weight', 'slot_norm.bias']),
     ])

@@ -146,10 +146,11 @@ class TestMasks:
 class TestArguments:
 
     @pytest.mark.parametrize('blocks, expected', [
-        (None, [0, 1, 2]), ([1], [1]), ((-1, 0, 2), [0, 2]), (range(2), [0, 1]), (-1, [2])])
+        (None, [0, 1, 2]), ([1], [1]), ((-1, 0, 2), [0, 2]), (range(2), [0, 1]), (-1, [2]), (torch.arange(2), [0, 1])])
     def test_blocks_are_selectable(self, blocks, expected):
         model = make_ait(blocks=blocks, depth=3)
         assert list(workspaces(model)) == [f'blocks.{i}.mlp.workspace' for i in expected]
+        json.dumps(model._model_args)
 
     def test_blocks_of_stages_are_counted_through(self):
         model = timm_ait.add_workspace(timm.create_model('twins_svt_small', device='meta'), blocks=[-1])
@@ -171,7 +172,8 @@ class TestArguments:
         ('test_ait', {}, 'AssociativeTransformer has a workspace already, blocks.0.mlp.workspace'),
         ('test_vit', dict(blocks=[6]), r'block numbers from -6 to 5, got \[6\]'),
         ('test_vit', dict(blocks=[-7]), r'from -6 to 5, got \[-7\]'),
-        ('test_vit', dict(blocks=[]), r'got \[\]'),
+        ('test_vit', dict(blocks=[]), r'got \[\]'), ('test_vit', dict(blocks=True), 'got True'),
+        ('test_vit', dict(blocks=[1.5]), r'got \[1.5\]'), ('test_vit', dict(blocks='all'), "got 'all'"),
         ('test_vit', dict(num_slots=0), 'num_slots must be an integer of at least 1, got 0'),
     ])
     def test_what_does_not_fit_raises_and_changes_nothing(self, name, kwargs, message):
@@ -181,6 +183,11 @@ class TestArguments:
             timm_ait.add_workspace(model, **kwargs)
         assert list(model.named_modules()) == before
         assert model.pretrained_cfg == cfg
+
+    @pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel, lambda model: model.compile() or model])
+    def test_compiled_or_distributed_models_are_refused(self, wrap):
+        with pytest.raises(ValueError, match='is compiled or distributed'):
+            timm_ait.add_workspace(wrap(make_model()))
 
     def test_a_misspelt_argument_is_named_with_the_nearest_and_the_list(self):
         model = make_model()

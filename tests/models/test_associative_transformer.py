@@ -67,13 +67,10 @@ class TestMasks:
     additive = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)  # NaFlexVit's
 
     @pytest.mark.parametrize('mask, kwargs', [
-        (keys, dict()),
-        (keys, dict(attention=False)),
-        (keys.expand(-1, 2, 64, -1), dict()),
+        (keys, dict()), (keys, dict(attention=False)), (keys.expand(-1, 2, 64, -1), dict()),
         (torch.zeros(keys.shape).masked_fill(~keys, float('-inf')), dict()),
         (torch.zeros(keys.shape).masked_fill(~keys, -1e4), dict()),
-        (torch.zeros(keys.shape).masked_fill(~keys, -100.), dict()),
-        (additive, dict()),
+        (torch.zeros(keys.shape).masked_fill(~keys, -100.), dict()), (additive, dict()),
     ], ids=['keys', 'without attention', 'keys of each head', 'infinite', 'large', 'as in Swin', 'additive pairs'])
     def test_masked_tokens_neither_write_nor_count(self, mask, kwargs):
         model, x = make_model(**kwargs).train(), images(2)

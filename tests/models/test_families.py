@@ -2,6 +2,7 @@
 import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -106,10 +107,8 @@ def assert_gradients_reach_every_parameter(model, output):
 class TestRegistry:
 
     @pytest.mark.parametrize('family, millions', [
-        ('set_transformer', {'small': 15.5, 'base': 90.6}),
-        ('perceiver', {'small': 14.3, 'base': 88.4}),
-        ('coordination', {'small': 15.0, 'base': 89.4}),
-        ('centroid_transformer', {'small': 14.8, 'base': 85.1}),
+        ('set_transformer', {'small': 15.5, 'base': 90.6}), ('perceiver', {'small': 14.3, 'base': 88.4}),
+        ('coordination', {'small': 15.0, 'base': 89.4}), ('centroid_transformer', {'small': 14.8, 'base': 85.1}),
     ])
     @pytest.mark.parametrize('size', ['small', 'base'])
     def test_parameters_are_about_as_many_as_in_the_ait_of_that_size(self, family, millions, size):
@@ -119,9 +118,7 @@ class TestRegistry:
         assert count == pytest.approx(ait, rel=0.06)
 
     @pytest.mark.parametrize('model_cls, kwargs', [
-        (AssociativeTransformer, dict(class_token=False)),
-        (SetTransformer, dict()),
-        (Perceiver, dict()),
+        (AssociativeTransformer, dict(class_token=False)), (SetTransformer, dict()), (Perceiver, dict()),
         (Coordination, dict(class_token=False, slot_dim=16, slot_heads=2)),
         (CentroidTransformer, dict(class_token=False, centroid_index=0)),
     ])
@@ -146,10 +143,8 @@ class TestOptions:
             make_model(name, **{argument: value})
 
     @pytest.mark.parametrize('name, misspelt, nearest', [
-        ('test_ait', 'num_slot', 'num_slots'),
-        ('test_set_transformer', 'num_inducings', 'num_inducing'),
-        ('test_perceiver', 'num_latent', 'num_latents'),
-        ('test_coordination', 'slots_dim', 'slot_dim'),
+        ('test_ait', 'num_slot', 'num_slots'), ('test_set_transformer', 'num_inducings', 'num_inducing'),
+        ('test_perceiver', 'num_latent', 'num_latents'), ('test_coordination', 'slots_dim', 'slot_dim'),
         ('test_centroid_transformer', 'centroid_indx', 'centroid_index'),
         *((name, 'drop_path', 'drop_path_rate') for name in FAMILIES),
     ])
@@ -162,11 +157,14 @@ class TestOptions:
     @pytest.mark.parametrize('mask', [dict(attn_mask=torch.ones(64, 64, dtype=torch.bool)), dict(is_causal=True)])
     def test_masks_are_refused_without_self_attention_throughout(self, name, mask):
         model, x = make_model(name), images()
-        for call in (model, model.forward_features):
-            with pytest.raises(ValueError, match='attn_mask'):
+        for call in (model, model.forward_features, partial(model.forward_intermediates, output_fmt='NLC')):
+            with pytest.raises(ValueError, match=f'{next(iter(mask))} is not supported'):
                 call(x, **mask)
-        with pytest.raises(ValueError, match='attn_mask'):
-            model.forward_intermediates(x, output_fmt='NLC', **mask)
+
+    @pytest.mark.parametrize('name', FAMILIES)
+    @pytest.mark.parametrize('training', [False, True])
+    def test_an_empty_batch_has_no_logits(self, name, training):
+        assert make_model(name).train(training)(images(0)).shape == (0, 10)
 
     @pytest.mark.parametrize('name, kwargs', [
         (name, kwargs) for name in FAMILIES for kwargs in OPTIONS + OWN_OPTIONS[name]])
@@ -227,7 +225,7 @@ class TestQuestions:
         final, intermediates = model.eval().forward_intermediates(x, output_fmt='NLC', **asked)
         assert [tuple(y.shape) for y in intermediates] == [(4, n, 64) for n in NUM_FEATURES[name]]
         torch.testing.assert_close(final, model.forward_features(x, **asked))
-        (last,) = model.get_intermediate_layers(x, 1, False, False, True, **asked)  # with the norm
+        (last,) = model.get_intermediate_layers(x, 1, False, False, True, None, **asked)  # with the norm
         torch.testing.assert_close(last, final[:, -last.shape[1]:])
 
     @pytest.mark.parametrize('name', WITH_GRIDS)

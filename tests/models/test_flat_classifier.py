@@ -103,8 +103,7 @@ class TestCheckpoints:
         return timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
 
     @pytest.mark.parametrize('saved, kwargs', [
-        ('flat', dict(global_pool='avg')),
-        ('avg', dict(global_pool='flat')),
+        ('flat', dict(global_pool='avg')), ('avg', dict(global_pool='flat')),
         ('flat', dict(global_pool='flat', img_size=64)),
     ])
     def test_of_another_classifier_are_refused(self, saved, kwargs):

@@ -139,8 +139,7 @@ def layer_name(layer: LayerMaps) -> str:
 
 def describe(layer: LayerMaps) -> List[Tuple[str, str]]:
     """Names and values of a layer's figures."""
-    rows = []
-    figures = layer.figures
+    rows, figures = [], layer.figures
     if layer.read is not None:
         rows += [
             ('read / residual stream', f'{figures["residual_share"]:.2%}'),

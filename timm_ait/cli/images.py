@@ -138,8 +138,8 @@ def image_classifier(model: nn.Module) -> Callable[[Path], Tuple[Image.Image, to
         image = load_image(file, mode)
         x = transform(image).unsqueeze(0).to(device)
         probabilities = model(x)[0].float().softmax(-1)
-        if probabilities.isnan().any():
-            raise ValueError("the model's output is not a number")
+        if probabilities.dim() > 1 or probabilities.isnan().any():
+            raise ValueError("the model's output is not one number for each class")
         return image, x, probabilities
 
     return classify

@@ -44,6 +44,7 @@ def named_workspaces(model: nn.Module) -> List[Tuple[str, nn.Module]]:
 
 def count_write(workspace: nn.Module) -> None:
     """Count a forward that wrote, and warn if the memory does not move though optimizers step."""
+    register_workspace(workspace)  # a copy may have been made without `__setstate__`
     if workspace.num_writes == 0:
         workspace.num_steps = _state['num_steps']
     workspace.num_writes += 1

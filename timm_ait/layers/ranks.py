@@ -1,6 +1,6 @@
 """ Which processes train a model together, and what their workspaces exchange. """
 import functools
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,9 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(grad, ctx.group), None
 
 
-class ProcessGroups:
+class ProcessGroups(NamedTuple):
     """The ranks of one group, or of the dimensions of a mesh, and what they exchange."""
-
-    def __init__(self, groups: Tuple['dist.ProcessGroup', ...]) -> None:
-        self.groups = groups
+    groups: Tuple['dist.ProcessGroup', ...]
 
     @property
     def rank(self) -> int:

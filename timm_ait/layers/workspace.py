@@ -204,7 +204,7 @@ class GlobalWorkspace(StepwiseMemory):
             of x.
 
         Raises:
-            ValueError: The tokens are not E wide, or the mask is not theirs.
+            ValueError: The tokens are not E wide, or in training the mask is not theirs.
             RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
                 of re-entrant checkpointing, `torch.export` or `torch.func`, or with offloaded parameters.
         """
@@ -322,10 +322,5 @@ class WorkspaceMlp(Mlp):
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Tokens (..., E) after MLP and workspace, for tokens x (..., E); mask and errors as `GlobalWorkspace`."""
-        x = self.fc1(x)
-        x = self.act(x)
-        x = self.drop1(x)
-        x = self.norm(x)
-        x = self.fc2(x)
-        x = self.drop2(x)
-        return self.workspace(x, token_mask)
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.workspace(self.drop2(self.fc2(self.norm(x))), token_mask)

@@ -99,8 +99,9 @@ def reject_arguments(
 def reject_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
     """Raise a ValueError if there is a mask, in a block without self-attention."""
     # in symbolic tracing both are proxies of unknown value
-    if isinstance(attn_mask, torch.Tensor) or (isinstance(is_causal, bool) and is_causal):
-        raise ValueError('attn_mask and is_causal are not supported: some blocks of this model have no self-attention.')
+    if isinstance(attn_mask, torch.Tensor) or is_causal is True:
+        name = 'attn_mask' if isinstance(attn_mask, torch.Tensor) else 'is_causal'
+        raise ValueError(f'{name} is not supported: some blocks of this model have no self-attention.')
 
 
 class MasklessBlock(nn.Module):

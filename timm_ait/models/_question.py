@@ -1,5 +1,6 @@
 """ Models that take a question about each image. """
 import copy
+from functools import partial
 from typing import Any, Dict, List, Optional, Union
 
 import torch
@@ -94,7 +95,8 @@ class QuestionViT(VisionTransformer):
         asking._parameters = {**self._parameters, 'cls_token': cls_token}
         return super(QuestionViT, asking).forward_intermediates(x, *args, **kwargs)
 
-    def get_intermediate_layers(self, x: torch.Tensor, n: Any = 1, reshape: bool = False, *args, **kwargs) -> List[Any]:
-        """As `VisionTransformer`, with a question (B, Q) among the keywords."""
-        output_fmt = 'NCHW' if reshape else 'NLC'
-        return self.forward_intermediates(x, n, *args, output_fmt=output_fmt, intermediates_only=True, **kwargs)
+    def get_intermediate_layers(self, x: torch.Tensor, *args, question: torch.Tensor, **kwargs) -> List[Any]:
+        """As `VisionTransformer`, with a question (B, Q)."""
+        asking = copy.copy(self)
+        asking.forward_intermediates = partial(self.forward_intermediates, question=question)
+        return super(QuestionViT, asking).get_intermediate_layers(x, *args, **kwargs)

@@ -41,8 +41,8 @@ def topk_softmax(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 def join_memory(x: torch.Tensor, memory: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:
     """Put a memory (B, M, D) behind the first P of the tokens x (B, P + N, E), into as many as it fills."""
-    memory = memory.flatten(1)
-    memory = nn.functional.pad(memory, (0, -memory.shape[1] % x.shape[2])).reshape(x.shape[0], -1, x.shape[2])
+    memory = nn.functional.pad(memory.flatten(1), (0, -(memory.shape[1] * memory.shape[2]) % x.shape[2]))
+    memory = memory.view(x.shape[0], memory.shape[1] // x.shape[2], x.shape[2])
     return torch.cat([x[:, :num_prefix_tokens], memory.to(x.dtype), x[:, num_prefix_tokens:]], dim=1)
 
 
@@ -141,16 +141,12 @@ class SharedWorkspace(nn.Module):
         input_gate, forget_gate = gates.chunk(2, dim=-1)
         return input_gate.sigmoid() * update.tanh() + (forget_gate + 1.).sigmoid() * memory
 
-    def broadcast(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """What the tokens x (B, N, E) read from the memory (B, M, D), of the shape of x."""
-        dropout = self.attn_drop.p if self.training else 0.
-        x = attend(self.read_q(x), self.read_kv(memory), self.num_heads, self.scale, self.fused_attn, dropout)
-        return self.proj_drop(self.proj(x))
-
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """What the normed tokens x (B, N, E) read after they have written, and the memory (B, M, D) then."""
         memory = self.write(x, memory)
-        return self.broadcast(x, memory), memory
+        dropout = self.attn_drop.p if self.training else 0.
+        x = attend(self.read_q(x), self.read_kv(memory), self.num_heads, self.scale, self.fused_attn, dropout)
+        return self.proj_drop(self.proj(x)), memory
 
 
 class CoordinationBlock(MasklessBlock, Block):
@@ -172,7 +168,7 @@ class CoordinationBlock(MasklessBlock, Block):
         B, _, E = x.shape
         size = self.num_slots * self.attn.slot_dim
         start, stop = self.num_prefix_tokens, self.num_prefix_tokens + -(-size // E)
-        memory = x[:, start:stop].flatten(1)[:, :size].reshape(B, self.num_slots, -1)
+        memory = x[:, start:stop].flatten(1)[:, :size].reshape(B, self.num_slots, self.attn.slot_dim)
         tokens = torch.cat([x[:, :start], x[:, stop:]], dim=1)
         received, memory = self.attn(self.norm1(tokens), memory)
         tokens = tokens + self.drop_path1(self.ls1(received))

@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Dict, Iterable, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
 import torch.nn as nn
@@ -34,6 +34,8 @@ __all__ = ['add_workspace']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
+_COMPILED_OR_DISTRIBUTED = (
+    'OptimizedModule', 'DataParallel', 'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDP')
 # MLPs of transformer blocks, also of blocks in stages
 _BLOCK_MLP = re.compile(r'(^|\.)blocks(\.\d+)+\.mlp$')
 
@@ -110,15 +112,20 @@ def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None,
     for name, _ in named_workspaces(model):
         raise ValueError(
             f'{architecture} has a workspace already, {name}: add_workspace needs a model without workspaces.')
+    for module in model.modules():
+        if module._compiled_call_impl or type(module).__name__.startswith(_COMPILED_OR_DISTRIBUTED):
+            raise ValueError(f'{architecture} is compiled or distributed: add workspaces before that.')
     mlps = [(name, module) for name, module in model.named_modules() if _BLOCK_MLP.search(name)]
     if not mlps:
         raise ValueError(
             f'{architecture} has no MLPs of transformer blocks: add_workspace looked for modules named '
             '[….]blocks.<number>.mlp.')
     if blocks is not None:
-        blocks, num_blocks = [blocks] if isinstance(blocks, int) else list(blocks), len(mlps)
-        if not blocks or not all(-num_blocks <= i < num_blocks for i in blocks):
+        given, num_blocks = list(blocks) if isinstance(blocks, Iterable) else [blocks], len(mlps)
+        numbers = range(-num_blocks, num_blocks)
+        if not given or not all(i in numbers and 'bool' not in type(i).__name__ for i in given):
             raise ValueError(f'blocks must be block numbers from {-num_blocks} to {num_blocks - 1}, got {blocks!r}.')
+        blocks = [int(i) for i in given]
         mlps = [mlps[i] for i in sorted({i % num_blocks for i in blocks})]
     added = []
     for name, mlp in mlps:
