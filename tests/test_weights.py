@@ -104,8 +104,7 @@ class TestFit:
 
     @pytest.mark.parametrize('kwargs, problem', [
         (dict(embed_dim=32), r'\(1, 64, 64\) instead of \(1, 64, 32\)'),
-        (dict(embed_dim=32, num_classes=5), r'\(1, 64, 64\) instead of \(1, 64, 32\)'),
-        (dict(depth=4), r'blocks\.3\.'),
+        (dict(embed_dim=32, num_classes=5), r'\(1, 64, 64\) instead of \(1, 64, 32\)'), (dict(depth=4), r'blocks\.3\.'),
         (dict(depth=2), r'blocks\.2\.'),
         (dict(depth=4, num_classes=5), r'blocks\.3\.'),  # timm by itself leaves the block untrained
         (dict(num_slots=4, num_classes=5), 'memory'),

@@ -1,4 +1,5 @@
 """ Training steps of each of several ranks, whose workspaces compete among themselves only. """
+import copy
 from functools import partial
 from typing import Callable, Dict, List
 
@@ -25,7 +26,6 @@ def make_model(**kwargs) -> nn.Module:
 
 
 def images(rank: int, step: int = 0):
-    """Those of one rank."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     return torch.randn(3, 3, 16, 16, generator=generator), torch.randint(5, (3,), generator=generator)
 
@@ -35,7 +35,6 @@ def workspaces(model: nn.Module) -> List[GlobalWorkspace]:
 
 
 def memory(model: nn.Module) -> torch.Tensor:
-    """(L, M, D) of L layers."""
     return torch.stack([workspace.memory for workspace in workspaces(model)])
 
 
@@ -90,6 +89,7 @@ def train(
     """
     model = make_model(depth=depth)
     net = wrap(model)
+    model = net.module if isinstance(net, DistributedDataParallel) else model
     optimizer = make_optimizer(net.parameters(), lr=0.1)
     results = {'loss': [], 'written': [], 'memory': []}
     for step in range(3):
@@ -178,6 +178,7 @@ def skip_step(rank: int, num_ranks: int) -> Dict[str, torch.Tensor]:
 SCENARIOS = {
     'ddp': train,
     'ddp without buffers': partial(train, wrap=partial(DistributedDataParallel, broadcast_buffers=False)),
+    'copy of ddp': partial(train, wrap=lambda model: copy.deepcopy(DistributedDataParallel(model))),
     'task': partial(train, wrap=task),
     'fsdp': partial(train, wrap=shard),
     'hybrid fsdp': partial(train, wrap=replicate),

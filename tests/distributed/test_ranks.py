@@ -30,7 +30,7 @@ class TestOneMemory:
 
     topic = 'one_memory'
 
-    @pytest.mark.parametrize('name', ['ddp', 'ddp without buffers', 'task', 'fsdp'])
+    @pytest.mark.parametrize('name', ['ddp', 'ddp without buffers', 'copy of ddp', 'task', 'fsdp'])
     def test_each_step_moves_the_memory_of_all_ranks_to_the_projected_mean_of_what_they_wrote(self, results, name):
         written = [result['written'] for result in results(name)]
         assert (written[0] - written[1]).abs().max() > 0.01

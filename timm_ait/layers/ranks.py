@@ -65,22 +65,23 @@ def ranks_of(workspace: nn.Module) -> Optional[ProcessGroups]:
     return ProcessGroups(groups) if groups else None
 
 
-def _wrap(cls: type) -> None:
-    """Let workspaces know over which processes a wrapper around them, of this class, averages gradients."""
-    init = cls.__init__
-    if getattr(init, 'notes_group', False):
+def _wrap(cls: type, name: str) -> None:
+    """Let this method of a wrapper tell the workspaces inside of it over which processes it averages gradients."""
+    method = getattr(cls, name)
+    if getattr(method, 'notes_group', False):
         return
 
-    @functools.wraps(init)
-    def init_and_note_group(self, *args, **kwargs) -> None:
-        init(self, *args, **kwargs)
+    @functools.wraps(method)
+    def call_and_note_group(self, *args, **kwargs) -> None:
+        method(self, *args, **kwargs)
+        # FSDP shards over one group and, if it is hybrid, averages over another
+        groups = tuple(filter(None, (getattr(self, group, None) for group in ('process_group', '_inter_node_pg'))))
         for module in self.modules():
             if getattr(type(module), 'is_workspace', False):
-                # FSDP shards over one group and, if it is hybrid, averages over another
-                module.wrapper_groups = tuple(filter(None, (self.process_group, getattr(self, '_inter_node_pg', None))))
+                module.wrapper_groups = groups
 
-    init_and_note_group.notes_group = True
-    cls.__init__ = init_and_note_group
+    call_and_note_group.notes_group = True
+    setattr(cls, name, call_and_note_group)
 
 
 if dist.is_available():
@@ -88,4 +89,5 @@ if dist.is_available():
     from torch.nn.parallel import DistributedDataParallel
 
     for wrapper_cls in (DistributedDataParallel, FullyShardedDataParallel):
-        _wrap(wrapper_cls)
+        _wrap(wrapper_cls, '__init__')
+        _wrap(wrapper_cls, '__setstate__')  # of a copy

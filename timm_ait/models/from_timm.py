@@ -34,8 +34,7 @@ __all__ = ['add_workspace']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
-_COMPILED_OR_DISTRIBUTED = (
-    'OptimizedModule', 'DataParallel', 'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDP')
+_WRAPPERS = ('OptimizedModule', 'DataParallel', 'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDP')
 # MLPs of transformer blocks, also of blocks in stages
 _BLOCK_MLP = re.compile(r'(^|\.)blocks(\.\d+)+\.mlp$')
 
@@ -113,7 +112,7 @@ def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None,
         raise ValueError(
             f'{architecture} has a workspace already, {name}: add_workspace needs a model without workspaces.')
     for module in model.modules():
-        if module._compiled_call_impl or type(module).__name__.startswith(_COMPILED_OR_DISTRIBUTED):
+        if module._compiled_call_impl or type(module).__name__.startswith(_WRAPPERS):
             raise ValueError(f'{architecture} is compiled or distributed: add workspaces before that.')
     mlps = [(name, module) for name, module in model.named_modules() if _BLOCK_MLP.search(name)]
     if not mlps:
