@@ -23,7 +23,7 @@ from importlib import import_module
 from itertools import count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -409,6 +409,12 @@ class Trainer:
         mean, std = self.statistics[model]
         return (images - mean) / std
 
+    def teach(self, images: torch.Tensor) -> torch.Tensor:
+        """Mean of the teachers' logits (B, num_classes) for images in [0, 1]."""
+        logits = [
+            run(self.prepare(images, teacher)).float() for run, teacher in zip(self.run_teachers, self.teachers)]
+        return sum(logits) / len(logits)
+
     def step(self, indices: torch.Tensor, flip: torch.Tensor) -> None:
         """
         Args:
@@ -426,17 +432,16 @@ class Trainer:
                 images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast():
             logits = self.run_model(self.prepare(images, self.model))
-            with torch.no_grad():
-                taught = [
-                    run(self.prepare(images, teacher)).float()
-                    for run, teacher in zip(self.run_teachers, self.teachers)]
+            if self.teachers:
+                with torch.no_grad():
+                    taught = self.teach(images)
         logits = logits.float()
         loss = self.criterion(logits, targets)
-        if taught:
+        if self.teachers:
             t = args.kd_temperature
             distance = F.kl_div(
-                F.log_softmax(logits / t, dim=-1), F.log_softmax(sum(taught) / len(taught) / t, dim=-1),
-                reduction='batchmean', log_target=True)
+                F.log_softmax(logits / t, dim=-1), F.log_softmax(taught / t, dim=-1), reduction='batchmean',
+                log_target=True)
             loss = args.task_loss_weight * loss + (1 - args.task_loss_weight) * t ** 2 * distance
         balance = timm_ait.balance_loss(self.model).to(loss.device)
         loss = loss + balance
@@ -517,16 +522,21 @@ class Trainer:
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def evaluate(self, model: nn.Module, data: Images) -> float:
-        """Top-1 accuracy on whole images, in percent, in the dtype of training."""
-        training = model.training
-        model.eval()
+    def accuracy(self, classify: Callable[[torch.Tensor], torch.Tensor], data: Images) -> float:
+        """Top-1 accuracy on whole images, in percent, in the dtype of training, of logits for images in [0, 1]."""
         with torch.no_grad(), self.autocast():
             correct = torch.stack([
-                (model(self.prepare(images.float() / 255, self.model)).argmax(-1) == labels).sum()
+                (classify(images.float() / 255).argmax(-1) == labels).sum()
                 for images, labels in zip(data.images.split(EVAL_BATCH_SIZE), data.labels.split(EVAL_BATCH_SIZE))])
-        model.train(training)
         return 100 * correct.sum().item() / len(data.labels)
+
+    def evaluate(self, model: nn.Module, data: Images) -> float:
+        """Accuracy of a model in evaluation mode."""
+        training = model.training
+        model.eval()
+        accuracy = self.accuracy(lambda images: model(self.prepare(images, self.model)), data)
+        model.train(training)
+        return accuracy
 
     def report(self, progress: float) -> None:
         """Evaluate, append to the log, and save."""
@@ -606,6 +616,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)
     with lock(args.lock):
         trainer.load()
+        if trainer.teachers and val is not None:
+            log(dict(teachers_top1=trainer.accuracy(trainer.teach, trainer.val_data)), args.output)
         trainer.fit()
 
 

@@ -140,23 +140,23 @@ def test_the_student_approaches_the_mean_of_its_teachers(train, tmp_path):
         teacher.head.weight.data.zero_()
         teacher.head.bias.data = torch.tensor([bias, -bias])
         save_file(teacher.state_dict(), file)
-    train(
+    log = train(
         '--epochs', '20', '--lr', '1e-2', '--model-ema-decay', '0.9', '--task-loss-weight', '0', '--kd-model-name',
         *names, '--kd-model-file', *files)
+    assert log[1] == {'teachers_top1': 50.}
     student = timm.create_model('test_ait', num_classes=2)
     student.load_state_dict(load_file(tmp_path / 'run' / 'model.safetensors'))
     logits = student.eval()(torch.randn(8, 3, 32, 32))
     assert ((logits[:, 0] - logits[:, 1] - 6).abs() < 2).all()
 
 
-@pytest.mark.parametrize('options', [
-    ['--model-kwargs', 'img_size=48'], ['--model', 'test_efficientnet', '--img-size', '48']])
+@pytest.mark.parametrize('options', ['--model-kwargs img_size=48', '--model test_efficientnet --img-size 48'])
 def test_images_are_scaled_to_the_size_that_the_model_is_for(train, options, monkeypatch):
     sizes = []
     prepare = train_on_device.Trainer.prepare
     monkeypatch.setattr(
         train_on_device.Trainer, 'prepare', lambda *args: sizes.append(prepare(*args).shape[-2:]) or prepare(*args))
-    train('--epochs', '1', *options)
+    train('--epochs', '1', *options.split())
     assert set(sizes) == {(48, 48)}
 
 
