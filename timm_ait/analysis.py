@@ -33,9 +33,7 @@ def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, GlobalWorkspace)}
     if not found:
-        raise ValueError(
-            f'model: {type(model).__name__} has no workspaces; use an Associative Transformer, or add them with '
-            'timm_ait.add_workspace(model)')
+        raise ValueError(f'model: {type(model).__name__} has no workspaces; timm_ait.add_workspace(model) adds them')
     return found
 
 

@@ -15,7 +15,7 @@ from timm_ait.layers.balance import balance_loss, record_balance_losses
 from timm_ait.ops.graph import depends_on
 
 _logger = logging.getLogger(__name__)
-_LOG_INTERVAL = 50  # steps, as timm's --log-interval
+_LOG_INTERVAL = 50  # batches, as timm's --log-interval
 
 
 def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
@@ -26,14 +26,14 @@ def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) 
     with record_balance_losses() as asked_for:
         result = call(task, *args, **kwargs)
     model = task.get_trainable_module()
-    if not model.training or not any(workspace.writes for _, workspace in named_workspaces(model)):
+    if model is None or not model.training or not any(workspace.writes for _, workspace in named_workspaces(model)):
         return result
     balance, loss = balance_loss(model), result['loss']
     is_added = any(loss is part for part in asked_for) or depends_on(loss, {part.grad_fn for part in asked_for})
     if not is_added:
         loss = loss + balance.to(loss.device)
-    step = task._num_balance_losses = getattr(task, '_num_balance_losses', -1) + 1
-    if task.verbose and step % _LOG_INTERVAL == 0:  # since train.py reports one figure
+    batch = task._num_balance_losses = getattr(task, '_num_balance_losses', -1) + 1
+    if task.verbose and batch % _LOG_INTERVAL == 0:  # since train.py reports one figure
         whole, part = float(loss.detach()), float(balance.detach())
         _logger.info(f'Of the training loss {whole:#.4g}, {part:#.4g} is the balance loss.')
     return {**result, 'loss': loss, 'balance_loss': balance.detach()}

@@ -63,7 +63,7 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
 
     timm adapts the first convolution to other channels and the classifier to other classes, so these may differ. With
     another number of classes, pooling and norms before the classifier may be missing; those of another shape are
-    removed here.
+    removed here, the classifier by timm.
 
     Raises:
         RuntimeError: The weights do not match the model.
@@ -75,6 +75,7 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
     adapted = ()
     if getattr(model, 'num_classes', None) != cfg.get('num_classes') or cfg.get('label_offset'):
         adapted = tuple(f'{name}.' for name in [*names(cfg.get('classifier')), 'norm', 'fc_norm', 'attn_pool'])
+    classifier = [f'{name}.{part}' for name in names(cfg.get('classifier')) for part in ('weight', 'bias')]
     first_convs = [f'{name}.weight' for name in names(cfg.get('first_conv'))]
 
     expected = model.state_dict()
@@ -96,7 +97,7 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
         raise RuntimeError('; '.join(
             f'{problem}: {", ".join(items[:3])}' + (f' and {len(items) - 3} more' if len(items) > 3 else '')
             for problem, items in problems.items() if items))
-    return {key: value for key, value in state_dict.items() if key not in other_shape}
+    return {key: value for key, value in state_dict.items() if key not in other_shape or key in classifier}
 
 
 def check_weights(filter_fn: Callable) -> Callable:

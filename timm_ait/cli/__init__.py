@@ -37,7 +37,6 @@ def integer(minimum: int) -> Callable[[str], int]:
         if not minimum <= int(text) < 2 ** 64:
             raise ArgumentTypeError(f'must be at least {minimum} and less than 2**64, got {text}')
         return int(text)
-
     return integer
 
 

@@ -22,8 +22,7 @@ def add_parser(commands) -> None:
     parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER', help='new folder to write')
     parser.add_argument('--seed', type=integer(0), default=0, metavar='N', help='seed (default: %(default)s)')
     parser.add_argument('--train', type=integer(1), metavar='N', help='training images (default: 50000 or 9800)')
-    parser.add_argument('--validation', type=integer(1), metavar='N',
-                        help='validation images (default: 10000 or 200)')
+    parser.add_argument('--validation', type=integer(1), metavar='N', help='validation images (default: 10000 or 200)')
     parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
 

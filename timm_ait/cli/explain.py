@@ -216,6 +216,8 @@ def add_parser(commands) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
+    if args.out.resolve() in {file.resolve().parent for file in files}:
+        raise ValueError(f'--out {args.out} holds some of the images, which sheets could replace: take another')
     model = load_model(args.model, args.device)
     workspaces(model)  # raises an error if it has none
     classify = image_classifier(model)
@@ -229,7 +231,7 @@ def _main(args: argparse.Namespace) -> int:
         title = [
             f'{file.name}: {probability:.0%} {description}, says {args.model.rpartition("/")[2]}',
             f'{len(drawn)} of {len(maps)} layers: the slot that each patch reads most, and what slots would write, '
-            f'{maps[0].num_kept} tokens a head',
+            f'{", ".join(dict.fromkeys(str(maps[i].num_kept) for i in drawn))} tokens a head',
         ]
         picture = input_picture(image[0], resolve_model_data_config(model))
         return draw_sheet(picture, title, [maps[i] for i in drawn], args.slots), {

@@ -171,16 +171,17 @@ def _main(args: argparse.Namespace) -> int:
     if not data_dir and not trained.get('dataset') and os.path.isdir(trained_on):
         data_dir = trained_on
     if data_dir:
-        with _blame(f'--data-dir {data_dir}'):
+        try:
             if not os.path.exists(data_dir):
                 raise ValueError('it does not exist')
             split, class_map = trained.get('train_split') or 'train', trained.get('class_map') or ''
             indices = create_dataset('', str(data_dir), split, class_map=class_map).reader.class_to_idx
+            if len(indices) != model.num_classes:
+                raise ValueError(f'there are names for {len(indices)} classes, the model has {model.num_classes}')
             names = sorted(indices, key=indices.get)
-            if len(names) != model.num_classes:
-                if args.data_dir:
-                    raise ValueError(f'there are names for {len(names)} classes, the model has {model.num_classes}')
-                names = None
+        except Exception as e:  # of timm's readers; a folder that the checkpoint names may have changed
+            if args.data_dir:
+                raise ValueError(f'--data-dir {data_dir}: {one_line(e)}') from e
     data_config = {key: trained[key] for key in _PREPROCESSING if trained.get(key)}
     with _blame(f'--out {args.out}, nothing was written'):
         config = export(model, args.out, getattr(torch, args.dtype), names, data_config, fine_tuned, args.onnx)
@@ -234,7 +235,8 @@ def _training_args(file: Path) -> Dict[str, Any]:
 
 def _load_pretrained(args: argparse.Namespace) -> nn.Module:
     """Pretrained model, by its name or from a folder in Hub layout."""
-    given = {'model': args.model, 'num-classes': args.num_classes, 'no-ema': args.no_ema or None}
+    given = {'model': args.model, 'num-classes': args.num_classes, 'no-ema': args.no_ema or None,
+             'model-kwargs num_classes': (args.model_kwargs or {}).get('num_classes')}
     for option, value in given.items():
         if value is not None:
             raise ValueError(f'--{option} is for checkpoints of train.py, {args.checkpoint} is none')

@@ -35,7 +35,6 @@ def _main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     script = args.command[0]
     if not os.path.isfile(script):
         parser.error(f'SCRIPT.py: there is no file {script!r}; give the path of a Python script')
-
     sys.argv = args.command
     if not getattr(sys.flags, 'safe_path', False):
         start = sys.path[0]

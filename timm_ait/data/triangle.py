@@ -1,10 +1,10 @@
 """ Triangle: do the midpoints of three clusters of dots form an equilateral triangle?
 
 The task of `Coordination Among Neural Modules Through a Shared Global Workspace` - https://arxiv.org/abs/2103.01197,
-which gives the image size, the three clusters and the question. The rest is chosen here: a cluster is eight
-white dots of one pixel within 3 pixels of its midpoint, clusters are at least 14 pixels apart, half of the triangles
-are equilateral (up to the rounding of dots to pixels), and in the others the longest side exceeds the shortest by at
-least a tenth of their mean, so that rounding never makes a label wrong.
+which gives the image size, the three clusters and the question. The rest is chosen here: a cluster is eight white dots
+of one pixel, some in the same place, within about 4.5 pixels of their mean, its midpoint; clusters are at least 14
+pixels apart, half of the triangles are equilateral (up to the rounding of dots to pixels), and in the others the
+longest side exceeds the shortest by at least a tenth of their mean, so that rounding never makes a label wrong.
 """
 from pathlib import Path
 from typing import Tuple

@@ -48,9 +48,10 @@ def count_write(workspace: nn.Module) -> None:
     if workspace.num_writes == 0:
         workspace.num_steps = _state['num_steps']
     workspace.num_writes += 1
-    others_stepped = not workspace.has_optimizer and _state['num_steps'] > workspace.num_steps
-    has_stalled = workspace.num_writes == _MAX_WRITES and others_stepped
-    if has_stalled and _state['warned_at'] != _state['num_steps']:  # once for all workspaces of a model
+    if workspace.num_writes < _MAX_WRITES or workspace.has_optimizer or workspace.num_steps == _state['num_steps']:
+        return
+    workspace.num_writes = float('-inf')  # no more until the memory moves
+    if _state['warned_at'] != _state['num_steps']:  # once for all workspaces of a model
         _state['warned_at'] = _state['num_steps']
         warnings.warn(
             f'The memory of a workspace was written in {_MAX_WRITES} forwards and did not move: no optimizer that has '
@@ -96,6 +97,7 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
         memory.copy_(torch.where(moves, mean.to(memory.dtype), memory))
         for part in workspace.written:
             part.masked_fill_(moves, 0)
+    for workspace in workspaces:
         workspace.end_step()
 
 

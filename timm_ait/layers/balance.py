@@ -32,7 +32,7 @@ def _warn_of_a_value(grad: torch.Tensor) -> None:
 
 
 def balance_loss(model: nn.Module) -> torch.Tensor:
-    """Weighted balance loss of the last forward with gradient (scalar), summed over the workspaces that wrote in it.
+    """Weighted balance loss (scalar), summed over the workspaces, each of its last training forward with gradient.
 
     In your own training loop, add it to the criterion after each forward; timm's training tasks do so themselves. It is
     zero if no workspace wrote: in evaluation, or where the write is frozen. A workspace that the forward used several

@@ -12,7 +12,7 @@ from .workspace import GlobalWorkspace, WorkspaceMlp
 
 
 class PublishedWorkspace(GlobalWorkspace):
-    """The workspace exactly as the published implementation computes it in training.
+    """The workspace as the published implementation computes it in training, without its dropout.
 
     No gradient flows through the write, memory rows are normalised but not kept apart, and the memory advances in
     forward. Evaluation is ours: frozen.

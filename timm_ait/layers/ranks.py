@@ -8,7 +8,6 @@ import torch.nn as nn
 
 
 class _AllReduce(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group

@@ -88,7 +88,7 @@ class StepwiseMemory(nn.Module):
         return self.written
 
     def end_step(self) -> None:
-        """Called when the memory has moved."""
+        """Called when the parameters have moved, and the memory if anything was written."""
         self.num_writes = 0
         self.release_balance()
 

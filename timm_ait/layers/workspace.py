@@ -126,10 +126,9 @@ class GlobalWorkspace(StepwiseMemory):
         check_at_least(
             1, dim=dim, num_slots=num_slots, slot_dim=slot_dim, workspace_heads=workspace_heads,
             retrieval_steps=retrieval_steps)
-        if isinstance(bottleneck, int):
-            check_at_least(1, bottleneck=bottleneck)
-        else:
-            check_number('bottleneck', bottleneck, 0., 1., low_open=True)
+        is_share = isinstance(bottleneck, float)
+        if not (0. < bottleneck <= 1. if is_share else type(bottleneck) is int and bottleneck >= 1):
+            raise ValueError(f'bottleneck must be an integer of at least 1 or a float in (0, 1], got {bottleneck!r}.')
         check_number('beta', beta, 0., float('inf'), low_open=True)
         check_number('memory_momentum', memory_momentum, 0., 1.)
         check_choice('memory_init', memory_init, tuple(MEMORY_INITS))

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm_ait.layers._arguments import check_at_least, check_known
 from timm_ait.weights import check_weights, say_where_weights_are
 
+_NO_ATTENTION = 'some blocks of this model have no self-attention'
 # arguments of models of 32 px images in 64 patches
 CIFAR_ARGS = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 
@@ -58,7 +59,7 @@ def build_vit(
             model_cls,
             variant,
             pretrained,
-            pretrained_filter_fn=check_weights(filter_fn),
+            pretrained_filter_fn=check_weights(filter_fn) if kwargs.get('pretrained_strict', True) else filter_fn,
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', min(3, kwargs['depth'])), feature_cls='getter'),
             **kwargs,
         )
@@ -96,12 +97,12 @@ def reject_arguments(
     return kwargs
 
 
-def reject_masks(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
-    """Raise a ValueError if there is a mask, in a block without self-attention."""
+def reject_masks(attn_mask: Optional[torch.Tensor], is_causal: bool, reason: str = _NO_ATTENTION) -> None:
+    """Raise a ValueError if there is a mask."""
     # in symbolic tracing both are proxies of unknown value
     if isinstance(attn_mask, torch.Tensor) or is_causal is True:
         name = 'attn_mask' if isinstance(attn_mask, torch.Tensor) else 'is_causal'
-        raise ValueError(f'{name} is not supported: some blocks of this model have no self-attention.')
+        raise ValueError(f'{name} is not supported: {reason}.')
 
 
 class MasklessBlock(nn.Module):

@@ -22,7 +22,6 @@ from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers._arguments import options, split_kwargs
-from timm_ait.layers.advance import named_workspaces
 from timm_ait.weights import shipped_cfg
 
 from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_masks
@@ -53,7 +52,9 @@ class AssociativeBlock(Block):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
-        """Update the tokens x (B, N, E); a mask broadcasts to (B, heads, N, N)."""
+        """Update the tokens x (B, N, E); a mask broadcasts to (B, heads, N, N). No `is_causal` in training."""
+        if self.training:
+            reject_masks(None, is_causal, 'in training, earlier tokens would read what later ones write')
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         token_mask = attended_tokens(attn_mask, x.shape[0], x.shape[1]) if self.training else None
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
@@ -116,6 +117,10 @@ class AssociativeTransformer(VisionTransformer):
         kwargs = reject_arguments(self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
         if workspace:
+            mlp_cls = getattr(mlp_layer, 'func', mlp_layer) or WorkspaceMlp
+            if not (isinstance(mlp_cls, type) and issubclass(mlp_cls, WorkspaceMlp)):
+                raise ValueError(
+                    f'mlp_layer={mlp_layer!r} has no workspace: derive it from WorkspaceMlp, or use workspace=False.')
             block_fn = AssociativeBlock if attention else AttentionFreeBlock
             mlp_layer = partial(mlp_layer or WorkspaceMlp, **workspace_kwargs)
         else:
@@ -124,9 +129,6 @@ class AssociativeTransformer(VisionTransformer):
         if flat:
             kwargs['global_pool'] = 'avg'  # has its norm in the same place
         super().__init__(block_fn=block_fn, mlp_layer=mlp_layer, **kwargs)
-        if workspace and not named_workspaces(self):
-            raise ValueError(
-                f'mlp_layer={mlp_layer.func!r} has no workspace: derive it from WorkspaceMlp, or use workspace=False.')
         self.norm_layer = get_norm_layer(kwargs.get('norm_layer')) or LayerNorm
         if flat:
             self.reset_classifier(self.num_classes, 'flat')

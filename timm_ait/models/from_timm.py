@@ -18,6 +18,7 @@ from timm.models import (
     get_model_input_config,
     get_pretrained_cfg,
     is_model,
+    model_entrypoint,
     register_model,
 )
 from timm.models.eva import EvaBlock, EvaBlockPostNorm
@@ -28,6 +29,7 @@ from timm_ait.layers._arguments import check_known, options, split_kwargs
 from timm_ait.layers.advance import named_workspaces
 from timm_ait.weights import check_weights
 
+from ._builder import reject_masks
 from .associative_transformer import AssociativeBlock
 
 __all__ = ['add_workspace']
@@ -45,14 +47,14 @@ def _end_in_workspace(self: nn.Module, inputs: Tuple[torch.Tensor], output: torc
 
 
 class _Unmasked:
-    """Mixin for blocks that do not pass masks on to their MLP: training with a mask raises an error."""
+    """Mixin for blocks that do not pass masks on to their MLP: training with one, or causal, raises an error."""
 
     def __call__(self, *args, **kwargs):
-        if self.training and isinstance(kwargs.get('attn_mask'), torch.Tensor):
-            raise ValueError(
-                'attn_mask is not supported in training here: masked tokens would be written into the workspaces. A '
-                f'Block with an Mlp keeps them out, a {type(self).__bases__[1].__name__} with a '
-                f'{type(self.mlp).__name__} does not.')
+        if self.training:
+            reject_masks(
+                kwargs.get('attn_mask'), kwargs.get('is_causal', False),
+                'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of '
+                f'attn_mask out, a {type(self).__bases__[1].__name__} with a {type(self.mlp).__name__} does not)')
         return super().__call__(*args, **kwargs)
 
 
@@ -184,9 +186,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return {**state_dict, **fresh}
 
 
-default_cfgs = generate_default_cfgs({
-    'ait_from_timm.untrained': dict(fixed_input_size=True),
-})
+default_cfgs = generate_default_cfgs({'ait_from_timm.untrained': dict(fixed_input_size=True)})
 
 
 @register_model
@@ -228,7 +228,8 @@ def ait_from_timm(
             body = create_model(model, pretrained, **kwargs)
         except TypeError as e:
             unknown = [name for name in kwargs if repr(name) in str(e)]
-            check_known(unknown, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
+            where = f'timm_ait.GlobalWorkspace) and, those of {model}, in help({model_entrypoint(model).__module__}'
+            check_known(unknown, options(GlobalWorkspace), where)
             raise
         if num_classes not in (None, body.num_classes):
             body.reset_classifier(num_classes)
@@ -237,8 +238,12 @@ def ait_from_timm(
     overlay = pretrained_cfg_overlay or {}
     if isinstance(pretrained_cfg, dict):
         pretrained_cfg = PretrainedCfg(**pretrained_cfg)
-    is_saved = isinstance(pretrained_cfg, PretrainedCfg) and pretrained_cfg.source in ('local-dir', 'hf-hub')
-    if not is_saved and not overlay.keys() & {'file', 'state_dict', 'url', 'hf_hub_id'}:
+    given, sources = getattr(pretrained_cfg, '__dict__', {}), {'file', 'state_dict', 'url', 'hf_hub_id'}
+    is_saved = given.get('source') in ('local-dir', 'hf-hub')
+    if not is_saved and any(map(given.get, sources)):
+        given = {key: value for key, value in given.items() if value != getattr(PretrainedCfg, key)}
+        overlay = {**given, 'architecture': 'ait_from_timm', **overlay}
+    if not is_saved and not overlay.keys() & sources:
         build, pretrained = partial(build, pretrained, pretrained_cfg_overlay=overlay), False
         if not kwargs.get('features_only'):
             return build(**kwargs)

@@ -1,7 +1,7 @@
 """ The global workspace, written to be read.
 
 These functions are the executable specification: plain dense equations of `Associative Transformer`
-(https://arxiv.org/abs/2309.12862), one line an equation. The lean versions beside this file have the same signatures
+(https://arxiv.org/abs/2309.12862), one line an equation. The lean versions beside this file take the same arguments
 and are tested against it.
 
 Shapes: T = B * N squashed tokens of width E; a memory of M slots of width D; A heads; k the bottleneck.
