@@ -90,9 +90,9 @@ COLUMNS: Dict[str, Callable[[List[Measured]], Any]] = {
 
 # Measuring
 
-def cached(file: Path, measure: Callable[[], Any]) -> Any:
-    """What was measured before, or is now."""
-    if not file.exists():
+def cached(file: Path, weights: Path, measure: Callable[[], Any]) -> Any:
+    """What was measured of these weights before, or is now."""
+    if not file.exists() or file.stat().st_mtime < weights.stat().st_mtime:
         write_text(file, json.dumps(measure()))
     return json.loads(file.read_text())
 
@@ -200,11 +200,12 @@ def measure_runs(folder: Path, data_dir: str) -> Tuple[Runs, Measured]:
     for label, run in tqdm(recipe['runs'].items(), desc=folder.name):
         for seed in run['seeds']:
             place = folder / label / f'seed{seed}'
-            measured = cached(place / 'analysis.json', lambda: measure(load(label, seed), batches))
+            measured = cached(
+                place / 'analysis.json', place / 'result.json', lambda: measure(load(label, seed), batches))
             measured['log'] = json.loads((place / 'log.json').read_text())
             runs.setdefault(f'{folder.name}, {label}', []).append(measured)
     seeds = recipe['runs']['default']['seeds']
-    agreements = cached(folder / 'agreement.json', lambda: {
+    agreements = cached(folder / 'agreement.json', folder / 'default' / f'seed{seeds[-1]}' / 'result.json', lambda: {
         kind: measure_agreement([load('default', seed, kind == 'trained') for seed in seeds], batches)
         for kind in ('untrained', 'trained')})
     return runs, agreements
@@ -332,7 +333,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     shipped = {}
     for name in tqdm(names, desc='checkpoints'):
         images = args.images.get(name.rpartition('.')[2])
-        shipped[name] = cached(args.runs / f'{name}.json', lambda: measure_shipped(name, images))
+        file = args.runs / f'{name}{"_with_images" if images else ""}.json'
+        shipped[name] = cached(file, weights_dir() / name / 'model.safetensors', lambda: measure_shipped(name, images))
     with_images = {name: [measured] for name, measured in shipped.items() if 'accuracy' in measured}
     looked_at = {**with_images, **chosen(runs, LOOKED_AT)}
     figures = args.page.with_name('figures')

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 from pathlib import Path
@@ -41,11 +42,7 @@ def table(header: Collection[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def write_parts(page: Path, parts: Dict[str, str]) -> None:
-    """Replace what stands between `<!-- begin generated: NAME -->` and `<!-- end generated: NAME -->`.
-
-    Args:
-        page: File to change.
-        parts: New text by name.
+    """Replace what is between `<!-- begin generated: NAME -->` and `<!-- end generated: NAME -->` of a page, by name.
 
     Raises:
         ValueError: The page has no such markers for a part. It is then left as it was.
@@ -60,13 +57,14 @@ def write_parts(page: Path, parts: Dict[str, str]) -> None:
     write_text(page, text)
 
 
-def report(recipe: Recipe, output: Path) -> None:
-    """Gather the runs' results into `results.json`, `table.md` and `learning_curves.svg`."""
+def report(recipe: Recipe, output: Path, overrides: Sequence[str] = ()) -> None:
+    """Gather what a command with these options gave into `results.json`, `table.md` and `learning_curves.svg`."""
     results = {}
     for label, run in recipe['runs'].items():
         runs = [json.loads((output / label / f'seed{seed}' / 'result.json').read_text()) for seed in run['seeds']]
         results[label] = {'model': run, 'runs': runs}
-    write_text(output / 'results.json', json.dumps({'recipe': recipe, 'results': results}, indent=2))
+    write_text(output / 'results.json', json.dumps(
+        {'recipe': recipe, 'overrides': overrides, 'results': results}, indent=2))
     rows = _rows(results)
     text = table(rows[0], [row.values() for row in rows]) + '\n'
     write_text(output / 'table.md', text)
@@ -119,7 +117,8 @@ def _learning_curves(results: Results, output: Path) -> None:
 
 def budget_and_table(folder: Path) -> str:
     """What the page says about the output of benchmarks.compare in a folder."""
-    recipe = json.loads((folder / 'results.json').read_text())['recipe']
+    results = json.loads((folder / 'results.json').read_text())
+    recipe = results['recipe']
     most, fewest = (choose((run['seeds'] for run in recipe['runs'].values()), key=len) for choose in (max, min))
     seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
     if len(fewest) < len(most):
@@ -128,7 +127,7 @@ def budget_and_table(folder: Path) -> str:
         f"{recipe['steps']} steps of {recipe['batch_size']}, {recipe['opt']}, learning rate {recipe['lr']:g}, cosine, "
         f"{recipe['amp_dtype']} training; {seeds}. Images of {recipe['image_size']} px. "
         f'`python -m benchmarks.compare examples/{folder.name}.yaml --data-dir DATA '
-        f'--output output/{folder.name}`',
+        f"{shlex.join(['--output', f'output/{folder.name}', *results['overrides']])}`",
         '',
         (folder / 'table.md').read_text().rstrip(),
         '',
@@ -141,14 +140,15 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='output of benchmarks.compare')
     parser.add_argument('--page', type=Path, default=Path(__file__).with_name('RESULTS.md'), metavar='FILE')
     args = parser.parse_args(argv)
+    figures = args.page.with_name('figures')
     try:
-        write_parts(args.page, {folder.name: budget_and_table(folder) for folder in args.folders})
+        parts = {folder.name: budget_and_table(folder) for folder in args.folders}
+        figures.mkdir(exist_ok=True)
+        for folder in args.folders:
+            shutil.copyfile(folder / 'learning_curves.svg', figures / f'{folder.name}_learning_curves.svg')
+        write_parts(args.page, parts)
     except (OSError, ValueError) as e:
         parser.error(str(e))
-    figures = args.page.with_name('figures')
-    figures.mkdir(exist_ok=True)
-    for folder in args.folders:
-        shutil.copyfile(folder / 'learning_curves.svg', figures / f'{folder.name}_learning_curves.svg')
 
 
 if __name__ == '__main__':

@@ -333,6 +333,8 @@ def measure_scaling(args: argparse.Namespace) -> None:
     for size in args.sweep:
         argument, values, quick_values = SWEEPS[size]
         for value in quick_values if args.quick else values:
+            if argument == 'bottleneck' and value > args.tokens[0]:
+                break
             measure_layers(args, f'{size} {value:,}', **{'tokens': args.tokens[0], argument: value})
 
 

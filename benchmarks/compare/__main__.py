@@ -32,10 +32,10 @@ def main(argv: Optional[List[str]] = None) -> None:
         unknown = sorted(set(args.runs) - recipe['runs'].keys())
         if unknown:
             parser.error(f"--runs: {unknown} are not in {args.recipe}; it has {sorted(recipe['runs'])}")
-        recipe['runs'] = {label: recipe['runs'][label] for label in args.runs}
     if args.output.exists() and not args.output.is_dir():
         parser.error(f'--output: {args.output} is not a folder')
 
+    recipe['data'] = Path(args.data_dir).resolve().name
     folders = {
         (label, seed): args.output / label / f'seed{seed}'
         for label, run in recipe['runs'].items() for seed in run['seeds']}
@@ -43,7 +43,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         file = folder / 'settings.json'
         if file.is_file() and json.loads(file.read_text()) != run_settings(recipe, recipe['runs'][label]):
             parser.error(f'--output: {folder} was trained with other settings; choose another folder, or delete it')
-    todo = {run: folder for run, folder in folders.items() if not (folder / 'result.json').is_file()}
+    todo = {
+        (label, seed): folder for (label, seed), folder in folders.items()
+        if label in (args.runs or recipe['runs']) and not (folder / 'result.json').is_file()}
     if todo:
         try:
             device = torch.device(args.device)
@@ -68,7 +70,9 @@ def main(argv: Optional[List[str]] = None) -> None:
         for (label, seed), folder in todo.items():
             torch.compiler.reset()  # the graphs of all models together would reach a limit
             train_run(recipe, recipe['runs'][label], seed, folder, train, test, args.compile)
-    report(recipe, args.output)
+    for label in {label for (label, _), folder in folders.items() if not (folder / 'result.json').is_file()}:
+        del recipe['runs'][label]
+    report(recipe, args.output, overrides)
 
 
 if __name__ == '__main__':

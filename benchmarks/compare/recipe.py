@@ -119,15 +119,16 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if recipe['dataset'] == 'sort_of_clevr' and (recipe['image_size'], recipe['in_chans']) != (IMAGE_SIZE, 3):
         raise ValueError(f'{path}: image_size must be {IMAGE_SIZE} and in_chans 3, those of sort_of_clevr')
     for label, run in runs.items():
-        if label != Path(str(label)).name or label == '..':
-            raise ValueError(f'{path}: run {label!r} names a folder of the output; it must have no slash')
+        if not isinstance(label, str) or label != Path(label).name or label == '..':
+            raise ValueError(f'{path}: run {label!r} names a folder of the output; it must be text without a slash')
         if not isinstance(run, dict) or 'model' not in run:
             raise ValueError(f'{path}: run {label!r} must be a mapping with the key model, got {run!r}')
         if '--seeds' in overrides or 'seeds' not in run:
             run['seeds'] = recipe['seeds']
-        if not isinstance(run['seeds'], list) or len(set(run['seeds'])) != len(run['seeds']):
-            raise ValueError(f"{path}: seeds of run {label!r} must be a list of different integers, got "
-                             f"{run['seeds']!r}")
+        seeds = run['seeds']
+        if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)) or (
+                len(set(seeds)) != len(seeds)):
+            raise ValueError(f'{path}: seeds of run {label!r} must be a list of different integers, got {seeds!r}')
     return recipe
 
 
