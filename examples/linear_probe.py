@@ -30,9 +30,9 @@ def extract_features(model: nn.Module, data_dir: str, size: int, crops: int) -> 
         Features (N * (1 + crops), E) and labels (N * (1 + crops),).
     """
     config = dict(resolve_data_config({}, model=model), input_size=(3, size, size), crop_pct=1.0)
+    if not Path(data_dir, 'train').is_dir():
+        raise ValueError(f'--data-dir {data_dir} has no folder train.')
     dataset = create_dataset('', root=data_dir, split='train')
-    if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
-        raise ValueError(f'{data_dir} has no folder train.')
     features, labels = [], []
     for crop in range(1 + crops):
         dataset.transform = create_transform(**config, is_training=crop > 0, scale=(0.35, 1.0), color_jitter=0.)

@@ -4,7 +4,8 @@
 #
 #   examples/on_device/all.sh CIFAR10 PETS OUTPUT [workspace.py's further arguments]
 #
-# Run from the top of the checkout. What is finished is kept: the same command goes on where another one stopped.
+# Run from the top of the checkout. What is finished is kept: the same command goes on with the run that
+# another one did not finish, from its beginning.
 set -euo pipefail
 cifar10=$1 pets=$2 output=$3
 shift 3
@@ -33,20 +34,20 @@ if [ ! -f "$output/workspace_done" ]; then
 fi
 
 configs=examples/on_device
-teacher="--kd-model-file $output/cifar10_teacher/model.safetensors"
+teacher="$output/cifar10_teacher/model.safetensors"
 train cifar10_teacher "$cifar10" --config $configs/cifar10_teacher.yaml
-train ait_small_cifar10 "$cifar10" --config $configs/ait_small_cifar10.yaml $teacher
+train ait_small_cifar10 "$cifar10" --config $configs/ait_small_cifar10.yaml --kd-model-file "$teacher"
 train pets "$pets" --config $configs/ait_vit_small_pets.yaml
-train ait_medium_cifar10 "$cifar10" --config $configs/ait_medium_cifar10.yaml $teacher \
+train ait_medium_cifar10 "$cifar10" --config $configs/ait_medium_cifar10.yaml --kd-model-file "$teacher" \
     --init "$output/ait_small_cifar10/model.safetensors"
 wait
+
+for name in cifar10_teacher ait_small_cifar10 pets ait_medium_cifar10; do
+    [ -f "$output/$name/done" ] || { echo "$name has failed, see $output/logs/$name.txt" >&2; failed=1; }
+done
 
 python -m benchmarks.compare examples/compare_bodies.yaml --data-dir "$cifar10" --output "$output/compare_bodies_full" \
     --runs 'published AiT' 'published ViT' 'AiT body, plain' 'AiT body, plain + LayerNorm' \
     --model-kwargs '{dim: 768}' --steps 9700 --batch-size 512 --lr 1e-4 --warmup-steps 485 --eval-every 485 \
     --seeds 0 --amp-dtype bfloat16 --device cuda --compile | tee "$output/logs/compare_bodies_full.txt"
-
-for name in cifar10_teacher ait_small_cifar10 pets ait_medium_cifar10; do
-    [ -f "$output/$name/done" ] || { echo "$name has failed, see $output/logs/$name.txt" >&2; failed=1; }
-done
 exit "${failed:-0}"

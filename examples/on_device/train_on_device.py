@@ -135,12 +135,16 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     config.add_argument('--config')
     file = config.parse_known_args(argv)[0].config
     if file:
-        defaults = yaml.safe_load(Path(file).read_text(encoding='utf-8'))
+        defaults = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
         unknown = set(defaults) - set(vars(parser.parse_args([])))
         if unknown:
             parser.error(f'{file} has options that there are not: {", ".join(sorted(unknown))}.')
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    for action in parser._actions:  # argparse checks the choices of the command line alone
+        if action.choices and getattr(args, action.dest) not in action.choices:
+            parser.error(f'{action.option_strings[0]} must be one of {", ".join(action.choices)}, got '
+                         f'{getattr(args, action.dest)}.')
     for name in ('data_dir', 'model', 'output'):
         if not getattr(args, name):
             parser.error(f'--{name.replace("_", "-")} is missing.')
@@ -164,6 +168,11 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'0 <= --warmup <= --decay-from <= 1, got {args.warmup} and {args.decay_from}.')
     if not 0 <= args.holdout < 1:
         parser.error(f'--holdout must be in [0, 1), got {args.holdout}.')
+    has_checkpoint = (Path(args.output) / 'last.pth.tar').is_file()
+    if args.resume and not has_checkpoint:
+        parser.error(f'--resume: there is no last.pth.tar in {args.output}.')
+    if has_checkpoint and not args.resume:
+        parser.error(f'--output {args.output} holds a run: go on with it by --resume, or take another folder.')
     return args
 
 
@@ -186,8 +195,10 @@ def read_images(data_dir: str, split: str, num_threads: int) -> Images:
     """Decode a split of an ImageFolder.
 
     Raises:
-        ValueError: There is no such split, or the images are of several sizes.
+        ValueError: There is no such folder or split, or the images are of several sizes.
     """
+    if not Path(data_dir).is_dir():
+        raise ValueError(f'--data-dir {data_dir} is no folder.')
     dataset = create_dataset('', root=data_dir, split=split, input_img_mode='RGB')
     if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
         raise ValueError(f'{data_dir} has no folder {split}: --train-split and --val-split name the folders.')
@@ -213,7 +224,8 @@ def load_images(data_dir: str, split: str, num_threads: int, cache: Optional[str
         return read_images(data_dir, split, num_threads)
     Path(cache).mkdir(parents=True, exist_ok=True)
     folder = Path(data_dir).resolve()
-    file = Path(cache) / f'{folder.name}_{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}_{split}.pt'
+    changed = [(str(path), path.stat().st_mtime_ns) for path in sorted((folder / split).glob('*'))]  # when files came
+    file = Path(cache) / f'{folder.name}_{hashlib.sha256(repr((folder, changed)).encode()).hexdigest()[:8]}_{split}.pt'
     with lock(f'{file}.lock'):
         if not file.exists():
             write_whole(torch.save, tuple(read_images(data_dir, split, num_threads)), file)
@@ -223,7 +235,7 @@ def load_images(data_dir: str, split: str, num_threads: int, cache: Optional[str
 def hold_out(data: Images, share: float, seed: int) -> Tuple[Images, Images]:
     """Split images at random into those to train on and those to evaluate on."""
     order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed))
-    num_held_out = round(share * len(order))
+    num_held_out = math.ceil(share * len(order))
     return data.select(order[num_held_out:]), data.select(order[:num_held_out])
 
 
@@ -259,8 +271,11 @@ def grow_blocks(state_dict: Dict[str, torch.Tensor], depth: int) -> Dict[str, to
     return grown
 
 
-def load_weights(model: nn.Module, file: str, name: str, **kwargs) -> None:
+def load_weights(model: nn.Module, file: str, name: str, **kwargs) -> int:
     """Load a checkpoint as timm loads pretrained weights: positions are resampled, other classes get a new head.
+
+    Returns:
+        Number of the checkpoint's classes, 0 if it has no classifier.
 
     Raises:
         FileNotFoundError: The file is not there.
@@ -268,12 +283,15 @@ def load_weights(model: nn.Module, file: str, name: str, **kwargs) -> None:
     if not Path(file).is_file():
         raise FileNotFoundError(f'{file}, the weights for {name}, is not there.')
     state_dict = {key: value.float() for key, value in load_state_dict(file).items()}
-    if hasattr(model, 'blocks') and f'blocks.{len(model.blocks) - 1}.norm2.weight' not in state_dict:
+    if 'blocks.0.norm2.weight' in state_dict and f'blocks.{len(model.blocks) - 1}.norm2.weight' not in state_dict:
         state_dict = grow_blocks(state_dict, len(model.blocks))
-    classifier = state_dict.get(f'{model.pretrained_cfg["classifier"]}.weight')
-    overlay = dict(state_dict=state_dict, num_classes=0 if classifier is None else len(classifier))
+    classifier = model.pretrained_cfg['classifier']
+    classifier = state_dict.get(f'{classifier if isinstance(classifier, str) else classifier[0]}.weight', ())
+    # without a source, or a name of the Hub or of a folder would load what is there
+    overlay = dict(state_dict=state_dict, source='', num_classes=len(classifier))
     loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     model.load_state_dict(loaded.state_dict())
+    return len(classifier)
 
 
 def write_whole(save, content: Any, file: Path) -> None:
@@ -348,6 +366,8 @@ class Trainer:
         self.args, self.device = args, torch.device(args.device)
         self.train_data, self.val_data = train.to(self.device), val and val.to(self.device)
         self.num_classes = args.num_classes or len(train.classes)
+        if self.num_classes < len(train.classes):
+            raise ValueError(f'--num-classes {self.num_classes}: the data have {len(train.classes)} classes.')
         self.generator = torch.Generator(self.device)
         self.kwargs = dict(args.model_kwargs, num_classes=self.num_classes)
         memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -384,7 +404,14 @@ class Trainer:
             return self.ema.module
         pretrained = not self.args.kd_model_file  # or the weights are read in load()
         teacher = timm.create_model(name, pretrained=pretrained, num_classes=self.num_classes)
+        if pretrained:
+            self.check_teacher(name, teacher.pretrained_cfg['num_classes'])
         return teacher.to(self.device).eval().requires_grad_(False)
+
+    def check_teacher(self, name: str, num_classes: int) -> None:
+        if num_classes != self.num_classes:
+            raise ValueError(f'The teacher {name} has {num_classes} classes, the data {self.num_classes}: it must have '
+                             f'been trained on these.')
 
     @property
     def steps_per_epoch(self) -> int:
@@ -463,6 +490,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Take steps so that all is compiled, and undo them."""
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
         self.model.train()
         self.set_progress(0.)
         indices = torch.arange(self.args.batch_size, device=self.device)
@@ -473,7 +501,7 @@ class Trainer:
             self.evaluate(self.model, self.val_data.select(torch.arange(1, device=self.device)))
         self.model.load_state_dict(before)
         self.ema.set(self.model)
-        self.optimizer.state.clear()
+        self.optimizer.load_state_dict(optimizer)
         self.step_count = 0
         self.totals.zero_()
 
@@ -505,7 +533,8 @@ class Trainer:
                     self.keep_pace()
                 progress = self.schedule.progress(self.step_count)
                 if progress >= 1:
-                    self.report(progress)
+                    if self.step_count > self.reported[0]:
+                        self.report(progress)
                     return
                 if progress >= next_eval:
                     self.report(progress)
@@ -562,9 +591,10 @@ class Trainer:
     def save(self) -> None:
         output, args = Path(self.args.output), self.args
         write_whole(torch.save, dict(
-            arch=args.model, args=dict(vars(args), num_classes=self.num_classes), state_dict=self.model.state_dict(),
-            state_dict_ema=self.ema.module.state_dict(), optimizer=self.optimizer.state_dict(),
-            step=self.step_count, seconds=self.schedule.seconds), output / 'last.pth.tar')
+            arch=args.model, args=dict(vars(args), num_classes=self.num_classes, crop_pct=1.),  # which export reads
+            state_dict=self.model.state_dict(), state_dict_ema=self.ema.module.state_dict(),
+            optimizer=self.optimizer.state_dict(), step=self.step_count, seconds=self.schedule.seconds),
+            output / 'last.pth.tar')
         dtype = getattr(torch, args.save_dtype)
         weights = {
             name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
@@ -576,7 +606,7 @@ class Trainer:
         args = self.args
         others = [(name, teacher) for name, teacher in zip(args.kd_model_name, self.teachers) if name != 'ema']
         for (name, teacher), file in zip(others, args.kd_model_file):
-            load_weights(teacher, file, name, num_classes=self.num_classes)
+            self.check_teacher(file, load_weights(teacher, file, name, num_classes=self.num_classes))
         if args.init:
             load_weights(self.model, args.init, args.model, **self.kwargs)
             self.ema.set(self.model)
@@ -602,8 +632,6 @@ def main(argv: Optional[List[str]] = None) -> None:
     for module in args.device_modules:
         import_module(module)
     random_seed(args.seed)
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    (Path(args.output) / 'args.yaml').write_text(yaml.safe_dump(json.loads(json.dumps(vars(args)))))
     train = load_images(args.data_dir, args.train_split, args.workers, args.cache)
     if args.holdout > 0:
         train, val = hold_out(train, args.holdout, seed=0)
@@ -612,6 +640,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         if val is not None and val.classes != train.classes:
             raise ValueError(f'{args.train_split} and {args.val_split} in {args.data_dir} must have the same classes.')
     trainer = Trainer(args, train, val)
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    (Path(args.output) / 'args.yaml').write_text(yaml.safe_dump(json.loads(json.dumps(vars(args)))))
     trainer.warm_up()
     log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)
     with lock(args.lock):
