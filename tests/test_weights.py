@@ -116,6 +116,16 @@ class TestFit:
             timm.create_model(saved[1], pretrained=True, **kwargs)
         assert 'nothing was loaded' in str(error.value)
 
+    def test_without_strictness_what_is_missing_stays_untrained(self, saved):
+        loaded = timm.create_model(saved[1], pretrained=True, depth=4, pretrained_strict=False)
+        assert torch.equal(loaded.head.weight, saved[0].head.weight)
+
+    def test_classes_before_the_offset_are_left_out(self, saved):
+        model = saved[0]
+        overlay = dict(state_dict=model.state_dict(), num_classes=2, label_offset=1)
+        loaded = timm.create_model('test_ait', pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
+        assert torch.equal(loaded.head.weight, model.head.weight[1:])
+
     @pytest.mark.parametrize('kwargs', [
         dict(num_classes=5), dict(num_classes=0), dict(in_chans=1), dict(img_size=64), dict(patch_size=8),
         dict(features_only=True), dict(num_classes=5, global_pool='map')])

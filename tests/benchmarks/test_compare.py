@@ -131,20 +131,26 @@ def test_an_interrupted_run_goes_on_to_the_same_result(images, one_run, output):
     assert resumed['log'] == expected['log'] and resumed['accuracy'] == expected['accuracy']
 
 
-def test_finished_runs_are_kept(one_run, output):
+def test_runs_that_are_not_chosen_stay_in_the_results(images, one_run, output):
+    shutil.copytree(one_run[1], output)
+    assert list(compare(recipe_of(seeds=[0], amp_dtype='float32'), images, output, '--runs', 'ViT')) == ['AiT', 'ViT']
+
+
+def test_finished_runs_are_kept(images, one_run, output):
     recipe, finished = one_run
     shutil.copytree(finished, output)
     before = (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns
-    compare(recipe, 'no_data_is_needed', output)
+    compare(recipe, output / 'not_needed' / Path(images).name, output)
     assert (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns == before
 
 
 def test_runs_of_other_settings_are_not_mixed(capsys, images, one_run, output):
     recipe, finished = one_run
     shutil.copytree(finished, output)
-    with pytest.raises(SystemExit, match='2'):
-        compare(recipe, images, output, '--steps', '6')
-    assert 'trained with other settings' in capsys.readouterr().err
+    for data, options in ((images, ['--steps', '6']), (output / 'other', [])):
+        with pytest.raises(SystemExit, match='2'):
+            compare(recipe, data, output, *options)
+        assert 'trained with other settings' in capsys.readouterr().err
     assert (output / 'table.md').read_bytes() == (finished / 'table.md').read_bytes()
 
 
@@ -250,6 +256,7 @@ class TestBadInput:
         (dict(runs={}), ['runs']), (dict(runs={'x': 'ait_small'}), ["'x'", 'ait_small']),
         (dict(runs={'x': {'model': 'ait_smal'}}), ["'x'", 'ait_smal']),
         (dict(runs={'x': {'model': 'ait_small', 'seeds': 3}}), ["'x'", 'seeds', '3']),
+        (dict(runs={128: {'model': 'ait_small'}}), ['128', 'text']),
         (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0.1}}), ["'x'", 'gate_lr', '0.1', 'no gates']),
         (dict(runs={'x': {'model': 'ait_small', 'workspace': False, 'blocks': [7]}}), ["'x'", 'blocks', '7']),
         (dict(all_patches_from=2), ['all_patches_from', '2', 'patch_drop_rate']),

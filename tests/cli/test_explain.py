@@ -32,6 +32,11 @@ class TestFiles:
         assert Image.open(out / 'a.png').format == 'PNG'
         assert json.loads((out / 'a-2.json').read_text())['file'] == str(other)
 
+    @pytest.mark.parametrize('folder', ['', 'sub'])
+    def test_sheets_replace_no_image(self, error_of, model, images, folder):
+        assert f'--out {images / folder} holds some' in error_of(
+            'explain', images, '--model', model, '--out', images / folder)
+
     def test_unreadable_files_are_named_and_skipped(self, capsys, model, images, tmp_path):
         (images / 'b.png').write_text('not an image')
         assert main(['explain', str(images), '--model', model, '--out', str(tmp_path / 'out')]) == 1

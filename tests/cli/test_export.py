@@ -118,8 +118,10 @@ class TestTrainingArguments:
         model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
         assert class_names(model)[0] == ['a', 'b', 'c']
 
-    def test_a_folder_of_other_classes_gives_no_names(self, train, tmp_path):
-        write_classes(tmp_path / 'data/train', 'a', 'b')
+    @pytest.mark.parametrize('names', ['ab', ''])
+    def test_a_folder_of_other_classes_gives_no_names(self, train, tmp_path, names):
+        (tmp_path / 'data/train').mkdir(parents=True)
+        write_classes(tmp_path / 'data/train', *names)
         assert 'label_names' not in run(train(data_dir=str(tmp_path / 'data')), tmp_path / 'out')
 
 
@@ -137,7 +139,9 @@ class TestPretrained:
         assert config['label_names'] == list(cfg.label_names)
         assert (config['pretrained_cfg']['tag'], config['pretrained_cfg']['license']) == (cfg.tag, cfg.license)
 
-    @pytest.mark.parametrize('options', [('--model', 'ait_base'), ('--num-classes', '0'), ('--no-ema',)], ids=' '.join)
+    @pytest.mark.parametrize('options', [
+        ('--model', 'ait_base'), ('--num-classes', '0'), ('--no-ema',), ('--model-kwargs', 'num_classes=4'),
+    ], ids=' '.join)
     def test_refuses_options_of_a_training(self, refused, options):
         refused(options[0], SMALLEST, *options)
 

@@ -69,6 +69,9 @@ class TestSheet:
         error = error_of('predict', images, '--sheet', tmp_path / name)
         assert '--sheet' in error and str((tmp_path / name).parent) in error and message in error
 
+    def test_a_sheet_is_none_of_the_images(self, error_of, images):
+        assert 'b.png is one of the images' in error_of('predict', images, '--sheet', images / 'b.png')
+
     def test_too_many_images(self, error_of, tmp_path):
         for i in range(1001):
             (tmp_path / f'{i}.png').touch()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import timm
 
@@ -98,11 +98,13 @@ def test_training_learns_and_writes_weights_that_timm_loads(train, tmp_path):
     average = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=True)['state_dict_ema']
     assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
     assert command_line(['export', str(tmp_path / 'run' / 'last.pth.tar'), '--out', str(tmp_path / 'exported')]) == 0
+    config = json.loads((tmp_path / 'exported' / 'config.json').read_text())
+    assert config['pretrained_cfg']['crop_pct'] == 1  # whole images, as it evaluates them
 
 
-def test_the_loss_includes_the_balance_loss(train):
+def test_the_loss_includes_the_balance_loss(train, tmp_path):
     with_balance = train('--epochs', '1')[-1]
-    without = train('--epochs', '1', '--model-kwargs', 'balance_weight=0.')[-1]
+    without = train('--epochs', '1', '--model-kwargs', 'balance_weight=0.', output=tmp_path / 'other')[-1]
     assert with_balance['balance_loss'] > 0 and without['balance_loss'] == 0
 
 
@@ -208,11 +210,48 @@ def test_blocks_grow_into_a_multiple_of_them():
     (['--epochs', '1', '--warmup', '0.5'], '--warmup <= --decay-from'),
     (['--epochs', '1', '--evals', '0'], '--evals must be at least 1'),
     (['--epochs', '1', '--kd-model-file', 'a.safetensors'], 'a file for each teacher'),
+    (['--epochs', '1', '--resume'], '--resume: there is no last.pth.tar'),
 ])
 def test_options_out_of_range_are_refused(train, options, message, capsys):
     with pytest.raises(SystemExit):
         train(*options)
     assert message in capsys.readouterr().err
+
+
+def test_a_choice_in_the_config_is_checked(train, tmp_path, capsys):
+    (tmp_path / 'config.yaml').write_text('decay: liner')
+    with pytest.raises(SystemExit):
+        train('--epochs', '1', '--config', str(tmp_path / 'config.yaml'))
+    assert '--decay must be one of linear, cosine, got liner' in capsys.readouterr().err
+
+
+def test_a_run_is_replaced_by_none_that_does_not_go_on_with_it(train, tmp_path, capsys):
+    train('--epochs', '1')
+    before = {file.name: file.read_bytes() for file in (tmp_path / 'run').iterdir()}
+    with pytest.raises(SystemExit):
+        train('--epochs', '2')
+    assert 'go on with it by --resume' in capsys.readouterr().err
+    train('--epochs', '1', '--resume')  # it is at its end
+    assert {name: content for name, content in before.items() if name not in ('args.yaml', 'log.jsonl')} == {
+        name: (tmp_path / 'run' / name).read_bytes() for name in ('last.pth.tar', 'model.safetensors')}
+
+
+@pytest.mark.parametrize('has_file', [True, False])
+def test_a_teacher_of_other_classes_is_refused(train, tmp_path, hub, has_file):
+    weights = save(timm.create_model('test_vit').state_dict())
+    hub('timm/test_vit.r160_in1k', {'model.safetensors': weights})
+    (tmp_path / 'teacher.safetensors').write_bytes(weights)
+    options = ['--kd-model-file', str(tmp_path / 'teacher.safetensors')] if has_file else []
+    with pytest.raises(ValueError, match='has 1000 classes, the data 2'):
+        train('--epochs', '1', '--kd-model-name', 'test_vit', *options)
+
+
+def test_a_file_replaces_the_weights_of_a_folder(tmp_path):
+    model, other = [timm.create_model('test_ait', num_classes=2) for _ in range(2)]
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    save_file(other.state_dict(), tmp_path / 'other.safetensors')
+    train_on_device.load_weights(model, str(tmp_path / 'other.safetensors'), f'local-dir:{tmp_path}', num_classes=2)
+    assert torch.equal(model.head.weight, other.head.weight)
 
 
 def test_images_of_several_sizes_are_refused(tmp_path):
@@ -224,17 +263,25 @@ def test_images_of_several_sizes_are_refused(tmp_path):
 
 
 def test_a_split_that_is_not_there_or_of_other_classes_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match='--data-dir nowhere is no folder'):
+        train_on_device.read_images('nowhere', 'train', 2)
     with pytest.raises(ValueError, match='has no folder trian'):
         train('--epochs', '1', '--train-split', 'trian')
+    with pytest.raises(ValueError, match='--num-classes 1: the data have 2'):
+        train('--epochs', '1', '--num-classes', '1')
     (next((tmp_path / 'images' / 'validation').iterdir())).rename(tmp_path / 'images' / 'validation' / 'other')
     with pytest.raises(ValueError, match='train and validation in .* must have the same classes'):
         train('--epochs', '1')
 
 
-def test_data_sets_of_the_same_name_do_not_share_a_cache(tmp_path):
-    for name in 'ab':
-        train_on_device.load_images(str(write_images(tmp_path / name / 'images')), 'train', 2, str(tmp_path))
-    assert len(list(tmp_path.glob('*.pt'))) == 2
+def test_data_sets_of_the_same_name_or_before_a_change_do_not_share_a_cache(tmp_path):
+    folders = [write_images(tmp_path / name / 'images') for name in 'ab']
+    changed = next((folders[0] / 'train').iterdir())
+    for folder in (*folders, folders[0]):
+        images = train_on_device.load_images(str(folder), 'train', 2, str(tmp_path))
+        next(changed.iterdir()).unlink()
+    assert len(list(tmp_path.glob('*.pt'))) == 3
+    assert len(images.labels) == len(list((folders[0] / 'train').glob('*/*'))) + 1
 
 
 def test_a_checkpoint_that_is_not_there_is_named(train, tmp_path):

@@ -326,6 +326,18 @@ class TestWarning:
     def test_a_long_accumulation_does_not_warn(self):
         assert self.write(make_workspace(), 150) == []
 
+    def test_beside_an_accumulation_it_warns_too(self):
+        layer, optimizer = make_workspace(), sgd(nn.Linear(2, 2))
+        self.write(layer, 128)
+        optimizer.step()
+        assert len(self.write(layer, 128)) == 1
+
+    def test_a_memory_that_is_always_reset_does_not_warn(self):
+        layer, optimizer = make_workspace(reset_memory=True), sgd(nn.Linear(2, 2))
+        for _ in range(3):
+            assert self.write(layer, 50, optimizer) == []
+            advance_memory(layer)
+
 
 class TestRefusals:
 
@@ -387,9 +399,10 @@ class TestBalanceLoss:
             balance_loss(layer).backward()
         assert all(parameter.grad is None for parameter in layer.parameters())
 
-    @pytest.mark.parametrize('end', [advance_memory, nn.Module.eval])
-    def test_keeps_no_graph_beyond_the_step_or_in_evaluation(self, end):
-        layer = make_workspace()
+    @pytest.mark.parametrize('end, kwargs', [
+        (advance_memory, {}), (advance_memory, dict(reset_memory=True)), (nn.Module.eval, {})])
+    def test_keeps_no_graph_beyond_the_step_or_in_evaluation(self, end, kwargs):
+        layer = make_workspace(**kwargs)
         x = torch.zeros(4, 9, 24, requires_grad=True) + tokens()
         kept = weakref.ref(x)
         layer(x)

@@ -128,8 +128,9 @@ class TestMasks:
         model, x = make_ait(name).train(), images()
         num_tokens = model.patch_embed.num_patches + 1
         mask = torch.arange(num_tokens).expand(1, 1, 1, -1) < num_tokens - 3
-        with pytest.raises(ValueError, match='attn_mask'):
-            model(x, attn_mask=mask)
+        for masks in (dict(attn_mask=mask), dict(is_causal=True)):
+            with pytest.raises(ValueError, match=f'{next(iter(masks))} is not supported: in training'):
+                model(x, **masks)
         assert model.eval()(x, attn_mask=mask).isfinite().all()
 
     def test_a_block_of_unknown_kind_that_takes_masks_is_refused(self):
@@ -275,11 +276,14 @@ class TestArchitecture:
             timm.create_model(
                 'ait_from_timm', model='test_vit', pretrained=True, num_classes=num_classes, **kwargs)
 
+    @pytest.mark.parametrize('give', [
+        lambda cfg: dict(pretrained_cfg_overlay=cfg), lambda cfg: dict(pretrained_cfg=cfg),
+        lambda cfg: dict(pretrained_cfg=timm.models.PretrainedCfg(**cfg, architecture='test_vit'))])
     @pytest.mark.parametrize('with_workspaces', [True, False])
-    def test_weights_of_ones_own(self, with_workspaces):
+    def test_weights_of_ones_own(self, with_workspaces, give):
         model = make_ait() if with_workspaces else make_model()
-        overlay = dict(state_dict=model.state_dict(), num_classes=5)
-        loaded = timm.create_model('ait_from_timm', pretrained=True, pretrained_cfg_overlay=overlay, **self.kwargs)
+        cfg = dict(state_dict=model.state_dict(), num_classes=5)
+        loaded = timm.create_model('ait_from_timm', pretrained=True, **give(cfg), **self.kwargs)
         assert torch.equal(logits(loaded, images()), logits(model, images()))
 
     def test_weights_of_a_checkpoint_of_train_and_the_size_it_is_trained_at(self, tmp_path):

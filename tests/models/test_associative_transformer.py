@@ -8,7 +8,7 @@ from timm.layers import SwiGLU
 
 from tests.layers import written_by
 from tests.models import images, make_model
-from timm_ait import AssociativeTransformer, balance_loss, memory_statistics
+from timm_ait import balance_loss, memory_statistics
 
 make_model = partial(make_model, 'test_ait')
 
@@ -85,6 +85,12 @@ class TestMasks:
         assert not torch.equal(model.forward_features(changed)[self.kept], written[0][0])
         assert not torch.equal(written_by(model.blocks[0].mlp.workspace), written[0][2])
 
+    def test_in_training_no_token_reads_what_a_later_one_writes(self):
+        model, x = make_model(), images(2)
+        with pytest.raises(ValueError, match='is_causal is not supported: in training'):
+            model.train()(x, is_causal=True)
+        assert model.eval()(x, is_causal=True).isfinite().all()
+
     def test_a_mask_that_is_the_same_for_all_keys_excludes_none(self):
         model, x = make_model().train(), images(2)
         expected = model(x)
@@ -121,7 +127,7 @@ class TestAblations:
 
     def test_an_mlp_without_a_workspace_is_named(self):
         with pytest.raises(ValueError, match='mlp_layer=.*SwiGLU.*workspace=False'):
-            AssociativeTransformer(img_size=32, patch_size=4, embed_dim=64, depth=1, num_heads=2, mlp_layer=SwiGLU)
+            make_model(mlp_layer=SwiGLU)  # with arguments of its workspaces
 
     @pytest.mark.parametrize('name, value', [('qk_norm', True), ('attn_drop_rate', 0.1), ('attn_layer', 'diff')])
     def test_without_attention_its_arguments_are_refused(self, name, value):
