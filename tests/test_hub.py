@@ -5,15 +5,18 @@ import torch
 import timm
 from timm.models import save_for_hf
 
-import timm_ait  # noqa: F401, registers the models
+import timm_ait
 
 REPO = 'someone/test_ait.mine'
 
 
 # the second is how a tag without a shipped file is loaded
-@pytest.mark.parametrize('name, overlay', [(f'hf-hub:{REPO}', None), ('test_ait', dict(hf_hub_id=REPO, num_classes=3))])
-def test_a_repository_and_a_pretrained_tag(hub, tmp_path, name, overlay):
-    model = timm.create_model('test_ait', num_classes=3)
+@pytest.mark.parametrize('arch, name, overlay', [
+    ('test_ait', f'hf-hub:{REPO}', None), ('test_vit', f'hf-hub:{REPO}', None),
+    ('test_ait', 'test_ait', dict(hf_hub_id=REPO, num_classes=3))])
+def test_a_repository_and_a_pretrained_tag(hub, tmp_path, arch, name, overlay):
+    model = timm.create_model(arch, num_classes=3)
+    model = timm_ait.add_workspace(model) if arch == 'test_vit' else model
     save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
     hub(REPO, {file.name: file.read_bytes() for file in (tmp_path / 'saved').iterdir()})
     stored = model.state_dict()

@@ -112,7 +112,12 @@ def test_a_task_that_was_there_before_the_import_adds_it_too_and_once(monkeypatc
         torch.testing.assert_close(result['loss'], expected)
 
 
-def test_the_log_says_what_part_of_the_loss_is_balance(caplog):
+def test_the_log_says_at_times_what_part_of_the_loss_is_balance(caplog, monkeypatch):
+    monkeypatch.setattr('timm_ait.training._LOG_INTERVAL', 2)
+    task = ClassificationTask(make_model(), nn.CrossEntropyLoss())
     with caplog.at_level('INFO'):
-        result = ClassificationTask(make_model(), nn.CrossEntropyLoss())(*make_batch())
-    assert f'{float(result["balance_loss"]):#.4g} is the balance loss' in caplog.text
+        results = [task(*make_batch()) for _ in range(3)]
+        make_task(make_model())(*make_batch())  # is not verbose
+    assert caplog.messages == [
+        f'Of the training loss {result["loss"].item():#.4g}, {float(result["balance_loss"]):#.4g} is the balance loss.'
+        for result in results[::2]]

@@ -114,15 +114,23 @@ class TestTrainingArguments:
 
     def test_say_where_the_class_folders_are(self, train, tmp_path):
         write_classes(tmp_path / 'data/training', 'a', 'b', 'c')
-        run(train(data_dir=str(tmp_path / 'data'), train_split='training'), tmp_path / 'out')
+        (tmp_path / 'map.txt').write_text('c\na\nb')
+        arguments = dict(data_dir=str(tmp_path / 'data'), train_split='training', class_map=str(tmp_path / 'map.txt'))
+        run(train(**arguments), tmp_path / 'out')
         model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
-        assert class_names(model)[0] == ['a', 'b', 'c']
+        assert class_names(model)[0] == ['c', 'a', 'b']
 
-    @pytest.mark.parametrize('names', ['ab', ''])
-    def test_a_folder_of_other_classes_gives_no_names(self, train, tmp_path, names):
+    @pytest.mark.parametrize('names, arguments', [
+        ('ab', {}), ('', {}), ('abc', dict(dataset='sort_of_clevr'))])
+    def test_a_folder_of_other_classes_or_another_data_set_gives_no_names(self, train, tmp_path, names, arguments):
         (tmp_path / 'data/train').mkdir(parents=True)
         write_classes(tmp_path / 'data/train', *names)
-        assert 'label_names' not in run(train(data_dir=str(tmp_path / 'data')), tmp_path / 'out')
+        assert 'label_names' not in run(train(data_dir=str(tmp_path / 'data'), **arguments), tmp_path / 'out')
+
+    @pytest.mark.parametrize('options', [
+        ('--model', 'no_such_model'), ('--num-classes', '4'), ('--model-kwargs', 'depth=2')], ids=' '.join)
+    def test_are_less_than_options(self, refused, train, options):
+        refused('no_such_model' if '--model' in options else 'CHECKPOINT', train(model_kwargs=dict(depth=3)), *options)
 
 
 class TestPretrained:
@@ -148,6 +156,9 @@ class TestPretrained:
     @pytest.mark.parametrize('name', ['no_such_model', 'ait_small.no_such_tag', 'test_ait', 'local-dir:nowhere'])
     def test_what_does_not_exist_is_named(self, refused, name):
         refused(f'CHECKPOINT {name}', name)
+
+    def test_classes_that_are_as_many_as_imagenets_are_numbers(self, train, tmp_path):
+        assert run(train(num_classes=1000), tmp_path / 'out')['label_names'] == [str(i) for i in range(1000)]
 
     def test_fine_tuned_it_has_other_names_tag_and_license(self, train, tmp_path):
         config = run(train(model='ait_tiny_hybrid_75', num_classes=10), tmp_path / 'out')
@@ -212,19 +223,27 @@ class TestMistakes:
     def test_of_the_data_set(self, refused, checkpoint, tmp_path, name, message):
         refused(message, checkpoint, *TRAINED, '--data-dir', tmp_path / name)
 
+    def test_of_the_number_of_classes(self, refused, checkpoint, tmp_path):
+        write_classes(tmp_path / 'data/train', 'a', 'b')
+        refused('names for 2 classes, the model has 3', checkpoint, *TRAINED, '--data-dir', tmp_path / 'data')
+
     def test_values_out_of_range(self, refused, checkpoint, tmp_path):
         state_dict = timm.create_model('test_ait', num_classes=3).state_dict()
         state_dict['head.bias'] += 1e6
         torch.save(state_dict, checkpoint)
         refused('head.bias', checkpoint, *TRAINED, '--dtype', 'float16')
         run(checkpoint, tmp_path / 'out', *TRAINED, '--dtype', 'bfloat16')
+        assert {x.dtype for x in load_file(tmp_path / 'out/model.safetensors').values()} == {torch.bfloat16}
 
     def test_a_failed_write_leaves_what_was_there(self, capsys, error_of, checkpoint, tmp_path, monkeypatch):
         def fail(*args, **kwargs):
             raise OSError(28, 'No space left on device')
 
         out = tmp_path / 'out'
+        out.mkdir()
+        (out / 'README.md').write_text('card')
         run(checkpoint, out, *TRAINED)
+        assert sorted(os.listdir(out)) == ['README.md', 'config.json', 'model.safetensors']
         before = {file.name: file.read_bytes() for file in out.iterdir()}
         capsys.readouterr()
         monkeypatch.setattr('timm.models._hub.save_config_for_hf', fail)

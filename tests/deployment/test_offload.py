@@ -82,5 +82,7 @@ class TestMeta:
 
     @pytest.mark.parametrize('training', [False, True])
     def test_is_shapes_alone(self, training):
-        output = make_workspace(device='meta').train(training)(torch.randn(2, 3, 24, device='meta'))
+        layer = make_workspace().train(training).to('meta')
+        output = layer(torch.randn(2, 3, 24, device='meta'))
         assert output.is_meta and output.shape == (2, 3, 24)
+        assert all(x.is_meta for x in layer.written_since_step())

@@ -12,7 +12,7 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
     get_default_x86_inductor_quantization_config,
 )
 
-from tests.deployment import images, make_ait, memories, other_memory, train, workspaces
+from tests.deployment import images, make_ait, memories, other_memory, workspaces
 from tests.models import make_model
 from timm_ait.analysis import analyse
 
@@ -81,11 +81,3 @@ def test_analysis():
     assert figures.keys() == expected.keys()
     for name in figures:
         assert figures[name]['effective_slots'] == pytest.approx(expected[name]['effective_slots'], rel=0.1)
-
-
-def test_quantised_model_leaves_the_one_in_float_able_to_train():
-    model = make_ait()
-    dynamic(model), weight_only(model)
-    before = memories(model)
-    train(model, 1)
-    assert not any(torch.equal(a, b) for a, b in zip(before, memories(model)))

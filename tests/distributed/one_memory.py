@@ -59,6 +59,18 @@ def replicate(model: nn.Module) -> nn.Module:
         device_id=torch.device('cpu'))
 
 
+def alone(model: nn.Module, how: str) -> nn.Module:
+    """Rank by itself, as DDP, FSDP2 or the user says."""
+    mesh = init_device_mesh('cpu', (dist.get_world_size(), 1), mesh_dim_names=('apart', 'together'))['together']
+    if how == 'fsdp':
+        return fully_shard(model, mesh=mesh)
+    if how == 'ddp':
+        return DistributedDataParallel(model, process_group=mesh.get_group())
+    for workspace in workspaces(model):
+        workspace.process_group = mesh.get_group()
+    return DistributedDataParallel(model, broadcast_buffers=False)
+
+
 def task(model: nn.Module) -> nn.Module:
     """timm's task, which wraps the model itself."""
     return ClassificationTask(model, nn.CrossEntropyLoss(), verbose=False).prepare_distributed()
@@ -183,6 +195,7 @@ SCENARIOS = {
     'fsdp': partial(train, wrap=shard),
     'hybrid fsdp': partial(train, wrap=replicate),
     'zero': partial(train, make_optimizer=partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD), depth=3),
+    **{f'{how} alone': partial(train, wrap=partial(alone, how=how)) for how in ('ddp', 'fsdp', 'named')},
     'accumulation by one': partial(accumulate, as_ranks=False),
     'accumulation by ranks': partial(accumulate, as_ranks=True),
     'unrelated': train_unrelated,

@@ -56,8 +56,9 @@ class TestOneMemory:
         for by_ranks, by_one in zip(results('accumulation by ranks'), results('accumulation by one')):
             torch.testing.assert_close(by_ranks, by_one, rtol=0., atol=1e-9)
 
-    def test_unrelated_models_stay_apart(self, results):
-        for result in results('unrelated'):
+    @pytest.mark.parametrize('name', ['unrelated', 'ddp alone', 'fsdp alone', 'named alone'])
+    def test_models_of_other_groups_stay_apart(self, results, name):
+        for result in results(name):
             torch.testing.assert_close(result['memory'], result['written'], rtol=0., atol=1e-5)
 
     def test_a_rank_without_images_trains_and_does_not_count(self, results):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from timm.utils import freeze
 
 from tests.layers import SMALL, make_workspace, written_by
-from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
+from timm_ait.layers import WorkspaceMlp, advance, advance_memory, balance_loss
 from timm_ait.ops import naive
 
 
@@ -98,7 +98,8 @@ class TestAdvance:
         lambda layer: layer(broken_tokens(float('nan'))),
         lambda layer: layer(broken_tokens(float('inf'))),
         lambda layer: (layer.eval()(tokens()), layer.train()),
-    ], ids=['nan', 'inf', 'evaluation'])
+        lambda layer: layer.eval()(tokens()),
+    ], ids=['nan', 'inf', 'evaluation', 'evaluation at the step'])
     def test_a_forward_that_does_not_write_is_left_out_of_the_mean(self, disturb):
         layer, undisturbed = make_workspace(), make_workspace()
         x = tokens()
@@ -140,8 +141,9 @@ class TestAdvance:
         layer = make_workspace()
         if is_compiled:
             layer.compile(backend='eager')
-        loss = layer(tokens()).sum() + balance_loss(layer)
+        output = layer(tokens()).sum()
         twin, before = copied(layer), layer.memory.clone()
+        loss = output + balance_loss(layer)
         assert twin.written is None and balance_loss(twin) == 0.
         step(twin, tokens())
         assert torch.equal(layer.memory, before) and not torch.equal(twin.memory, before)
@@ -155,7 +157,7 @@ class TestAdvance:
         assert not torch.equal(twin.memory, layer.memory)
 
     @pytest.mark.parametrize('fused', [False, True])
-    def test_a_step_that_the_gradient_scaler_skips_moves_nothing(self, fused):
+    def test_a_step_that_the_gradient_scaler_skips_moves_nothing_and_its_forward_counts_in_the_next(self, fused):
         layer = make_workspace()
         optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
         scaler = torch.amp.GradScaler('cpu', init_scale=2. ** 10)
@@ -164,11 +166,14 @@ class TestAdvance:
             assert torch.equal(layer.memory, before)
             optimizer.zero_grad()
             scaler.scale(layer(tokens()).square().mean()).backward()
+            assert layer.written[1] == 1 + (not broken)
             if broken:
                 layer.norm.bias.grad[0] = float('inf')
+            expected = written_by(layer)
             scaler.step(optimizer)
             scaler.update()
-        assert not torch.equal(layer.memory, before)
+        torch.testing.assert_close(layer.memory, naive.polar(expected))
+        assert layer.written[1] == 0
 
     def test_a_frozen_workspace_reads_as_in_evaluation_and_does_not_write(self):
         mlp = WorkspaceMlp(24, 48, **SMALL)
@@ -264,15 +269,25 @@ class TestHook:
             optimizer.step()
         assert len(looks) == 1
 
-    def test_models_that_train_in_threads_do_not_disturb_each_other(self):
-        def train():
-            for _ in range(20):
-                layer = GlobalWorkspace(24, **SMALL)
-                step(layer, tokens())
-                copy.deepcopy(layer)
+    def test_a_dropped_workspace_is_freed_though_its_optimizer_is_not(self):
+        layer = make_workspace()
+        optimizer, dropped = sgd(layer), weakref.ref(layer)
+        optimizer.step()
+        del layer
+        gc.collect()
+        assert dropped() is None
 
+    def test_models_that_train_in_threads_do_not_disturb_each_other(self):
+        def register_and_list():
+            for _ in range(300):
+                advance.register_workspace(nn.Identity())
+                advance.all_workspaces()
+
+        others = [nn.Identity() for _ in range(300)]  # which take their time to list
+        for module in others:
+            advance.register_workspace(module)
         with ThreadPoolExecutor(8) as pool:
-            for thread in [pool.submit(train) for _ in range(8)]:
+            for thread in [pool.submit(register_and_list) for _ in range(8)]:
                 thread.result()
 
     def test_reloads_leave_models_as_they_were_and_the_hooks_once(self):
@@ -311,7 +326,9 @@ class TestWarning:
         return [str(warning.message) for warning in caught]
 
     def test_an_optimizer_of_copies_of_the_parameters_warns_once_and_names_the_remedies(self):
-        layer = make_workspace()
+        layer = nn.Sequential(make_workspace(), make_workspace())
+        sgd(layer).step()
+        layer = copy.deepcopy(layer)
         masters = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
         optimizer = torch.optim.SGD(masters, lr=0.1)
         assert self.write(layer, 99, optimizer) == []
@@ -323,8 +340,11 @@ class TestWarning:
         assert self.write(layer, 150, sgd(layer)) == []
         assert self.write(layer, 150, sgd(other)) == []  # an accumulation
 
-    def test_a_long_accumulation_does_not_warn(self):
+    def test_a_long_accumulation_and_advance_memory_after_each_step_do_not_warn(self):
         assert self.write(make_workspace(), 150) == []
+        layer, optimizer = make_workspace(), sgd(nn.Linear(2, 2))
+        optimizer.register_step_post_hook(lambda *_: advance_memory(layer))
+        assert self.write(layer, 150, optimizer) == []
 
     def test_beside_an_accumulation_it_warns_too(self):
         layer, optimizer = make_workspace(), sgd(nn.Linear(2, 2))

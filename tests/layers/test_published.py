@@ -67,10 +67,11 @@ class TestPublishedParity:
         with pytest.raises(RuntimeError, match='Gradient checkpointing'):
             output.sum().backward()
 
-    def test_reset_memory_keeps_the_memory(self):
-        mlp = published_workspace_mlp(16, num_slots=4, slot_dim=8, workspace_heads=2, reset_memory=True)
+    @pytest.mark.parametrize('reset_memory, value', [(True, 1.), (False, float('nan'))])
+    def test_reset_or_not_finite_it_keeps_the_memory(self, reset_memory, value):
+        mlp = published_workspace_mlp(16, num_slots=4, slot_dim=8, workspace_heads=2, reset_memory=reset_memory)
         before = mlp.workspace.memory.clone()
-        mlp(torch.randn(2, 9, 16))
+        mlp(value * torch.randn(2, 9, 16))
         assert torch.equal(mlp.workspace.memory, before)
 
     def test_has_one_dtype(self):

@@ -13,8 +13,11 @@ class TestForward:
     @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
     @pytest.mark.parametrize('shape', [(4, 9, 24), (1, 9, 24), (2, 3, 5, 24), (7, 24)])
     def test_training_is_naive_write_then_read(self, shape, memory_update, gated):
-        layer = make_workspace(memory_update=memory_update, gated=gated)
+        layer = make_workspace(
+            memory_update=memory_update, gated=gated, bottleneck=2, beta=2., retrieval_steps=2, memory_momentum=0.7)
         before = layer.memory.clone()
+        layer(torch.randn(5, 24))
+        layer.written = None
         x = torch.randn(shape)
         output = layer(x)
 
@@ -22,10 +25,10 @@ class TestForward:
         candidate, balance, coverage = naive.write(
             tokens, before, naive.WriteWeights(
                 layer.q.weight, layer.k.weight, layer.v.weight, layer.proj.weight, layer.slot_norm.weight,
-                layer.slot_norm.bias), num_heads=4, bottleneck=10)
-        memory = naive.update_memory(before, candidate, 0.9, memory_update)
+                layer.slot_norm.bias), num_heads=4, bottleneck=2)
+        memory = naive.update_memory(before, candidate, 0.7, memory_update)
         residual = x.view(-1, 24) if gated else None
-        expected = naive.read(tokens, layer.attractors(memory), 1., 1, residual, layer.gate)
+        expected = naive.read(tokens, layer.attractors(memory), 2., 2, residual, layer.gate)
         torch.testing.assert_close(output, expected.view(shape), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(written_by(layer), memory.detach(), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(balance_loss(layer), 1e-2 * balance, atol=1e-6, rtol=1e-4)
@@ -34,7 +37,8 @@ class TestForward:
     @pytest.mark.parametrize('gated', [False, True])
     @pytest.mark.parametrize('retrieval_steps', [1, 2])
     def test_masked_tokens_neither_write_nor_count(self, retrieval_steps, gated):
-        layer, without = (make_workspace(gated=gated, retrieval_steps=retrieval_steps).double() for _ in range(2))
+        kwargs = dict(gated=gated, retrieval_steps=retrieval_steps, bottleneck=2)
+        layer, without = (make_workspace(**kwargs).double() for _ in range(2))
         x = torch.randn(4, 9, 24, dtype=torch.float64)
         token_mask = torch.rand(4, 9) < 0.7
         output = layer(100 * x.masked_fill(token_mask.unsqueeze(-1), 0.) + x, token_mask)
@@ -42,6 +46,7 @@ class TestForward:
         torch.testing.assert_close(written_by(layer), written_by(without))
         torch.testing.assert_close(balance_loss(layer), balance_loss(without))
         assert layer.coverage == without.coverage
+        assert torch.equal(layer.eval()(x, token_mask), layer(x))
 
     @pytest.mark.parametrize('gated', [False, True])
     @pytest.mark.parametrize('retrieval_steps', [1, 2, 3])
@@ -84,11 +89,13 @@ class TestForward:
         torch.testing.assert_close(layer.memory, before, atol=1e-5, rtol=1e-5)
         assert (balance_loss(layer) == 0.) == ('write' in kwargs)
 
-    def test_without_retrieval_tokens_are_only_normalised(self):
-        layer = make_workspace(retrieval=False)
+    @pytest.mark.parametrize('gated', [False, True])
+    def test_without_retrieval_tokens_are_only_normalised_or_stay_as_they_are(self, gated):
+        layer = make_workspace(retrieval=False, gated=gated)
         x = torch.randn(4, 9, 24)
         before = layer.memory.clone()
-        torch.testing.assert_close(layer(x), layer.norm(x))
+        for mode in (False, True):
+            torch.testing.assert_close(layer.train(mode)(x), x if gated else layer.norm(x))
         advance_memory(layer)
         assert not torch.equal(layer.memory, before)
 

@@ -152,6 +152,8 @@ class TestArguments:
         model = make_ait(blocks=blocks, depth=3)
         assert list(workspaces(model)) == [f'blocks.{i}.mlp.workspace' for i in expected]
         json.dumps(model._model_args)
+        model.train()(images())
+        assert {workspace.num_writes for workspace in workspaces(model).values()} == {1}
 
     def test_blocks_of_stages_are_counted_through(self):
         model = timm_ait.add_workspace(timm.create_model('twins_svt_small', device='meta'), blocks=[-1])
@@ -185,7 +187,9 @@ class TestArguments:
         assert list(model.named_modules()) == before
         assert model.pretrained_cfg == cfg
 
-    @pytest.mark.parametrize('wrap', [torch.compile, nn.DataParallel, lambda model: model.compile() or model])
+    @pytest.mark.parametrize('wrap', [
+        torch.compile, nn.DataParallel, lambda model: model.compile() or model,
+        *(type(name, (nn.Sequential,), {}) for name in ('DistributedDataParallel', 'FSDPVisionTransformer'))])
     def test_compiled_or_distributed_models_are_refused(self, wrap):
         with pytest.raises(ValueError, match='is compiled or distributed'):
             timm_ait.add_workspace(wrap(make_model()))

@@ -68,9 +68,11 @@ class TestPretrained:
         assert logits(model, x).shape == logits(expected, x).shape
         assert torch.equal(model.forward_features(x), expected.forward_features(x))
 
-    def test_another_depth_is_one_error(self, weights):
-        with pytest.raises(RuntimeError, match=r'nothing was loaded.*missing keys: blocks\.6\.'):
-            load(weights, depth=7, num_classes=7)
+    @pytest.mark.parametrize('kwargs, key', [
+        (dict(depth=7, num_classes=7), r'blocks\.6\.'), (dict(gated=False), r'blocks\.0\.mlp\.workspace\.memory')])
+    def test_another_depth_or_residual_is_one_error(self, weights, kwargs, key):
+        with pytest.raises(RuntimeError, match=f'nothing was loaded.*missing keys: {key}'):
+            load(weights, **kwargs)
 
     def test_workspaces_are_loaded_whole_or_not_at_all(self):
         incomplete = make_model('test_ait_vit').state_dict()

@@ -9,6 +9,7 @@ from timm.layers import SwiGLU
 from tests.layers import written_by
 from tests.models import images, make_model
 from timm_ait import balance_loss, memory_statistics
+from timm_ait.models.associative_transformer import attended_tokens
 
 make_model = partial(make_model, 'test_ait')
 
@@ -91,10 +92,11 @@ class TestMasks:
             model.train()(x, is_causal=True)
         assert model.eval()(x, is_causal=True).isfinite().all()
 
-    def test_a_mask_that_is_the_same_for_all_keys_excludes_none(self):
-        model, x = make_model().train(), images(2)
-        expected = model(x)
-        torch.testing.assert_close(model(x, attn_mask=torch.ones(2, 1, 64, 1, dtype=torch.bool)), expected)
+    @pytest.mark.parametrize('mask, num_tokens', [
+        (torch.ones(2, 1, 64, 1, dtype=torch.bool), 64), (torch.full((64, 64), -50.), 64),
+        (torch.arange(64).expand(64, 64) < 40, 40), (torch.arange(64).expand(1, 64, 64) < 40, 40)])
+    def test_tokens_that_a_mask_of_another_shape_or_a_bias_leaves(self, mask, num_tokens):
+        assert attended_tokens(mask, 2, 64).sum(dim=1).tolist() == [num_tokens] * 2
 
     @pytest.mark.filterwarnings('ignore:.*torch.jit:FutureWarning')
     def test_scripted(self):
@@ -133,6 +135,8 @@ class TestAblations:
     def test_without_attention_its_arguments_are_refused(self, name, value):
         with pytest.raises(ValueError, match=f'{name}.*attention=False'):
             make_model(attention=False, **{name: value})
+        with pytest.raises(ValueError, match='is_causal is not supported'):
+            make_model(attention=False)(images(), is_causal=True)
 
     def test_without_attention_tokens_meet_in_the_workspace_alone(self):
         model = make_model(attention=False)

@@ -3,14 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops import assert_is_naive, make_step, write_and_read
-from timm_ait.ops import naive, workspace
+from tests.ops import assert_is_naive, make_step
+from timm_ait.ops import naive
 
 few = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 
 
 @st.composite
-def steps(draw, dtypes=(torch.float32, torch.float64)):
+def steps(draw):
     """Arguments of `write_and_read`, most of them drawn from a seed."""
     num_tokens, dim = draw(st.integers(1, 40)), draw(st.integers(1, 12))
     return make_step(
@@ -20,7 +20,7 @@ def steps(draw, dtypes=(torch.float32, torch.float64)):
         slot_dim=draw(st.integers(1, 7)),
         num_heads=draw(st.integers(1, 4)),
         bottleneck=draw(st.one_of(st.integers(1, 45), st.floats(0.01, 1.))),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=draw(st.sampled_from((torch.float32, torch.float64))),
         seed=draw(st.integers(0, 2 ** 32)),
         momentum=draw(st.floats(0., 1.)),
         rule='normalize',  # two ways to a polar factor agree where the matrix is well conditioned, see test_memory.py
@@ -47,19 +47,6 @@ def test_outputs_and_gradients_are_those_of_naive(step):
     if not scores_are_distinct(step):
         step['bottleneck'] = len(step['tokens'])
     assert_is_naive(step, min_scale=1.)
-
-
-@few
-@given(steps(dtypes=[torch.float64]), st.randoms(use_true_random=False))
-def test_the_order_of_tokens_does_not_matter(step, random):
-    order = list(range(len(step['tokens'])))
-    random.shuffle(order)
-    shuffled = {
-        **step,
-        **{name: step[name][order] for name in ('tokens', 'residual', 'token_mask') if step[name] is not None}}
-    output, *others = write_and_read(workspace, **step)
-    shuffled_output, *shuffled_others = write_and_read(workspace, **shuffled)
-    torch.testing.assert_close([shuffled_output, *shuffled_others], [output[order], *others])
 
 
 def energy(state, attractors, beta):
