@@ -4,8 +4,8 @@
 #
 #   examples/on_device/all.sh CIFAR10 PETS OUTPUT [workspace.py's further arguments]
 #
-# Run from the top of the checkout. What is finished is kept: the same command goes on with the run that
-# another one did not finish, from its beginning.
+# Run from the top of the checkout. Finished runs are kept; the same command starts unfinished ones again from their
+# beginning.
 set -euo pipefail
 cifar10=$1 pets=$2 output=$3
 shift 3

@@ -283,8 +283,9 @@ def load_weights(model: nn.Module, file: str, name: str, **kwargs) -> int:
     if not Path(file).is_file():
         raise FileNotFoundError(f'{file}, the weights for {name}, is not there.')
     state_dict = {key: value.float() for key, value in load_state_dict(file).items()}
-    if 'blocks.0.norm2.weight' in state_dict and f'blocks.{len(model.blocks) - 1}.norm2.weight' not in state_dict:
-        state_dict = grow_blocks(state_dict, len(model.blocks))
+    depth = len(getattr(model, 'blocks', ()))
+    if depth and 'blocks.0.norm2.weight' in state_dict and f'blocks.{depth - 1}.norm2.weight' not in state_dict:
+        state_dict = grow_blocks(state_dict, depth)
     classifier = model.pretrained_cfg['classifier']
     classifier = state_dict.get(f'{classifier if isinstance(classifier, str) else classifier[0]}.weight', ())
     # without a source, or a name of the Hub or of a folder would load what is there
