@@ -32,6 +32,10 @@ import timm_ait  # noqa: F401, registers the models
 from timm_ait.data.sort_of_clevr import write_sort_of_clevr
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / 'examples' / 'on_device'))
+
+import cifar_resnet  # noqa: E402, F401, registers the model
+
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 
 
@@ -264,7 +268,7 @@ class Workplace:
                     of_tag = timm.get_pretrained_cfg_value(model.name, 'num_classes') if '.' in model.name else None
                     num_classes = given.num_classes or config.get('num_classes') or of_tag or 10
                     write_image_folder(self.folder / argument, num_classes)
-            elif argument.endswith(('.pth.tar', '.safetensors')) and '=' not in argument:
+            elif argument.endswith(('.pth.tar', '.safetensors', '.th')) and '=' not in argument:
                 self.prepare_weights(argument, model)
         if 'file' in model.overlay:
             self.prepare_weights(model.overlay['file'], model)

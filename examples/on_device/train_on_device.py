@@ -106,6 +106,8 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
     group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
     group.add_argument('--mixup-off', type=float, default=1., metavar='SHARE', help='of the budget, no mixing after it')
+    group.add_argument('--all-patches-from', type=float, default=1., metavar='SHARE',
+                       help='of the budget, after which a model with patch_drop_rate drops none')
 
     group = parser.add_argument_group('loss')
     group.add_argument('--smoothing', type=float, default=0.1)
@@ -378,6 +380,10 @@ class Trainer:
             if input_size(self.model) != (args.img_size, args.img_size):
                 raise ValueError(f'--img-size {args.img_size}: {args.model} was created for another size, say '
                                  f'--model-kwargs img_size={args.img_size} instead.')
+        self.patch_drop = getattr(self.model, 'patch_drop', None)
+        if args.all_patches_from < 1 and not getattr(self.patch_drop, 'prob', 0.):
+            raise ValueError(f'--all-patches-from {args.all_patches_from}: {args.model} drops no patches, say '
+                             f'--model-kwargs patch_drop_rate=0.5.')
         self.augment = Augmentation(args, input_size(self.model), self.generator)
         self.statistics: Dict[nn.Module, List[torch.Tensor]] = {}
         if hasattr(self.model, 'init_from_images'):
@@ -484,6 +490,8 @@ class Trainer:
 
     def set_progress(self, progress: float) -> None:
         self.mixes = progress < self.args.mixup_off
+        if self.args.all_patches_from < 1 and progress >= self.args.all_patches_from:
+            self.patch_drop.prob = 0.
         scale = self.args.lr * self.schedule.lr_scale(progress)
         for group in self.optimizer.param_groups:
             group['lr'] = scale * group.get('lr_scale', 1.)

@@ -17,7 +17,8 @@ from timm_ait.__main__ import main as command_line
 sys.path.insert(0, str(Path(__file__).parents[2] / 'examples' / 'on_device'))
 
 import augment_on_device  # noqa: E402
-import cifar_teacher  # noqa: E402, F401, registers the model
+import cifar_resnet  # noqa: E402, F401, registers the model
+import cifar_teacher  # noqa: E402, F401
 import train_on_device  # noqa: E402
 
 
@@ -162,12 +163,41 @@ def test_images_are_scaled_to_the_size_that_the_model_is_for(train, options, mon
     assert set(sizes) == {(48, 48)}
 
 
-@pytest.mark.parametrize('residual', [True, False])
-def test_a_convolutional_teacher_trains(train, residual):
+def test_patches_are_dropped_until_the_given_share_of_the_budget(train, tmp_path, monkeypatch):
+    rates = []
+    step = train_on_device.Trainer.step
+    monkeypatch.setattr(
+        train_on_device.Trainer, 'step',
+        lambda self, *args: rates.append(self.model.patch_drop.prob) or step(self, *args))
+    monkeypatch.setattr(train_on_device, 'WARM_UP_STEPS', 0)
+    train('--epochs', '4', '--model-kwargs', 'patch_drop_rate=0.5', '--all-patches-from', '0.75')
+    assert rates == [0.5] * (len(rates) * 3 // 4) + [0.] * (len(rates) // 4)
+    with pytest.raises(ValueError, match='--all-patches-from 0.75: test_vit drops no patches'):
+        train('--epochs', '1', '--all-patches-from', '0.75', '--model', 'test_vit', output=tmp_path / 'other')
+
+
+@pytest.mark.parametrize('options', [
+    'cifar_teacher --model-kwargs widths=(8,8,8) residual=True',
+    'cifar_teacher --model-kwargs widths=(8,8,8) residual=False',
+    'cifar_resnet --model-kwargs depth=1 --lr 0.05 --epochs 30'])
+def test_a_convolutional_teacher_trains(train, options):
     final = train(
-        '--model', 'cifar_teacher', '--model-kwargs', 'widths=(8,8,8)', f'residual={residual}', '--channels-last',
-        '--epochs', '10', '--opt', 'sgd', '--lr', '0.3', '--bn-bias-lr-scale', '8', '--model-ema-decay', '0.9')[-1]
+        '--channels-last', '--epochs', '10', '--opt', 'sgd', '--lr', '0.3', '--bn-bias-lr-scale', '8',
+        '--model-ema-decay', '0.9', '--model', *options.split())[-1]
     assert final['top1_ema'] == 100
+
+
+def test_published_weights_of_a_residual_network_are_loaded(tmp_path):
+    model, loaded = [timm.create_model('cifar_resnet', depth=2) for _ in range(2)]
+    published = {f'module.{name}': value for name, value in model.state_dict().items()}
+    for ours, theirs in (
+            ('stages.0', 'layer1'), ('stages.1', 'layer2'), ('stages.2', 'layer3'), ('module.conv.', 'module.conv1.'),
+            ('module.norm.', 'module.bn1.'), ('norm', 'bn')):
+        published = {name.replace(ours, theirs): value for name, value in published.items()}
+    torch.save(dict(state_dict=published, best_prec1=0.), tmp_path / 'resnet14.th')
+    assert train_on_device.load_weights(loaded, str(tmp_path / 'resnet14.th'), 'cifar_resnet', depth=2) == 10
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(images), model.eval()(images))
 
 
 def test_its_first_convolution_whitens_patches():

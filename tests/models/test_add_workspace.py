@@ -316,6 +316,11 @@ class TestArchitecture:
         expected = model.forward_intermediates(images(size=160), [1, -1], intermediates_only=True)
         assert all(torch.equal(a, b) for a, b in zip(features(images(size=160)), expected))
 
+    @pytest.mark.parametrize('name, number', [('swin_tiny_patch4_window7_224', 4), ('vit_tiny_patch16_224', 3)])
+    def test_features_are_as_many_as_of_the_body(self, name, number):
+        model = timm.create_model('ait_from_timm', model=name, features_only=True, device='meta')
+        assert len(model.feature_info.out_indices) == number
+
     @pytest.mark.parametrize('name', [None, 'no_such_model', 'hf-hub:timm/test_vit.r160_in1k', 3])
     def test_a_missing_or_unknown_body_is_named(self, name):
         with pytest.raises(ValueError, match='model='):

@@ -211,19 +211,19 @@ def ait_from_timm(
     Raises:
         RuntimeError: The weights do not match the model.
         TypeError: An argument is unknown.
-        ValueError: `model` is not a timm architecture, `add_workspace` does not support it, or an argument is out of
-            its range.
+        ValueError: `model` is no architecture of timm that `add_workspace` supports, or an argument is out of range.
     """
     if not isinstance(model, str) or not is_model(model):
         raise ValueError(
             f"ait_from_timm needs model=, the name of an architecture of timm such as 'vit_tiny_patch16_224', "
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
     workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # as many as timm's own have
+        kwargs['out_indices'] = len(create_model(model, features_only=True, device='meta').feature_info.out_indices)
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         # first with the original classifier: where timm adapts it, timm no longer checks the other weights
-        own_classifier = pretrained and 'global_pool' not in kwargs
-        num_classes = kwargs.pop('num_classes', None) if own_classifier else None
+        num_classes = kwargs.pop('num_classes', None) if pretrained and 'global_pool' not in kwargs else None
         try:
             body = create_model(model, pretrained, **kwargs)
         except TypeError as e:
@@ -260,7 +260,7 @@ def ait_from_timm(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=check_weights(checkpoint_filter_fn),
-        feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
+        feature_cfg=dict(feature_cls='getter'),
         **kwargs,
     )
     built.pretrained_cfg['input_size'] = get_model_input_config(built)['input_size']
