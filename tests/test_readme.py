@@ -72,6 +72,7 @@ RULES = {
         shorten='--device cpu --no-compile --epochs 0.01 --batch-size 8 --evals 1 --opt adamw --opt-kwargs '
                 '--amp-dtype float32',
         slow=True),
+    r'python avg_checkpoints\.py ': Rule(run=False, scripts=True),
     r'python -m pytest': Rule(skip='is how this runs'),
     r'(python|torchrun( -\S+)*) train.py ': Rule(
         shorten='--epochs 1 --batch-size 8 --validation-batch-size 8 --workers 0', slow=True, scripts=True),
