@@ -1,8 +1,8 @@
 """ Residual networks for images of 32 px, teachers.
 
-Those of section 4.2 of `Deep Residual Learning for Image Recognition` (https://arxiv.org/abs/1512.03385): shortcuts
-have no parameters. Weights are known of 20, 32, 44 and 56 layers, for CIFAR-10 as PNG,
-https://github.com/akamaster/pytorch_resnet_cifar10, whose files `--init` of train_on_device.py takes.
+They follow section 4.2 of `Deep Residual Learning for Image Recognition` (https://arxiv.org/abs/1512.03385), whose
+shortcuts have no parameters. Weights for 20, 32, 44 and 56 layers, trained on CIFAR-10 as PNG, are published in
+https://github.com/akamaster/pytorch_resnet_cifar10; `--init` of train_on_device.py takes these files.
 """
 import re
 from typing import Dict
@@ -79,7 +79,7 @@ class CifarResNet(nn.Module):
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Published weights, whose layers have torchvision's names."""
+    """Rename published weights, whose layers have torchvision's names."""
     renamed = {}
     for name, value in state_dict.items():
         name = re.sub(r'^layer(\d)', lambda match: f'stages.{int(match[1]) - 1}', name)

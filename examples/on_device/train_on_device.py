@@ -168,6 +168,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'--batch-size must be even, since images are mixed in pairs, got {args.batch_size}.')
     if not 0 <= args.warmup <= args.decay_from <= 1:
         parser.error(f'0 <= --warmup <= --decay-from <= 1, got {args.warmup} and {args.decay_from}.')
+    for name in ('mixup_off', 'all_patches_from'):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f'--{name.replace("_", "-")} must be in [0, 1], got {getattr(args, name)}.')
     if not 0 <= args.holdout < 1:
         parser.error(f'--holdout must be in [0, 1), got {args.holdout}.')
     has_checkpoint = (Path(args.output) / 'last.pth.tar').is_file()

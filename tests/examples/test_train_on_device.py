@@ -239,6 +239,8 @@ def test_blocks_grow_into_a_multiple_of_them():
     (['--epochs', '1', '--batch-size', '7'], '--batch-size must be even'),
     (['--epochs', '1', '--warmup', '0.5'], '--warmup <= --decay-from'),
     (['--epochs', '1', '--evals', '0'], '--evals must be at least 1'),
+    (['--epochs', '1', '--mixup-off', '2'], '--mixup-off must be in [0, 1]'),
+    (['--epochs', '1', '--all-patches-from', '-1'], '--all-patches-from must be in [0, 1]'),
     (['--epochs', '1', '--kd-model-file', 'a.safetensors'], 'a file for each teacher'),
     (['--epochs', '1', '--resume'], '--resume: there is no last.pth.tar'),
 ])

@@ -218,7 +218,7 @@ def ait_from_timm(
             f"ait_from_timm needs model=, the name of an architecture of timm such as 'vit_tiny_patch16_224', "
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
     workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
-    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # as many as timm's own have
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # as many maps as the body has
         kwargs['out_indices'] = len(create_model(model, features_only=True, device='meta').feature_info.out_indices)
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
