@@ -7,7 +7,7 @@ The data set is an ImageFolder: train/<class>/*. timm's train.py takes the resul
 """
 import argparse
 from pathlib import Path
-from typing import Tuple
+from typing import List, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,18 +16,25 @@ from torch.utils.data import DataLoader
 
 import timm
 from timm.data import create_dataset, create_transform, resolve_data_config
-from timm.models import save_for_hf
 from timm.utils import random_seed
+
+from timm_ait.cli import output_folder
+from timm_ait.cli.export import export
 
 BATCH_SIZE = 32
 
 
 @torch.no_grad()
-def extract_features(model: nn.Module, data_dir: str, size: int, crops: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def extract_features(
+        model: nn.Module,
+        data_dir: str,
+        size: int,
+        crops: int,
+) -> Tuple[torch.Tensor, torch.Tensor, List[str]]:
     """Features of the whole training images and of random crops of each.
 
     Returns:
-        Features (N * (1 + crops), E) and labels (N * (1 + crops),).
+        Features (N * (1 + crops), E), labels (N * (1 + crops),) and names of the classes.
     """
     config = dict(resolve_data_config({}, model=model), input_size=(3, size, size), crop_pct=1.0)
     if not Path(data_dir, 'train').is_dir():
@@ -39,7 +46,7 @@ def extract_features(model: nn.Module, data_dir: str, size: int, crops: int) -> 
         for images, targets in DataLoader(dataset, BATCH_SIZE, num_workers=1):
             features.append(model.forward_head(model.forward_features(images), pre_logits=True))
             labels.append(targets)
-    return torch.cat(features), torch.cat(labels)
+    return torch.cat(features), torch.cat(labels), list(dataset.reader.class_to_idx)
 
 
 def fit_classifier(classifier: nn.Linear, features: torch.Tensor, labels: torch.Tensor, decay: float) -> None:
@@ -69,16 +76,16 @@ def main() -> None:
     parser.add_argument('--img-size', type=int, default=196, metavar='PIXELS')
     parser.add_argument('--crops', type=int, default=1, metavar='N', help='random crops of each image')
     parser.add_argument('--weight-decay', type=float, default=3e-3)
-    parser.add_argument('--out', required=True, metavar='DIR')
+    parser.add_argument('--out', required=True, type=output_folder, metavar='DIR')
     args = parser.parse_args()
     random_seed(0)
     overlay = dict(file=args.pretrained_path) if args.pretrained_path else None
     model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    features, labels = extract_features(model, args.data_dir, args.img_size, args.crops)
-    model.reset_classifier(int(labels.max()) + 1)
+    features, labels, names = extract_features(model, args.data_dir, args.img_size, args.crops)
+    model.reset_classifier(len(names))
     fit_classifier(model.get_classifier(), features, labels, args.weight_decay)
     data_config = dict(input_size=(3, args.img_size, args.img_size), crop_pct=1.0)
-    save_for_hf(model, args.out, safe_serialization=True, data_config=data_config)
+    export(model, args.out, label_names=names, data_config=data_config)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -51,6 +53,23 @@ class TestTokens:
         for key, value in model.state_dict().items():
             assert torch.equal(value, state[key])
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_in_threads_wait_for_each_other(self, model):
+        model.train()
+        entered, left = threading.Event(), threading.Event()
+
+        def observe():
+            with analysis.observed(model, {}):
+                entered.set()
+                left.wait(2)
+
+        with ThreadPoolExecutor(1) as pool:
+            with analysis.observed(model, {}):
+                other = pool.submit(observe)
+                assert not entered.wait(0.2)
+            left.set()
+            other.result()
+        assert model.training
 
     def test_need_workspaces(self, images):
         with pytest.raises(ValueError, match='^model: VisionTransformer has no workspaces'):

@@ -10,10 +10,11 @@ import timm_ait
 REPO = 'someone/test_ait.mine'
 
 
-# the second is how a tag without a shipped file is loaded
+# the last takes the place of shipped weights
 @pytest.mark.parametrize('arch, name, overlay', [
     ('test_ait', f'hf-hub:{REPO}', None), ('test_vit', f'hf-hub:{REPO}', None),
-    ('test_ait', 'test_ait', dict(hf_hub_id=REPO, num_classes=3))])
+    ('test_ait', 'test_ait', dict(hf_hub_id=REPO, num_classes=3)),
+    ('ait_tiny_hybrid_75', 'ait_tiny_hybrid_75', dict(hf_hub_id=REPO, num_classes=3))])
 def test_a_repository_and_a_pretrained_tag(hub, tmp_path, arch, name, overlay):
     model = timm.create_model(arch, num_classes=3)
     model = timm_ait.add_workspace(model) if arch == 'test_vit' else model

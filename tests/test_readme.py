@@ -51,7 +51,7 @@ class Rule(NamedTuple):
 # the first that is found at the beginning of a command
 RULES = {
     r'python -m venv|\. \.venv/bin/activate|pip |python -m pip |ruff ': Rule(skip='what .ci/run does, with a network'),
-    r'git clone |cd ': Rule(skip='prepares a machine'),
+    r'git clone |cd |cp ': Rule(skip='prepares a machine'),
     r'hf auth ': Rule(skip='needs an account'),
     r'hf |python benchmarks/|python -m benchmarks\.(?!compare|validate)': Rule(run=False),  # an account, or minutes
     r'python ait\.py': Rule(skip='is in the published code'),
@@ -248,10 +248,6 @@ class Workplace:
         self.written = set()  # folders and experiments that commands have written
         left_out = shutil.ignore_patterns('.*', '__pycache__', 'output', 'build', 'dist', '*.egg-info')
         shutil.copytree(ROOT, folder, copy_function=os.symlink, ignore=left_out)
-        if document.startswith('weights/'):  # a card's commands speak of the files beside it
-            for file in (ROOT / document).parent.iterdir():
-                if not (folder / file.name).exists():
-                    (folder / file.name).symlink_to(file)
 
     def exists(self, path: str) -> bool:
         return (self.folder / path).exists()

@@ -11,6 +11,7 @@ Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 import contextlib
 import functools
 import math
+import threading
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
@@ -23,6 +24,9 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import slot_statistics
+
+# an analysis changes what the process shares: modes of a model, whether compiled code runs
+_LOCK = threading.RLock()
 
 
 def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
@@ -43,7 +47,7 @@ def observed(model: nn.Module, modules: Dict[str, nn.Module], hook: Optional[Cal
 
     The modes of all modules are restored afterwards, and the hooks removed.
     """
-    with contextlib.ExitStack() as undo, torch.no_grad():
+    with _LOCK, contextlib.ExitStack() as undo, torch.no_grad():
         for module in model.modules():
             undo.callback(setattr, module, 'training', module.training)
         for name, module in modules.items():

@@ -1,5 +1,6 @@
 """ The command: what is to do, checked as far as it can be before anything is written. """
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import List, Optional
@@ -35,7 +36,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     if args.output.exists() and not args.output.is_dir():
         parser.error(f'--output: {args.output} is not a folder')
 
-    recipe['data'] = Path(args.data_dir).resolve().name
+    data_dir = Path(args.data_dir)
+    files = [(p.relative_to(data_dir).as_posix(), p.stat().st_size) for p in sorted(data_dir.rglob('*')) if p.is_file()]
+    if not files:
+        parser.error(f'--data-dir: {data_dir} is no folder, or has no files')
+    recipe['data'] = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
     folders = {
         (label, seed): args.output / label / f'seed{seed}'
         for label, run in recipe['runs'].items() for seed in run['seeds']}

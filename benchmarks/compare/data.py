@@ -17,8 +17,6 @@ from timm_ait.data.sort_of_clevr import ANSWERS, KINDS, QUESTION_DIM
 
 from .recipe import Recipe
 
-__all__ = ['Split', 'augment', 'load_image_folder', 'load_images', 'load_sort_of_clevr', 'load_split']
-
 
 @dataclasses.dataclass
 class Split:

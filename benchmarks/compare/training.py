@@ -31,8 +31,6 @@ from ..results import write_text
 from .data import Split
 from .recipe import Recipe, run_settings
 
-__all__ = ['create_run_model', 'create_run_optimizer', 'evaluate', 'train_run']
-
 
 def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> torch.nn.Module:
     """The model of a run, made for the recipe's input unless that is its own."""
@@ -190,8 +188,7 @@ def train_run(
         t_initial=steps,
         warmup_t=recipe['warmup_steps'],
         warmup_lr_init=recipe['lr'] / 100,
-        warmup_prefix=False,
-        t_in_epochs=False,
+        warmup_prefix=False, t_in_epochs=False,
     )
     saver = CheckpointSaver(
         model, optimizer, argparse.Namespace(model=run['model']), checkpoint_dir=str(folder), max_history=1)

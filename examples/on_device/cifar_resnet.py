@@ -5,7 +5,7 @@ shortcuts have no parameters. Weights for 20, 32, 44 and 56 layers, trained on C
 https://github.com/akamaster/pytorch_resnet_cifar10; `--init` of train_on_device.py takes these files.
 """
 import re
-from typing import Dict
+from typing import Any, Dict
 
 import torch
 import torch.nn as nn
@@ -88,16 +88,39 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return renamed
 
 
-default_cfgs = generate_default_cfgs({
-    'cifar_resnet.cifar10': dict(
-        file='output/cifar10_teacher_resnet/model.safetensors', num_classes=10, input_size=(3, 32, 32), pool_size=None,
-        crop_pct=1.0, interpolation='bilinear', mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-        first_conv='conv', classifier='linear'),
-})
+def _cfg() -> Dict[str, Any]:
+    return dict(
+        num_classes=10, input_size=(3, 32, 32), pool_size=None, crop_pct=1.0, interpolation='bilinear',
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), first_conv='conv', classifier='linear')
+
+
+default_cfgs = generate_default_cfgs({f'cifar_resnet{num_layers}': _cfg() for num_layers in (20, 32, 44, 56)})
+
+
+def _create_cifar_resnet(variant: str, pretrained: bool = False, **kwargs) -> CifarResNet:
+    return build_model_with_cfg(
+        CifarResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
-def cifar_resnet(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ Residual network for 32 px, 0.85M parameters by default. """
-    return build_model_with_cfg(
-        CifarResNet, 'cifar_resnet', pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+def cifar_resnet20(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ Residual network of 20 layers, 0.27M parameters. """
+    return _create_cifar_resnet('cifar_resnet20', pretrained, **dict(dict(depth=3), **kwargs))
+
+
+@register_model
+def cifar_resnet32(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ Residual network of 32 layers, 0.46M parameters. """
+    return _create_cifar_resnet('cifar_resnet32', pretrained, **dict(dict(depth=5), **kwargs))
+
+
+@register_model
+def cifar_resnet44(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ Residual network of 44 layers, 0.66M parameters. """
+    return _create_cifar_resnet('cifar_resnet44', pretrained, **dict(dict(depth=7), **kwargs))
+
+
+@register_model
+def cifar_resnet56(pretrained: bool = False, **kwargs) -> CifarResNet:
+    """ Residual network of 56 layers, 0.85M parameters. """
+    return _create_cifar_resnet('cifar_resnet56', pretrained, **dict(dict(depth=9), **kwargs))

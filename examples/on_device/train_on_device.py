@@ -34,7 +34,7 @@ from augment_on_device import Augmentation
 from safetensors.torch import save_file
 
 import timm
-from timm.data import Mixup, create_dataset
+from timm.data import ImageDataset, Mixup, create_dataset
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import load_state_dict
@@ -178,7 +178,17 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'--resume: there is no last.pth.tar in {args.output}.')
     if has_checkpoint and not args.resume:
         parser.error(f'--output {args.output} holds a run: go on with it by --resume, or take another folder.')
+    if args.resume:
+        before = yaml.safe_load((Path(args.output) / 'args.yaml').read_text())
+        for name in ('model', 'model_kwargs', 'num_classes', 'img_size'):
+            if before[name] != plain(args)[name]:
+                parser.error(f'--resume: the run in {args.output} has {name} {before[name]}, got {plain(args)[name]}.')
     return args
+
+
+def plain(args: argparse.Namespace) -> Dict[str, Any]:
+    """Options as YAML writes and reads them."""
+    return json.loads(json.dumps(vars(args)))
 
 
 # data
@@ -196,18 +206,26 @@ class Images(NamedTuple):
         return Images(self.images[indices], self.labels[indices], self.classes)
 
 
-def read_images(data_dir: str, split: str, num_threads: int) -> Images:
-    """Decode a split of an ImageFolder.
+def open_split(data_dir: str, split: str) -> ImageDataset:
+    """A split of an ImageFolder.
 
     Raises:
-        ValueError: There is no such folder or split, or the images are of several sizes.
+        ValueError: There is no such folder or split.
     """
     if not Path(data_dir).is_dir():
         raise ValueError(f'--data-dir {data_dir} is no folder.')
     dataset = create_dataset('', root=data_dir, split=split, input_img_mode='RGB')
     if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
         raise ValueError(f'{data_dir} has no folder {split}: --train-split and --val-split name the folders.')
+    return dataset
 
+
+def read_images(dataset: ImageDataset, num_threads: int) -> Images:
+    """Decode a split.
+
+    Raises:
+        ValueError: The images are of several sizes.
+    """
     def read(index: int) -> Tuple[np.ndarray, int]:
         image, label = dataset[index]
         return np.asarray(image), label
@@ -217,7 +235,8 @@ def read_images(data_dir: str, split: str, num_threads: int) -> Images:
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         sizes = ', '.join(f'{width}x{height}' for height, width, _ in sorted(shapes)[:3])
-        raise ValueError(f'The images in {data_dir}/{split} must be of one size, they are {sizes}: resize them first.')
+        raise ValueError(
+            f'The images in {dataset.reader.root} must be of one size, they are {sizes}: resize them first.')
     classes = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(labels), list(classes))
@@ -225,15 +244,16 @@ def read_images(data_dir: str, split: str, num_threads: int) -> Images:
 
 def load_images(data_dir: str, split: str, num_threads: int, cache: Optional[str]) -> Images:
     """`read_images`, or what an earlier run kept of it. Runs that start together decode once."""
+    dataset = open_split(data_dir, split)
     if cache is None:
-        return read_images(data_dir, split, num_threads)
+        return read_images(dataset, num_threads)
     Path(cache).mkdir(parents=True, exist_ok=True)
-    folder = Path(data_dir).resolve()
-    changed = [(str(path), path.stat().st_mtime_ns) for path in sorted((folder / split).glob('*'))]  # when files came
-    file = Path(cache) / f'{folder.name}_{hashlib.sha256(repr((folder, changed)).encode()).hexdigest()[:8]}_{split}.pt'
+    folder = Path(dataset.reader.root).resolve()
+    files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob('*'))]
+    file = Path(cache) / f'{folder.name}_{hashlib.sha256(repr((folder, files)).encode()).hexdigest()[:12]}.pt'
     with lock(f'{file}.lock'):
         if not file.exists():
-            write_whole(torch.save, tuple(read_images(data_dir, split, num_threads)), file)
+            write_whole(torch.save, tuple(read_images(dataset, num_threads)), file)
     return Images(*torch.load(file))
 
 
@@ -653,11 +673,11 @@ def main(argv: Optional[List[str]] = None) -> None:
             raise ValueError(f'{args.train_split} and {args.val_split} in {args.data_dir} must have the same classes.')
     trainer = Trainer(args, train, val)
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    (Path(args.output) / 'args.yaml').write_text(yaml.safe_dump(json.loads(json.dumps(vars(args)))))
     trainer.warm_up()
     log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)
     with lock(args.lock):
         trainer.load()
+        (Path(args.output) / 'args.yaml').write_text(yaml.safe_dump(plain(args)))
         if trainer.teachers and val is not None:
             log(dict(teachers_top1=trainer.accuracy(trainer.teach, trainer.val_data)), args.output)
         trainer.fit()

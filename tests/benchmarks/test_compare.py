@@ -140,14 +140,16 @@ def test_finished_runs_are_kept(images, one_run, output):
     recipe, finished = one_run
     shutil.copytree(finished, output)
     before = (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns
-    compare(recipe, output / 'not_needed' / Path(images).name, output)
+    compare(recipe, shutil.copytree(images, output.parent / 'moved'), output)
     assert (output / 'AiT' / 'seed0' / 'result.json').stat().st_mtime_ns == before
 
 
 def test_runs_of_other_settings_are_not_mixed(capsys, images, one_run, output):
     recipe, finished = one_run
     shutil.copytree(finished, output)
-    for data, options in ((images, ['--steps', '6']), (output / 'other', [])):
+    others = shutil.copytree(images, output.parent / 'others' / Path(images).name)
+    next(others.glob('train/*/*')).unlink()
+    for data, options in ((images, ['--steps', '6']), (others, [])):
         with pytest.raises(SystemExit, match='2'):
             compare(recipe, data, output, *options)
         assert 'trained with other settings' in capsys.readouterr().err

@@ -179,7 +179,7 @@ def test_patches_are_dropped_until_the_given_share_of_the_budget(train, tmp_path
 @pytest.mark.parametrize('options', [
     'cifar_teacher --model-kwargs widths=(8,8,8) residual=True',
     'cifar_teacher --model-kwargs widths=(8,8,8) residual=False',
-    'cifar_resnet --model-kwargs depth=1 --lr 0.05 --epochs 30'])
+    'cifar_resnet20 --model-kwargs depth=1 --lr 0.05 --epochs 30'])
 def test_a_convolutional_teacher_trains(train, options):
     final = train(
         '--channels-last', '--epochs', '10', '--opt', 'sgd', '--lr', '0.3', '--bn-bias-lr-scale', '8',
@@ -188,14 +188,14 @@ def test_a_convolutional_teacher_trains(train, options):
 
 
 def test_published_weights_of_a_residual_network_are_loaded(tmp_path):
-    model, loaded = [timm.create_model('cifar_resnet', depth=2) for _ in range(2)]
+    model, loaded = [timm.create_model('cifar_resnet20', depth=2) for _ in range(2)]
     published = {f'module.{name}': value for name, value in model.state_dict().items()}
     for ours, theirs in (
             ('stages.0', 'layer1'), ('stages.1', 'layer2'), ('stages.2', 'layer3'), ('module.conv.', 'module.conv1.'),
             ('module.norm.', 'module.bn1.'), ('norm', 'bn')):
         published = {name.replace(ours, theirs): value for name, value in published.items()}
     torch.save(dict(state_dict=published, best_prec1=0.), tmp_path / 'resnet14.th')
-    assert train_on_device.load_weights(loaded, str(tmp_path / 'resnet14.th'), 'cifar_resnet', depth=2) == 10
+    assert train_on_device.load_weights(loaded, str(tmp_path / 'resnet14.th'), 'cifar_resnet20', depth=2) == 10
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(images), model.eval()(images))
 
@@ -263,6 +263,9 @@ def test_a_run_is_replaced_by_none_that_does_not_go_on_with_it(train, tmp_path, 
     with pytest.raises(SystemExit):
         train('--epochs', '2')
     assert 'go on with it by --resume' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train('--epochs', '1', '--resume', '--model-kwargs', 'depth=2')
+    assert 'has model_kwargs {}, got' in capsys.readouterr().err
     train('--epochs', '1', '--resume')  # it is at its end
     assert {name: content for name, content in before.items() if name not in ('args.yaml', 'log.jsonl')} == {
         name: (tmp_path / 'run' / name).read_bytes() for name in ('last.pth.tar', 'model.safetensors')}
@@ -291,12 +294,12 @@ def test_images_of_several_sizes_are_refused(tmp_path):
         (tmp_path / 'train' / name).mkdir(parents=True)
         Image.new('RGB', (size, size)).save(tmp_path / 'train' / name / '0.png')
     with pytest.raises(ValueError, match='must be of one size, they are 8x8, 9x9'):
-        train_on_device.read_images(str(tmp_path), 'train', 2)
+        train_on_device.read_images(train_on_device.open_split(str(tmp_path), 'train'), 2)
 
 
 def test_a_split_that_is_not_there_or_of_other_classes_is_refused(train, tmp_path):
     with pytest.raises(ValueError, match='--data-dir nowhere is no folder'):
-        train_on_device.read_images('nowhere', 'train', 2)
+        train_on_device.open_split('nowhere', 'train')
     with pytest.raises(ValueError, match='has no folder trian'):
         train('--epochs', '1', '--train-split', 'trian')
     with pytest.raises(ValueError, match='--num-classes 1: the data have 2'):
@@ -314,6 +317,15 @@ def test_data_sets_of_the_same_name_or_before_a_change_do_not_share_a_cache(tmp_
         next(changed.iterdir()).unlink()
     assert len(list(tmp_path.glob('*.pt'))) == 3
     assert len(images.labels) == len(list((folders[0] / 'train').glob('*/*'))) + 1
+
+
+def test_a_cache_notices_an_image_that_is_replaced_also_where_timm_finds_the_split_by_another_name(tmp_path):
+    folder = write_images(tmp_path / 'images')
+    (folder / 'validation').rename(folder / 'val')
+    for image in (folder / 'val').glob('*/*'):
+        train_on_device.load_images(str(folder), 'validation', 2, str(tmp_path))
+        Image.new('RGB', (32, 32), 'white').save(image)
+    assert train_on_device.load_images(str(folder), 'validation', 2, str(tmp_path)).images.float().mean() > 250
 
 
 def test_a_checkpoint_that_is_not_there_is_named(train, tmp_path):

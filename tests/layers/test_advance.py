@@ -335,13 +335,18 @@ class TestWarning:
         (message,) = self.write(layer, 201, optimizer)
         assert all(remedy in message for remedy in ('after the workspaces', 'advance_memory', 'freeze', 'eval()'))
 
+    def test_a_copy_counts_its_own_forwards(self):
+        layer = make_workspace()
+        self.write(layer, 99)
+        sgd(nn.Linear(2, 2)).step()
+        assert self.write(copy.deepcopy(layer), 1) == []
+
     def test_a_model_that_is_trained_beside_others_does_not_warn(self):
         layer, other = make_workspace(), nn.Linear(2, 2)
         assert self.write(layer, 150, sgd(layer)) == []
         assert self.write(layer, 150, sgd(other)) == []  # an accumulation
 
-    def test_a_long_accumulation_and_advance_memory_after_each_step_do_not_warn(self):
-        assert self.write(make_workspace(), 150) == []
+    def test_advance_memory_after_each_step_does_not_warn(self):
         layer, optimizer = make_workspace(), sgd(nn.Linear(2, 2))
         optimizer.register_step_post_hook(lambda *_: advance_memory(layer))
         assert self.write(layer, 150, optimizer) == []

@@ -131,6 +131,9 @@ class TestMasks:
         for masks in (dict(attn_mask=mask), dict(is_causal=True)):
             with pytest.raises(ValueError, match=f'{next(iter(masks))} is not supported: in training'):
                 model(x, **masks)
+        before = [None] if 'eva' in name else []  # rope
+        with pytest.raises(ValueError, match='attn_mask is not supported: in training'):
+            model.blocks[0](torch.zeros(4, num_tokens, model.embed_dim), *before, mask)
         assert model.eval()(x, attn_mask=mask).isfinite().all()
 
     def test_a_block_of_unknown_kind_that_takes_masks_is_refused(self):
@@ -316,10 +319,15 @@ class TestArchitecture:
         expected = model.forward_intermediates(images(size=160), [1, -1], intermediates_only=True)
         assert all(torch.equal(a, b) for a, b in zip(features(images(size=160)), expected))
 
-    @pytest.mark.parametrize('name, number', [('swin_tiny_patch4_window7_224', 4), ('vit_tiny_patch16_224', 3)])
-    def test_features_are_as_many_as_of_the_body(self, name, number):
-        model = timm.create_model('ait_from_timm', model=name, features_only=True, device='meta')
-        assert len(model.feature_info.out_indices) == number
+    @pytest.mark.parametrize('name, kwargs', [
+        ('swin_tiny_patch4_window7_224', {}), ('vit_tiny_patch16_224', {}), ('crossvit_tiny_240', {}),
+        ('swinv2_cr_tiny_224', dict(feature_cls='list')), ('swin_tiny_patch4_window7_224', dict(out_indices=[1]))])
+    def test_features_are_those_of_the_body(self, name, kwargs):
+        body, model = [
+            timm.create_model(**architecture, features_only=True, **kwargs).eval()
+            for architecture in (dict(model_name=name), dict(model_name='ait_from_timm', model=name))]
+        x = torch.randn(1, *body.pretrained_cfg['input_size'])
+        assert [y.shape for y in model(x)] == [y.shape for y in body(x)]
 
     @pytest.mark.parametrize('name', [None, 'no_such_model', 'hf-hub:timm/test_vit.r160_in1k', 3])
     def test_a_missing_or_unknown_body_is_named(self, name):

@@ -131,7 +131,8 @@ class TestAblations:
         with pytest.raises(ValueError, match='mlp_layer=.*SwiGLU.*workspace=False'):
             make_model(mlp_layer=SwiGLU)  # with arguments of its workspaces
 
-    @pytest.mark.parametrize('name, value', [('qk_norm', True), ('attn_drop_rate', 0.1), ('attn_layer', 'diff')])
+    @pytest.mark.parametrize('name, value', [
+        ('qk_norm', True), ('attn_drop_rate', 0.1), ('attn_layer', 'diff'), ('qkv_bias', False)])
     def test_without_attention_its_arguments_are_refused(self, name, value):
         with pytest.raises(ValueError, match=f'{name}.*attention=False'):
             make_model(attention=False, **{name: value})

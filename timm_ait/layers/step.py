@@ -107,8 +107,8 @@ class StepwiseMemory(nn.Module):
     def __getstate__(self) -> Dict[str, Any]:
         # what belongs to one step of one process stays behind when the layer is copied (EMA) or pickled
         return {
-            **super().__getstate__(), 'written': None, 'balance': None, '_balance_node': None, 'has_optimizer': False,
-            'process_group': None, 'wrapper_groups': ()}
+            **super().__getstate__(), 'written': None, 'balance': None, '_balance_node': None, 'num_writes': 0,
+            'has_optimizer': False, 'process_group': None, 'wrapper_groups': ()}
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -54,6 +54,9 @@ def build_vit(
         if kwargs.get('features_only'):
             raise ValueError('features_only takes no question: call forward_intermediates(x, question=question).')
         model_cls, kwargs['question_dim'] = question_cls, question_dim
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if overlay.get('hf_hub_id') or overlay.get('url'):  # to which timm would prefer the shipped file
+        kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
     with say_where_weights_are(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')):
         return build_model_with_cfg(
             model_cls,

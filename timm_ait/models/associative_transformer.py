@@ -112,7 +112,7 @@ class AssociativeTransformer(VisionTransformer):
         if not attention and not workspace:
             raise ValueError('attention=False needs workspace=True: tokens could not communicate without either.')
         unused = {} if attention else dict(
-            qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
+            qkv_bias=True, qk_norm=False, scale_attn_norm=False, attn_layer=None, attn_drop_rate=0., fix_init=False)
         reason = f'the blocks are fixed with attention={attention}'
         kwargs = reject_arguments(self, args, kwargs, reason, options(GlobalWorkspace), block_fn=None, **unused)
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)

@@ -51,27 +51,18 @@ class _Unmasked:
 
     def __call__(self, *args, **kwargs):
         if self.training:
+            given = {**dict(zip(inspect.signature(self.forward).parameters, args)), **kwargs}
             reject_masks(
-                kwargs.get('attn_mask'), kwargs.get('is_causal', False),
+                given.get('attn_mask'), given.get('is_causal', False),
                 'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of '
                 f'attn_mask out, a {type(self).__bases__[1].__name__} with a {type(self.mlp).__name__} does not)')
         return super().__call__(*args, **kwargs)
 
 
-class UnmaskedBlock(_Unmasked, Block):
-    pass
-
-
-class UnmaskedResPostBlock(_Unmasked, ResPostBlock):
-    pass
-
-
-class UnmaskedEvaBlock(_Unmasked, EvaBlock):
-    pass
-
-
-class UnmaskedEvaBlockPostNorm(_Unmasked, EvaBlockPostNorm):
-    pass
+class UnmaskedBlock(_Unmasked, Block): ...
+class UnmaskedResPostBlock(_Unmasked, ResPostBlock): ...
+class UnmaskedEvaBlock(_Unmasked, EvaBlock): ...
+class UnmaskedEvaBlockPostNorm(_Unmasked, EvaBlockPostNorm): ...
 
 
 # timm's blocks that take masks
@@ -218,8 +209,9 @@ def ait_from_timm(
             f"ait_from_timm needs model=, the name of an architecture of timm such as 'vit_tiny_patch16_224', "
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
     workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
-    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # as many maps as the body has
-        kwargs['out_indices'] = len(create_model(model, features_only=True, device='meta').feature_info.out_indices)
+    if kwargs.get('features_only'):  # the maps of the body
+        features = create_model(model, features_only=True, device='meta')
+        kwargs = {'out_indices': features.feature_info.out_indices, 'feature_cls': type(features), **kwargs}
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         # first with the original classifier: where timm adapts it, timm no longer checks the other weights
@@ -260,7 +252,7 @@ def ait_from_timm(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=check_weights(checkpoint_filter_fn),
-        feature_cfg=dict(feature_cls='getter'),
+        feature_cfg=dict(flatten_sequential=True),
         **kwargs,
     )
     built.pretrained_cfg['input_size'] = get_model_input_config(built)['input_size']
