@@ -41,6 +41,7 @@ class TestFindImages:
     def test_links_to_nothing_and_formats_that_pillow_does_not_know_are_listed(self, images):
         (images / 'c.png').symlink_to('nowhere')
         (images / 'photo.HEIC').write_bytes(b'')
+        (images / 'data.h5').write_bytes(b'')  # which Pillow names, but never reads
         assert find_images([images]) == sorted([*files_of(images), images / 'c.png', images / 'photo.HEIC'])
 
     def test_a_folder_that_cannot_be_searched_is_listed(self, images, monkeypatch):

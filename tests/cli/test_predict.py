@@ -93,6 +93,15 @@ class TestSheet:
 
 class TestErrors:
 
+    def test_a_sheet_that_cannot_be_written_costs_no_result(self, capsys, monkeypatch, model, images, tmp_path):
+        def full(*args, **kwargs):
+            raise OSError(28, 'No space left on device')
+
+        monkeypatch.setattr(Image.Image, 'save', full)
+        with pytest.raises(SystemExit, match='2'):
+            predict(images, '--model', model, '--json', '--sheet', tmp_path / 'sheet.png')
+        assert len(json.loads(capsys.readouterr().out)['images']) == 3
+
     def test_unreadable_files_are_named_and_skipped(self, capsys, model, images):
         (images / 'broken.png').write_text('not an image')
         (images / 'cut.bmp').write_bytes((images / 'sub/c.bmp').read_bytes()[:500])

@@ -1,5 +1,6 @@
 """ Triangle against independent computations from its pixels. """
 import numpy as np
+import pytest
 from PIL import Image
 
 from timm.data import create_dataset
@@ -25,6 +26,10 @@ class TestTriangle:
             sides = [np.hypot(*(p - q)) for p, q in ((a, b), (b, c), (c, a))]
             difference = (max(sides) - min(sides)) / np.mean(sides)
             assert CLASSES[label] == ('equilateral' if difference < 0.09 else 'other'), (difference, label)
+
+    def test_a_split_without_a_class_which_timm_would_miss_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match='--validation: none of so few is equilateral'):
+            write_triangle(tmp_path, 0, 8, 1)
 
     def test_a_sample_depends_on_seed_and_index_alone(self):
         images, labels, _ = triangles(3, np.array([7, 1, 40]))

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.layers import make_workspace, written_by
-from timm_ait.layers import GlobalWorkspace, advance_memory, balance_loss
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance_memory, balance_loss
 from timm_ait.ops import naive
 
 
@@ -158,6 +158,11 @@ BAD = dict(
 def test_a_bad_argument_is_named(argument, value):
     with pytest.raises(ValueError, match=argument):
         GlobalWorkspace(24, **{argument: value})
+
+
+def test_convolutions_are_refused():
+    with pytest.raises(ValueError, match='use_conv'):
+        WorkspaceMlp(24, use_conv=True)
 
 
 def test_identity_memory_needs_no_more_slots_than_their_width():

@@ -11,6 +11,7 @@ import timm
 from timm.models import VisionTransformer
 from timm.models._features_fx import GraphExtractNet
 from timm.optim import param_groups_layer_decay
+from timm.utils import AttentionExtract
 
 from tests.models import BODY, WORKSPACE, images, make_and_ask, make_model
 from tests.models.equations import randomize
@@ -255,6 +256,18 @@ def test_without_a_position_embedding_the_order_of_the_patches_does_not_matter(n
     torch.testing.assert_close(model(x), logits, rtol=0, atol=1e-10)
     torch.testing.assert_close(model.forward_features(x), expected, rtol=0, atol=1e-10)
     assert (features[1:] - features[:-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_attention_maps_are_the_same_by_hooks_and_by_tracing(name, monkeypatch):
+    monkeypatch.setattr(timm.layers.config, '_USE_FUSED_ATTN', 0)
+    kwargs = dict(num_iterations=1) if name == 'test_perceiver' else {}  # iterations share their layers
+    model, x = make_model(name, **kwargs).eval(), images()
+    hooked, traced = [
+        {name.rpartition('.')[0]: weights for name, weights in AttentionExtract(model, method=method)(x).items()}
+        for method in ('hook', 'fx')]
+    assert len(hooked) >= 3
+    torch.testing.assert_close(hooked, traced)
 
 
 class TestIntermediates:

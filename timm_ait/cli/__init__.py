@@ -18,6 +18,8 @@ def one_line(error: BaseException) -> str:
 
 def quietly(command: Callable[[Namespace], int], parser: ArgumentParser, args: Namespace) -> int:
     """Run a command. A ValueError or file error ends it in one line; a closed output, as by `head`, in silence."""
+    for name in ('stdout', 'stderr'):  # closed, as in a daemon
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, 'w'))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # for names of files that the terminal cannot print
     try:

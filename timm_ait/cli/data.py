@@ -29,7 +29,7 @@ def add_parser(commands) -> None:
 def _main(args: argparse.Namespace) -> int:
     module, write = _DATA_SETS[args.dataset]
     num_train, num_validation = args.train or module.NUM_TRAIN, args.validation or module.NUM_VALIDATION
-    if args.out.exists():
+    if args.out.exists() or args.out.is_symlink():
         raise ValueError(f'--out: {args.out} exists; choose another folder, or remove it')
     with staged(args.out) as folder:
         write(folder, args.seed, num_train, num_validation)

@@ -50,7 +50,8 @@ def find_images(paths: Sequence[Path]) -> List[Path]:
     if missing:
         raise ValueError(f'IMAGE: there is no file or folder {", ".join(missing)}')
 
-    known = {extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN}
+    readable = Image.OPEN.keys() - {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # which Pillow knows, and no image can be read from
+    known = {extension for extension, name in Image.registered_extensions().items() if name in readable}
     files = {}
     for path in paths:
         found = _search(path, known | _PHOTOGRAPHS) if path.is_dir() else [path]

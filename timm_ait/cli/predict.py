@@ -50,11 +50,11 @@ def _main(args: argparse.Namespace) -> int:
         if args.sheet:
             tiles.append(Tile(fit(image, _THUMBNAIL), [file.name, classes[0]]))
 
+    if args.json:
+        print(json.dumps({'model': args.model, 'images': images, 'errors': errors}, indent=2))
     if args.sheet:
         columns = math.ceil(1.1 * math.sqrt(len(tiles)))
         rows = [tiles[i:i + columns] for i in range(0, len(tiles), columns)]
         with staged(args.sheet.parent) as folder:
             contact_sheet(rows, _THUMBNAIL).save(folder / args.sheet.name)
-    if args.json:
-        print(json.dumps({'model': args.model, 'images': images, 'errors': errors}, indent=2))
     return 1 if errors else 0

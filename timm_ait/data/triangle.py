@@ -73,3 +73,5 @@ def write_triangle(folder: Path, seed: int, num_train: int, num_validation: int)
         images, labels, _ = triangles(seed, indices)
         for index, image, label in zip(indices, images, labels):
             Image.fromarray(image).save(folder / split / CLASSES[label] / f'{index:05d}.png')
+    for empty in (path for path in folder.glob('*/*') if not any(path.iterdir())):
+        raise ValueError(f'--{empty.parent.name}: none of so few is {empty.name}, so timm would miss it: write more')

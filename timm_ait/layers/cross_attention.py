@@ -8,25 +8,22 @@ import torch.nn.functional as F
 from timm.layers import use_fused_attn
 
 
-def attend(
-        queries: torch.Tensor,
-        keys_values: torch.Tensor,
-        num_heads: int,
-        scale: float,
-        fused: bool,
-        dropout: float,
-) -> torch.Tensor:
-    """Multihead attention of queries (B, M, C) to keys and values side by side (B, N, 2 * C), (B, M, C)."""
-    q = queries.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    k, v = keys_values.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    if fused:
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
-    else:
-        x = F.dropout(((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1), dropout) @ v
-    return x.transpose(1, 2).flatten(2)
+class Attending(nn.Module):
+    """Base of layers with the attributes of timm's `Attention`: num_heads, scale, fused_attn and attn_drop."""
+
+    def attend(self, queries: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
+        """Multihead attention of queries (B, M, C) to keys and values side by side (B, N, 2 * C), (B, M, C)."""
+        q = queries.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = keys_values.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.training else 0.
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        else:
+            x = self.attn_drop(((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        return x.transpose(1, 2).flatten(2)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Attending):
     """timm's `Attention` with queries from one set of tokens, keys and values from another."""
     fused_attn: Final[bool]
 
@@ -64,6 +61,4 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """What the tokens x (B, M, C) read from those of the context (B, N, C), of the shape of x."""
-        dropout = self.attn_drop.p if self.training else 0.
-        x = attend(self.q(x), self.kv(context), self.num_heads, self.scale, self.fused_attn, dropout)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(self.attend(self.q(x), self.kv(context))))

@@ -316,6 +316,8 @@ class WorkspaceMlp(Mlp):
         """As `Mlp`, whose output width is the token width E, with arguments of `GlobalWorkspace` among its own."""
         check_known(kwargs, options(Mlp) | options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
         workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
+        if kwargs.get('use_conv'):
+            raise ValueError('use_conv=True is not supported: a workspace takes tokens, their width last.')
         super().__init__(in_features, hidden_features, out_features, device=device, dtype=dtype, **kwargs)
         self.workspace = GlobalWorkspace(out_features or in_features, device=device, dtype=dtype, **workspace_kwargs)
 

@@ -23,7 +23,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
-from timm_ait.layers.cross_attention import attend
+from timm_ait.layers.cross_attention import Attending
 
 from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments
 from ._question import QuestionViT
@@ -62,7 +62,7 @@ class LearnedSlots(nn.Module):
         return join_memory(x, self.slots.expand(x.shape[0], -1, -1), self.num_prefix_tokens)
 
 
-class SharedWorkspace(nn.Module):
+class SharedWorkspace(Attending):
     """Communication of the tokens R (N, E) through the slots M (M, D), in place of self-attention.
 
     Source: section 2.1 of the paper, steps 2 and 3, and its gated update, that of the relational memory core (Santoro
@@ -144,9 +144,7 @@ class SharedWorkspace(nn.Module):
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """What the normed tokens x (B, N, E) read after they have written, and the memory (B, M, D) then."""
         memory = self.write(x, memory)
-        dropout = self.attn_drop.p if self.training else 0.
-        x = attend(self.read_q(x), self.read_kv(memory), self.num_heads, self.scale, self.fused_attn, dropout)
-        return self.proj_drop(self.proj(x)), memory
+        return self.proj_drop(self.proj(self.attend(self.read_q(x), self.read_kv(memory)))), memory
 
 
 class CoordinationBlock(MasklessBlock, Block):
