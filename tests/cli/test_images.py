@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -29,6 +31,12 @@ class TestFindImages:
         (images / 'sub/up').symlink_to('..')
         (images / 'sub/again').symlink_to('..')
         assert find_images([images]) == files_of(images)
+
+    def test_formats_are_known_in_a_new_process(self, images):
+        code = (
+            'import pathlib, sys; from timm_ait.cli.images import find_images; '
+            'assert len(find_images([pathlib.Path(sys.argv[1])])) == 3')
+        subprocess.run([sys.executable, '-c', code, str(images)], check=True)
 
     def test_a_path_given_twice_is_read_once(self, images):
         assert find_images([images / 'a.jpg', images, images / 'sub']) == files_of(images)

@@ -50,8 +50,9 @@ def find_images(paths: Sequence[Path]) -> List[Path]:
     if missing:
         raise ValueError(f'IMAGE: there is no file or folder {", ".join(missing)}')
 
-    readable = Image.OPEN.keys() - {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # which Pillow knows, and no image can be read from
-    known = {extension for extension, name in Image.registered_extensions().items() if name in readable}
+    known = {
+        extension for extension, name in Image.registered_extensions().items() if name in Image.OPEN and
+        name not in ('BUFR', 'GRIB', 'HDF5', 'MPEG')}  # of which Pillow knows no more than the names
     files = {}
     for path in paths:
         found = _search(path, known | _PHOTOGRAPHS) if path.is_dir() else [path]
