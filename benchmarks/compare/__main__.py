@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import json
+from glob import glob
 from pathlib import Path
 from typing import List, Optional
 
@@ -37,7 +38,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         parser.error(f'--output: {args.output} is not a folder')
 
     data_dir = Path(args.data_dir)
-    files = [(p.relative_to(data_dir).as_posix(), p.stat().st_size) for p in sorted(data_dir.rglob('*')) if p.is_file()]
+    paths = [data_dir / name for name in sorted(glob('**/*', root_dir=data_dir, recursive=True))]  # also behind links
+    files = [(path.relative_to(data_dir).as_posix(), path.stat().st_size) for path in paths if path.is_file()]
     if not files:
         parser.error(f'--data-dir: {data_dir} is no folder, or has no files')
     recipe['data'] = hashlib.sha256(repr(files).encode()).hexdigest()[:12]

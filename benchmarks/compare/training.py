@@ -185,10 +185,8 @@ def train_run(
     steps, batch_size = recipe['steps'], recipe['batch_size']
     scheduler = CosineLRScheduler(
         optimizer,
-        t_initial=steps,
-        warmup_t=recipe['warmup_steps'],
-        warmup_lr_init=recipe['lr'] / 100,
-        warmup_prefix=False, t_in_epochs=False,
+        t_initial=steps, t_in_epochs=False,
+        warmup_t=recipe['warmup_steps'], warmup_lr_init=recipe['lr'] / 100, warmup_prefix=False,
     )
     saver = CheckpointSaver(
         model, optimizer, argparse.Namespace(model=run['model']), checkpoint_dir=str(folder), max_history=1)

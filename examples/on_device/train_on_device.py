@@ -19,6 +19,7 @@ import math
 import os
 import re
 import time
+from glob import escape, glob
 from importlib import import_module
 from itertools import count
 from multiprocessing.pool import ThreadPool
@@ -249,7 +250,8 @@ def load_images(data_dir: str, split: str, num_threads: int, cache: Optional[str
         return read_images(dataset, num_threads)
     Path(cache).mkdir(parents=True, exist_ok=True)
     folder = Path(dataset.reader.root).resolve()
-    files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob('*'))]
+    paths = map(Path, sorted(glob(f'{escape(str(folder))}/**', recursive=True)))  # also behind links
+    files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
     file = Path(cache) / f'{folder.name}_{hashlib.sha256(repr((folder, files)).encode()).hexdigest()[:12]}.pt'
     with lock(f'{file}.lock'):
         if not file.exists():

@@ -322,7 +322,9 @@ def test_data_sets_of_the_same_name_or_before_a_change_do_not_share_a_cache(tmp_
 def test_a_cache_notices_an_image_that_is_replaced_also_where_timm_finds_the_split_by_another_name(tmp_path):
     folder = write_images(tmp_path / 'images')
     (folder / 'validation').rename(folder / 'val')
-    for image in (folder / 'val').glob('*/*'):
+    (folder / 'val' / 'dark').rename(tmp_path / 'elsewhere')
+    (folder / 'val' / 'dark').symlink_to(tmp_path / 'elsewhere')
+    for image in [*(folder / 'val' / 'light').iterdir(), *(tmp_path / 'elsewhere').iterdir()]:
         train_on_device.load_images(str(folder), 'validation', 2, str(tmp_path))
         Image.new('RGB', (32, 32), 'white').save(image)
     assert train_on_device.load_images(str(folder), 'validation', 2, str(tmp_path)).images.float().mean() > 250
