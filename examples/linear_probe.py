@@ -18,7 +18,7 @@ import timm
 from timm.data import create_dataset, create_transform, resolve_data_config
 from timm.utils import random_seed
 
-from timm_ait.cli import output_folder
+from timm_ait.cli import integer, output_folder
 from timm_ait.cli.export import export
 
 BATCH_SIZE = 32
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument('--model', required=True, metavar='NAME')
     parser.add_argument('--pretrained-path', metavar='FILE', help="weights to take in place of the Hub's")
     parser.add_argument('--data-dir', required=True, metavar='DIR')
-    parser.add_argument('--img-size', type=int, default=196, metavar='PIXELS')
-    parser.add_argument('--crops', type=int, default=1, metavar='N', help='random crops of each image')
+    parser.add_argument('--img-size', type=integer(1), default=196, metavar='PIXELS')
+    parser.add_argument('--crops', type=integer(0), default=1, metavar='N', help='random crops of each image')
     parser.add_argument('--weight-decay', type=float, default=3e-3)
     parser.add_argument('--out', required=True, type=output_folder, metavar='DIR')
     args = parser.parse_args()

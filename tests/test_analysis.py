@@ -1,3 +1,4 @@
+import copy
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -99,6 +100,11 @@ class TestWriteAttention:
         attention = analysis.write_attention(model.blocks[0].mlp.workspace, tokens, bottleneck)
         assert ((attention > 0).sum(dim=-1) == kept).all()
         torch.testing.assert_close(attention.sum(dim=-1), torch.ones(4, 8))
+
+    def test_of_a_layer_in_double_precision(self):
+        workspace, tokens = GlobalWorkspace(64, dtype=torch.float64), torch.randn(5, 64, dtype=torch.float64)
+        expected = analysis.write_attention(copy.deepcopy(workspace).float(), tokens.float())
+        torch.testing.assert_close(analysis.write_attention(workspace, tokens), expected)
 
     @pytest.mark.parametrize('bottleneck', [0, -1, 1.5])
     def test_refuses_other_bottlenecks(self, model, bottleneck):

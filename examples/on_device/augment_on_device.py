@@ -38,8 +38,9 @@ def crops(
         size: Number of crops B.
         shape: Height and width of the image.
         padding: Pixels by which crops are shifted at most; shifts are whole pixels, which need no interpolation.
-        scale: Range of the area of a random resized crop, as a share of the image's.
-        ratio: Range of width to height of it.
+        scale: Range of the area of a random resized crop, as a share of the image's; less where it would be wider or
+            higher than the image.
+        ratio: Range of its width to height, relative to the image's.
     """
     sides = torch.tensor(shape[::-1], device=generator.device)
     if scale is None:
@@ -85,7 +86,7 @@ def recolour(images: torch.Tensor, prob: float, strength: float, generator: torc
     images = torch.where(choice == 4, (images * 255 / step).floor() * step / 255, images)
     images = torch.where((choice == 5) & (images > 1 - 0.8 * x.abs()), 1 - images, images)
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-    return torch.where(choice == 6, (images - low) / (high - low).clamp(min=1e-3), images)
+    return torch.where((choice == 6) & (high > low), (images - low) / (high - low).clamp(min=1e-3), images)
 
 
 class Augmentation:

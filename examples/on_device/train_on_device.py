@@ -32,6 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from augment_on_device import Augmentation
+from filelock import FileLock, Timeout
+from PIL import Image
 from safetensors.torch import save_file
 
 import timm
@@ -48,7 +50,13 @@ import timm_ait
 CLOCK_STEPS = 10
 # steps before the clock starts, which compile; what they trained is undone
 WARM_UP_STEPS = 3
+# of images in evaluation, as timm names it
+PREPROCESSING = dict(crop_pct=1., crop_mode='squash', interpolation='bicubic')
 EVAL_BATCH_SIZE = 500
+# options that a resumed run cannot change: its checkpoint holds what follows from them, or its steps count batches
+_FIXED = (
+    'model', 'model_kwargs', 'num_classes', 'img_size', 'train_split', 'holdout', 'seed', 'batch_size', 'opt',
+    'opt_kwargs', 'momentum', 'weight_decay', 'layer_decay', 'bn_bias_lr_scale')
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -151,9 +159,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     for name in ('data_dir', 'model', 'output'):
         if not getattr(args, name):
             parser.error(f'--{name.replace("_", "-")} is missing.')
-    for name in ('seconds', 'epochs'):
+    for name in ('seconds', 'epochs', 'batch_size', 'workers', 'evals', 'clip_grad', 'kd_temperature'):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
-            parser.error(f'--{name} must be above 0, got {getattr(args, name)}.')
+            parser.error(f'--{name.replace("_", "-")} must be above 0, got {getattr(args, name)}.')
     if args.seconds is None and args.epochs is None:
         parser.error('a budget is missing: give --seconds, --epochs, or both.')
     for name in ('kd_model_name', 'kd_model_file'):
@@ -163,17 +171,17 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if args.kd_model_file and len(args.kd_model_file) != len(others):
         parser.error(f'--kd-model-file must have a file for each teacher but ema, there are {len(others)}, got '
                      f'{", ".join(args.kd_model_file)}.')
-    if args.evals < 1:
-        parser.error(f'--evals must be at least 1, got {args.evals}.')
     if args.batch_size % 2:
         parser.error(f'--batch-size must be even, since images are mixed in pairs, got {args.batch_size}.')
     if not 0 <= args.warmup <= args.decay_from <= 1:
         parser.error(f'0 <= --warmup <= --decay-from <= 1, got {args.warmup} and {args.decay_from}.')
-    for name in ('mixup_off', 'all_patches_from'):
+    for name in (
+            'aa_prob', 'aa_strength', 'mixup_prob', 'mixup_off', 'all_patches_from', 'smoothing', 'task_loss_weight',
+            'holdout', 'model_ema_decay'):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} must be in [0, 1], got {getattr(args, name)}.')
-    if not 0 <= args.holdout < 1:
-        parser.error(f'--holdout must be in [0, 1), got {args.holdout}.')
+    if args.scale and not 0 < args.scale[0] <= args.scale[1] <= 1:
+        parser.error(f'0 < --scale MIN <= MAX <= 1, got {args.scale[0]} and {args.scale[1]}.')
     has_checkpoint = (Path(args.output) / 'last.pth.tar').is_file()
     if args.resume and not has_checkpoint:
         parser.error(f'--resume: there is no last.pth.tar in {args.output}.')
@@ -181,7 +189,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         parser.error(f'--output {args.output} holds a run: go on with it by --resume, or take another folder.')
     if args.resume:
         before = yaml.safe_load((Path(args.output) / 'args.yaml').read_text())
-        for name in ('model', 'model_kwargs', 'num_classes', 'img_size'):
+        for name in _FIXED:
             if before[name] != plain(args)[name]:
                 parser.error(f'--resume: the run in {args.output} has {name} {before[name]}, got {plain(args)[name]}.')
     return args
@@ -225,11 +233,14 @@ def read_images(dataset: ImageDataset, num_threads: int) -> Images:
     """Decode a split.
 
     Raises:
-        ValueError: The images are of several sizes.
+        ValueError: An image is damaged, or they are of several sizes.
     """
     def read(index: int) -> Tuple[np.ndarray, int]:
-        image, label = dataset[index]
-        return np.asarray(image), label
+        file, label = dataset.reader[index]  # the data set would give the next image for one that is damaged
+        try:
+            return np.asarray(Image.open(file).convert('RGB')), label
+        except OSError as e:
+            raise ValueError(f'{file.name} is no image that can be read: {e}') from e
 
     with ThreadPool(num_threads) as pool:
         images, labels = zip(*pool.map(read, range(len(dataset)), chunksize=64))
@@ -253,7 +264,7 @@ def load_images(data_dir: str, split: str, num_threads: int, cache: Optional[str
     paths = map(Path, sorted(glob(f'{escape(str(folder))}/**', recursive=True)))  # also behind links
     files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths if path.exists()]
     file = Path(cache) / f'{folder.name}_{hashlib.sha256(repr((folder, files)).encode()).hexdigest()[:12]}.pt'
-    with lock(f'{file}.lock'):
+    with FileLock(f'{file}.lock'):
         if not file.exists():
             write_whole(torch.save, tuple(read_images(dataset, num_threads)), file)
     return Images(*torch.load(file))
@@ -329,15 +340,17 @@ def write_whole(save, content: Any, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(file: Optional[str]) -> Iterator[None]:
-    """Wait for, then hold a lock; none if None."""
-    if file is None:
-        yield
-        return
-    import fcntl  # not on Windows
-    with open(file, 'w') as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
+def only_run_in(output: str) -> Iterator[None]:
+    """Let no other run write into a folder.
+
+    Raises:
+        ValueError: One does.
+    """
+    try:
+        with FileLock(Path(output) / 'run.lock', timeout=0):
+            yield
+    except Timeout as e:
+        raise ValueError(f'--output {output}: another run writes there, take another folder.') from e
 
 
 # training
@@ -616,6 +629,8 @@ class Trainer:
         if ranks:
             record['lowest_rank'] = min(ranks)
         log(record, self.args.output)
+        if not math.isfinite(loss):
+            raise ValueError(f'the loss is {loss} at step {self.step_count}: nothing is saved since the last report.')
         self.totals.zero_()
         self.schedule.progress(self.step_count)
         self.reported = (self.step_count, self.schedule.seconds)
@@ -625,7 +640,7 @@ class Trainer:
     def save(self) -> None:
         output, args = Path(self.args.output), self.args
         write_whole(torch.save, dict(
-            arch=args.model, args=dict(vars(args), num_classes=self.num_classes, crop_pct=1.),  # which export reads
+            arch=args.model, args=dict(vars(args), num_classes=self.num_classes, **PREPROCESSING),  # which export reads
             state_dict=self.model.state_dict(), state_dict_ema=self.ema.module.state_dict(),
             optimizer=self.optimizer.state_dict(), step=self.step_count, seconds=self.schedule.seconds),
             output / 'last.pth.tar')
@@ -675,14 +690,15 @@ def main(argv: Optional[List[str]] = None) -> None:
             raise ValueError(f'{args.train_split} and {args.val_split} in {args.data_dir} must have the same classes.')
     trainer = Trainer(args, train, val)
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    trainer.warm_up()
-    log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)
-    with lock(args.lock):
-        trainer.load()
-        (Path(args.output) / 'args.yaml').write_text(yaml.safe_dump(plain(args)))
-        if trainer.teachers and val is not None:
-            log(dict(teachers_top1=trainer.accuracy(trainer.teach, trainer.val_data)), args.output)
-        trainer.fit()
+    with only_run_in(args.output):
+        trainer.warm_up()
+        log(dict(ready=round(time.perf_counter() - begin, 1)), args.output)
+        with FileLock(args.lock) if args.lock else contextlib.nullcontext():
+            trainer.load()
+            (Path(args.output) / 'args.yaml').write_text(yaml.safe_dump(plain(args)))
+            if trainer.teachers and val is not None:
+                log(dict(teachers_top1=trainer.accuracy(trainer.teach, trainer.val_data)), args.output)
+            trainer.fit()
 
 
 if __name__ == '__main__':

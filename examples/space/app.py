@@ -126,7 +126,7 @@ class Pets:
         self.transform = create_transform(**self.config, is_training=False)
         self.descriptions = [name.replace('_', ' ') for name in class_names(self.model)[1]]
         self.credit = credit(self.model, PETS)
-        self._lock = threading.Lock()  # the analysis hooks into the model, and load_image silences stderr
+        self._lock = threading.Lock()  # the analysis hooks into the model, load_image silences warnings
 
     def look(self, data: bytes) -> Look:
         """What the model makes of an image file; errors as in `read_photograph`."""

@@ -55,6 +55,12 @@ class TestWeights:
         for i, memory in enumerate(stored):
             torch.testing.assert_close(tensors[f'blocks.{i}.mlp.workspace.memory'], memory)
 
+    def test_an_onnx_file_is_not_left_beside_other_weights(self, tmp_path):
+        (tmp_path / 'model.onnx').touch()
+        with pytest.raises(ValueError, match='model.onnx would no longer be of the weights'):
+            export(timm.create_model('test_ait'), tmp_path)
+        assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
+
     def test_added_workspaces_come_back(self, tmp_path):
         arguments = dict(model='test_vit', blocks=[-1], img_size=64)
         model = timm.create_model('ait_from_timm', num_classes=3, **arguments).eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
@@ -81,6 +82,12 @@ def test_augmented_images_are_in_range_and_repeat_with_the_generator(options):
     assert first.min() >= 0 and first.max() <= 1
 
 
+def test_images_of_one_colour_have_no_contrast_to_stretch():
+    images = torch.full((64, 3, 4, 4), 0.4)
+    recoloured = augment_on_device.recolour(images, prob=1., strength=0., generator=torch.Generator())
+    torch.testing.assert_close(recoloured, images, rtol=0, atol=0.01)
+
+
 # schedule
 
 @pytest.mark.parametrize('progress, scale', [(0., 0.), (0.05, 0.5), (0.1, 1.), (0.5, 1.), (0.75, 0.5), (1., 0.)])
@@ -100,7 +107,7 @@ def test_training_learns_and_writes_weights_that_timm_loads(train, tmp_path):
     assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
     assert command_line(['export', str(tmp_path / 'run' / 'last.pth.tar'), '--out', str(tmp_path / 'exported')]) == 0
     config = json.loads((tmp_path / 'exported' / 'config.json').read_text())
-    assert config['pretrained_cfg']['crop_pct'] == 1  # whole images, as it evaluates them
+    assert config['pretrained_cfg'].items() >= train_on_device.PREPROCESSING.items()
 
 
 def test_the_loss_includes_the_balance_loss(train, tmp_path):
@@ -238,8 +245,12 @@ def test_blocks_grow_into_a_multiple_of_them():
     ([], 'a budget is missing'), (['--epochs', '0'], '--epochs must be above 0'),
     (['--epochs', '1', '--batch-size', '7'], '--batch-size must be even'),
     (['--epochs', '1', '--warmup', '0.5'], '--warmup <= --decay-from'),
-    (['--epochs', '1', '--evals', '0'], '--evals must be at least 1'),
+    (['--epochs', '1', '--evals', '0'], '--evals must be above 0'),
+    (['--epochs', '1', '--batch-size', '0'], '--batch-size must be above 0'),
+    (['--epochs', '1', '--clip-grad', '-1'], '--clip-grad must be above 0'),
     (['--epochs', '1', '--mixup-off', '2'], '--mixup-off must be in [0, 1]'),
+    (['--epochs', '1', '--smoothing', '2'], '--smoothing must be in [0, 1]'),
+    (['--epochs', '1', '--scale', '0.5', '2'], '0 < --scale MIN <= MAX <= 1'),
     (['--epochs', '1', '--all-patches-from', '-1'], '--all-patches-from must be in [0, 1]'),
     (['--epochs', '1', '--kd-model-file', 'a.safetensors'], 'a file for each teacher'),
     (['--epochs', '1', '--resume'], '--resume: there is no last.pth.tar'),
@@ -259,16 +270,31 @@ def test_a_choice_in_the_config_is_checked(train, tmp_path, capsys):
 
 def test_a_run_is_replaced_by_none_that_does_not_go_on_with_it(train, tmp_path, capsys):
     train('--epochs', '1')
-    before = {file.name: file.read_bytes() for file in (tmp_path / 'run').iterdir()}
+    before = {name: (tmp_path / 'run' / name).read_bytes() for name in ('last.pth.tar', 'model.safetensors')}
     with pytest.raises(SystemExit):
         train('--epochs', '2')
     assert 'go on with it by --resume' in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        train('--epochs', '1', '--resume', '--model-kwargs', 'depth=2')
-    assert 'has model_kwargs {}, got' in capsys.readouterr().err
+    for options, message in (
+            (['--model-kwargs', 'depth=2'], 'has model_kwargs {}, got'),
+            (['--weight-decay', '0.3'], 'has weight_decay 0.05, got 0.3'),
+            (['--batch-size', '4'], 'has batch_size 8, got 4')):
+        with pytest.raises(SystemExit):
+            train('--epochs', '1', '--resume', *options)
+        assert message in capsys.readouterr().err
     train('--epochs', '1', '--resume')  # it is at its end
-    assert {name: content for name, content in before.items() if name not in ('args.yaml', 'log.jsonl')} == {
-        name: (tmp_path / 'run' / name).read_bytes() for name in ('last.pth.tar', 'model.safetensors')}
+    assert before == {name: (tmp_path / 'run' / name).read_bytes() for name in before}
+
+
+def test_two_runs_do_not_write_into_one_folder(train, tmp_path):
+    (tmp_path / 'run').mkdir()
+    with FileLock(tmp_path / 'run' / 'run.lock'), pytest.raises(ValueError, match='another run writes there'):
+        train('--epochs', '1')
+
+
+def test_a_run_that_diverges_ends_without_weights(train, tmp_path):
+    with pytest.raises(ValueError, match='the loss is nan at step'):
+        train('--epochs', '3', '--opt', 'sgd', '--lr', '1e30', '--warmup', '0')
+    assert not (tmp_path / 'run' / 'model.safetensors').exists()
 
 
 @pytest.mark.parametrize('has_file', [True, False])
@@ -294,6 +320,13 @@ def test_images_of_several_sizes_are_refused(tmp_path):
         (tmp_path / 'train' / name).mkdir(parents=True)
         Image.new('RGB', (size, size)).save(tmp_path / 'train' / name / '0.png')
     with pytest.raises(ValueError, match='must be of one size, they are 8x8, 9x9'):
+        train_on_device.read_images(train_on_device.open_split(str(tmp_path), 'train'), 2)
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    image = next((write_images(tmp_path) / 'train').glob('*/*'))
+    image.write_bytes(image.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f'{image.name} is no image that can be read'):
         train_on_device.read_images(train_on_device.open_split(str(tmp_path), 'train'), 2)
 
 

@@ -321,7 +321,8 @@ class TestArchitecture:
 
     @pytest.mark.parametrize('name, kwargs', [
         ('swin_tiny_patch4_window7_224', {}), ('vit_tiny_patch16_224', {}), ('crossvit_tiny_240', {}),
-        ('swinv2_cr_tiny_224', dict(feature_cls='list')), ('swin_tiny_patch4_window7_224', dict(out_indices=[1]))])
+        ('pit_ti_224', {}), ('swinv2_cr_tiny_224', dict(feature_cls='list')),
+        ('swin_tiny_patch4_window7_224', dict(out_indices=[1]))])
     def test_features_are_those_of_the_body(self, name, kwargs):
         body, model = [
             timm.create_model(**architecture, features_only=True, **kwargs).eval()

@@ -1,6 +1,10 @@
 from functools import partial
 
 import pytest
+import torch
+
+import timm
+from timm.models import save_for_hf
 
 from tests.models import images, make_model
 from tests.models.equations import (
@@ -37,6 +41,15 @@ def classify(num_iterations, model, x, question=None):
 def test_outputs_and_gradients_are_those_of_the_paper(fused, question_dim, num_iterations):
     model = make_model(num_heads=4, question_dim=question_dim, num_iterations=num_iterations)
     assert_computes(partial(classify, num_iterations), model, fused)
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_pruned_and_saved_it_runs_as_many_iterations(index, tmp_path):
+    model, x = make_model().eval(), images(2)
+    expected = model.forward_intermediates(x, [index], output_fmt='NLC', intermediates_only=True)[0]
+    model.prune_intermediate_layers([index])
+    save_for_hf(model, tmp_path)
+    torch.testing.assert_close(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), expected)
 
 
 def test_features_only_raises():

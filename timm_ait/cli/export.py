@@ -27,7 +27,7 @@ from . import integer, one_line, output_folder, quietly, staged
 _TASK = ('label_names', 'label_descriptions', 'tag', 'license', 'description', 'origin_url', 'notes')
 
 # train.py's arguments that say how its images are read for evaluation
-_PREPROCESSING = ('input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct')
+_PREPROCESSING = ('input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 @torch.no_grad()
@@ -51,9 +51,11 @@ def export(
         onnx: Also write model.onnx, see `write_onnx`.
 
     Raises:
-        ValueError: Some weights are not finite in this precision, or the preprocessing does not fit the model. Nothing
-            is written.
+        ValueError: Some weights are not finite in this precision, the preprocessing does not fit the model, or the
+            folder holds an ONNX file of other weights. Nothing is written.
     """
+    if not onnx and (folder / 'model.onnx').exists():
+        raise ValueError('its model.onnx would no longer be of the weights beside it: write both (--onnx), or move it')
     for _, workspace in named_workspaces(model):  # averaged weights hold an averaged memory
         workspace.memory.copy_(workspace.stored_memory())
     model = model.to(dtype)

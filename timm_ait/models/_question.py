@@ -19,6 +19,11 @@ class QuestionEmbed(nn.Module):
         self.question_dim = question_dim
         self.proj = nn.Linear(question_dim, embed_dim, device=device, dtype=dtype)
 
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """PyTorch's rule. A model's `init_weights` ends with it."""
+        self.proj.reset_parameters()
+
     def forward(self, question: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Tokens (B, 1, E) of questions (B, Q), of any real dtype, about B images, in the dtype of these.
 

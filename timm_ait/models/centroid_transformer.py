@@ -149,7 +149,7 @@ class CentroidTransformer(VisionTransformer):
             """Tokens or centroids (B, N, E) as (B, E, H, W)."""
             if isinstance(y, tuple):  # beside prefix tokens
                 return to_grid(y[0]), y[1]
-            return y.transpose(1, 2).unflatten(2, (H, W) if y.shape[1] == H * W else centroid_grid)
+            return y.transpose(1, 2).unflatten(2, (H, W) if y.shape[1] == H * W else centroid_grid).contiguous()
 
         if isinstance(output, dict):
             return {**output, 'image_intermediates': [to_grid(y) for y in output['image_intermediates']]}

@@ -252,7 +252,7 @@ def ait_from_timm(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=check_weights(checkpoint_filter_fn),
-        feature_cfg=dict(flatten_sequential=True),
+        feature_cfg=dict(flatten_sequential='hook' not in str(kwargs.get('feature_cls')).lower()),
         **kwargs,
     )
     built.pretrained_cfg['input_size'] = get_model_input_config(built)['input_size']
