@@ -8,6 +8,7 @@ from typing import Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision import transforms
 
 from timm.data import create_dataset, create_transform, resolve_model_data_config
@@ -77,19 +78,21 @@ def load_image_folder(data_dir: str, split: str, image_size: int, in_chans: int)
 
     Raises:
         ValueError: There is no such folder, or there are no images in it.
+        OSError: An image is damaged.
     """
     if not Path(data_dir).is_dir():
         raise ValueError(f'there is no folder {data_dir}')
     transform = transforms.Compose([
         transforms.Resize((image_size, image_size), transforms.InterpolationMode.BICUBIC), transforms.PILToTensor()])
     try:
-        dataset = create_dataset(
-            '', data_dir, split=split, input_img_mode='L' if in_chans == 1 else 'RGB', transform=transform)
+        dataset = create_dataset('', data_dir, split=split)
     except RuntimeError as e:
         raise ValueError(f'there are no images {data_dir}/{split}/<class>/*') from e
     if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
         raise ValueError(f'there is no folder {data_dir}/{split}')
-    images, targets = zip(*dataset)
+    mode = 'L' if in_chans == 1 else 'RGB'
+    # the data set itself would give the next image for one that is damaged
+    images, targets = zip(*[(transform(Image.open(file).convert(mode)), target) for file, target in dataset.reader])
     return Split(
         images=torch.stack(images),
         image_of=torch.arange(len(images)),

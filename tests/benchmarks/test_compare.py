@@ -18,6 +18,7 @@ from benchmarks.compare.data import augment, load_image_folder
 from benchmarks.compare.recipe import read_recipe
 from benchmarks.compare.training import create_run_model, create_run_optimizer, evaluate_writing
 from benchmarks.results import main as results_main
+from tests.benchmarks import write_images
 from timm_ait.data.triangle import triangles
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +202,12 @@ def test_a_published_workspace_is_also_evaluated_while_it_writes(images, output)
     assert all(column(output, 'accuracy, all').values())
     writing = column(output, 'accuracy, writing')
     assert writing['AiT'] and not writing['ViT']
+
+
+def test_a_damaged_image_is_not_replaced_by_another(tmp_path):
+    (write_images(tmp_path) / 'train' / 'dark' / '0.png').write_bytes(b'no image')
+    with pytest.raises(OSError, match='0.png'):
+        load_image_folder(str(tmp_path), 'train', 32, 3)
 
 
 def test_evaluating_while_writing_leaves_the_memory_as_it_was(images):
