@@ -21,7 +21,7 @@ class QuestionEmbed(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """PyTorch's rule. A model's `init_weights` ends with it."""
+        """PyTorch's own rule, in place of timm's; called by `init_weights` of the model."""
         self.proj.reset_parameters()
 
     def forward(self, question: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

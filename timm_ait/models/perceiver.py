@@ -200,7 +200,7 @@ class Perceiver(VisionTransformer):
         take_indices, max_index = feature_take_indices(encoder.num_iterations, indices)
         encoder.num_iterations = max_index + 1
         encoder.cross_attns = encoder.cross_attns[:max_index + 1]
-        # iterations after the second have no weights that would be missing
+        # for whoever saves it: no weights tell how many there are, since those after the first share theirs
         self._model_args = {**getattr(self, '_model_args', {}), 'num_iterations': max_index + 1}
         if prune_head:
             self.reset_classifier(0, '')
