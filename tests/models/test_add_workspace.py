@@ -2,6 +2,7 @@ import copy
 import json
 import pickle
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn as nn
@@ -276,6 +277,20 @@ class TestArchitecture:
         assert len(workspaces(model)) == 6
         assert timm.data.resolve_model_data_config(model) == timm.data.resolve_model_data_config(body)
 
+    def test_a_new_classifier_begins_as_that_of_the_body(self, body):
+        model = timm.create_model('ait_from_timm', model='test_vit', pretrained=True, num_classes=7).eval()
+        assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2) and not model.head.bias.any()
+        assert torch.equal(model.forward_features(images(size=160)), body.eval().forward_features(images(size=160)))
+
+    @pytest.mark.parametrize('features_only', [False, True])
+    def test_weights_from_another_cache(self, body, features_only, tmp_path, monkeypatch):
+        monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'empty'))
+        model = timm.create_model(
+            'ait_from_timm', model='test_vit', pretrained=True, features_only=features_only,
+            cache_dir=tmp_path / 'hub_cache')
+        blocks = model.model.blocks if features_only else model.blocks
+        assert torch.equal(blocks[0].mlp.fc1.weight, body.blocks[0].mlp.fc1.weight)
+
     @pytest.mark.parametrize('kwargs', [dict(depth=7), dict(depth=5)])
     @pytest.mark.parametrize('num_classes', [1000, 7])
     def test_a_body_of_another_size_is_not_loaded(self, body, kwargs, num_classes):
@@ -320,15 +335,16 @@ class TestArchitecture:
         assert all(torch.equal(a, b) for a, b in zip(features(images(size=160)), expected))
 
     @pytest.mark.parametrize('name, kwargs', [
-        ('swin_tiny_patch4_window7_224', {}), ('vit_tiny_patch16_224', {}), ('crossvit_tiny_240', {}),
+        ('swin_tiny_patch4_window7_224', {}), ('vit_tiny_patch16_224', dict(depth=4)), ('crossvit_tiny_240', {}),
         ('pit_ti_224', {}), ('swinv2_cr_tiny_224', dict(feature_cls='list')),
         ('swin_tiny_patch4_window7_224', dict(out_indices=[1]))])
     def test_features_are_those_of_the_body(self, name, kwargs):
         body, model = [
             timm.create_model(**architecture, features_only=True, **kwargs).eval()
             for architecture in (dict(model_name=name), dict(model_name='ait_from_timm', model=name))]
+        model.load_state_dict(body.state_dict(), strict=False)
         x = torch.randn(1, *body.pretrained_cfg['input_size'])
-        assert [y.shape for y in model(x)] == [y.shape for y in body(x)]
+        assert all(torch.equal(y, expected) for y, expected in zip(model(x), body(x), strict=True))
 
     @pytest.mark.parametrize('name', [None, 'no_such_model', 'hf-hub:timm/test_vit.r160_in1k', 3])
     def test_a_missing_or_unknown_body_is_named(self, name):

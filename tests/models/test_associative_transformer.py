@@ -127,6 +127,11 @@ class TestAblations:
         with pytest.raises(ValueError, match='attention.*workspace'):
             make_model(workspace=False, attention=False)
 
+    @pytest.mark.parametrize('name', ['workspace', 'attention'])
+    def test_what_a_command_line_makes_a_string_is_named(self, name):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*'false'"):
+            make_model(**{name: 'false'})
+
     def test_an_mlp_without_a_workspace_is_named(self):
         with pytest.raises(ValueError, match='mlp_layer=.*SwiGLU.*workspace=False'):
             make_model(mlp_layer=SwiGLU)  # with arguments of its workspaces
@@ -136,8 +141,10 @@ class TestAblations:
     def test_without_attention_its_arguments_are_refused(self, name, value):
         with pytest.raises(ValueError, match=f'{name}.*attention=False'):
             make_model(attention=False, **{name: value})
+
+    def test_without_attention_there_is_no_order_of_tokens(self):
         with pytest.raises(ValueError, match='is_causal is not supported'):
-            make_model(attention=False)(images(), is_causal=True)
+            make_model(attention=False).eval()(images(), is_causal=True)
 
     def test_without_attention_tokens_meet_in_the_workspace_alone(self):
         model = make_model(attention=False)

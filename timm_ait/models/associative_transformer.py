@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
-from timm_ait.layers._arguments import options, split_kwargs
+from timm_ait.layers._arguments import check_choice, options, split_kwargs
 from timm_ait.weights import shipped_cfg
 
 from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_masks
@@ -109,6 +109,8 @@ class AssociativeTransformer(VisionTransformer):
         Raises:
             ValueError: An argument is out of its range.
         """
+        check_choice('workspace', workspace, (True, False))
+        check_choice('attention', attention, (True, False))
         if not attention and not workspace:
             raise ValueError('attention=False needs workspace=True: tokens could not communicate without either.')
         unused = {} if attention else dict(
@@ -133,7 +135,6 @@ class AssociativeTransformer(VisionTransformer):
         if flat:
             self.reset_classifier(self.num_classes, 'flat')
 
-    @torch.jit.ignore
     def init_weights(self, mode: str = '', needs_reset: bool = True) -> None:
         """As `VisionTransformer`, except for a classifier of all tokens, which keeps PyTorch's rule as published.
 
@@ -143,7 +144,6 @@ class AssociativeTransformer(VisionTransformer):
         if self.global_pool == 'flat' and self.num_classes > 0:
             self.head.reset_parameters()
 
-    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """As `VisionTransformer`, with 'flat' among the values of `global_pool`.
 

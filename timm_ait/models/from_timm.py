@@ -209,23 +209,30 @@ def ait_from_timm(
             f"ait_from_timm needs model=, the name of an architecture of timm such as 'vit_tiny_patch16_224', "
             f'got {model!r}. To add workspaces to a model from elsewhere, use timm_ait.add_workspace.')
     workspace_kwargs, kwargs = split_kwargs(GlobalWorkspace, kwargs)
-    if kwargs.get('features_only'):  # the maps of the body
-        features = create_model(model, features_only=True, device='meta')
-        kwargs = {'out_indices': features.feature_info.out_indices, 'feature_cls': type(features), **kwargs}
 
-    def build(pretrained: bool = False, **kwargs) -> nn.Module:
-        # first with the original classifier: where timm adapts it, timm no longer checks the other weights
-        num_classes = kwargs.pop('num_classes', None) if pretrained and 'global_pool' not in kwargs else None
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
         try:
-            body = create_model(model, pretrained, **kwargs)
+            return create_model(model, pretrained, **kwargs)
         except TypeError as e:
             unknown = [name for name in kwargs if repr(name) in str(e)]
             where = f'timm_ait.GlobalWorkspace) and, those of {model}, in help({model_entrypoint(model).__module__}'
             check_known(unknown, options(GlobalWorkspace), where)
             raise
+
+    def build(pretrained: bool = False, **kwargs) -> nn.Module:
+        # first with the original classifier: where timm adapts it, timm no longer checks the other weights
+        num_classes = kwargs.pop('num_classes', None) if pretrained and 'global_pool' not in kwargs else None
+        body = create(pretrained, **kwargs)
         if num_classes not in (None, body.num_classes):
-            body.reset_classifier(num_classes)
+            weights, body = body.state_dict(), create(num_classes=num_classes, **kwargs)
+            shapes = {name: value.shape for name, value in body.state_dict().items()}
+            fitting = {name: value for name, value in weights.items() if value.shape == shapes.get(name)}
+            body.load_state_dict(fitting, strict=False)
         return add_workspace(body, blocks, **workspace_kwargs)
+
+    if kwargs.get('features_only'):  # the maps of the body
+        features = create(**{**kwargs, 'device': 'meta'})
+        kwargs = {'out_indices': features.feature_info.out_indices, 'feature_cls': type(features), **kwargs}
 
     overlay = pretrained_cfg_overlay or {}
     if isinstance(pretrained_cfg, dict):
@@ -236,7 +243,8 @@ def ait_from_timm(
         given = {key: value for key, value in given.items() if value != getattr(PretrainedCfg, key)}
         overlay = {**given, 'architecture': 'ait_from_timm', **overlay}
     if not is_saved and not overlay.keys() & sources:
-        build, pretrained = partial(build, pretrained, pretrained_cfg_overlay=overlay), False
+        build = partial(build, pretrained, pretrained_cfg_overlay=overlay, cache_dir=kwargs.get('cache_dir'))
+        pretrained = False
         if not kwargs.get('features_only'):
             return build(**kwargs)
 
