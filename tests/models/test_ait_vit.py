@@ -93,4 +93,5 @@ def test_the_tag_pets_is_for_its_image_size_and_breeds():
     assert model.patch_embed.img_size == (196, 196)
     assert model.num_classes == len(set(model.pretrained_cfg['label_names'])) == 37
     config = timm.data.resolve_model_data_config(model)
-    assert (config['input_size'], config['crop_pct'], config['interpolation']) == ((3, 196, 196), 1.0, 'bicubic')
+    assert (config['input_size'], config['interpolation']) == ((3, 196, 196), 'bicubic')
+    assert (config['crop_pct'], config['crop_mode']) == (1.0, 'squash')
