@@ -30,6 +30,7 @@ from timm.utils import ParseKwargs
 
 import timm_ait
 from timm_ait import analysis
+from timm_ait.cli.explain import layer_name
 from timm_ait.ops.memory import slot_statistics
 from timm_ait.weights import weights_dir
 
@@ -224,17 +225,13 @@ def run_table(runs: Runs, labels: str, columns: Iterable[str]) -> str:
     return table(['run', *columns], rows)
 
 
-def short(layer: str) -> str:
-    return layer.removesuffix('.mlp.workspace').replace('blocks.', 'block ')
-
-
 def attractor_table(shipped: Dict[str, Measured]) -> str:
     rows = []
     for name, measured in shipped.items():
         for layer, figures in measured['layers'].items():
             back = measured['basins'][layer]
             rows.append({
-                'checkpoint, layer': f'{name}, {short(layer)}',
+                'checkpoint, layer': f'{name}, {layer_name(layer)}',
                 'rank': number(figures['attractor_effective_rank']),
                 'cosine': number(figures['attractor_mean_cosine'], 2),
                 'attractors': percent(back['1'][0], 0),
@@ -279,7 +276,7 @@ def purity_table(models: Runs) -> str:
 
 def agreement_table(measured: Measured) -> str:
     rows = [
-        [f'{kind}, {short(layer)}', *(f'{value:.2f}' for value in figures.values())]
+        [f'{kind}, {layer_name(layer)}', *(f'{value:.2f}' for value in figures.values())]
         for kind, layers in measured.items() for layer, figures in layers.items()]
     return table(['model', 'written', 'by chance', 'read', 'by chance'], rows)
 

@@ -10,8 +10,6 @@ from timm.models.vision_transformer import Block
 
 from timm_ait.layers import WorkspaceMlp, published_workspace_mlp
 
-__all__ = ['published_body']
-
 default_cfgs = generate_default_cfgs({'published_body': dict(input_size=(3, 32, 32))})
 
 HEAD_DIM = 64

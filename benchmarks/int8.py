@@ -4,8 +4,9 @@
     python -m benchmarks.int8 --data-dir CIFAR10/validation --num-images 1000
 
 Dynamic: PyTorch's dynamic quantisation of the linear layers, int8 weights and activations. Weight-only: torchao's int8
-weights, activations in float32. Both leave attention, norms and memories in float32. Images are spread evenly over the
-sorted folder; rounds of the contenders take turns, so that what else the machine does falls on all alike.
+weights, activations in float32. Both leave norms, memories and the products of queries, keys and values in float32.
+Images are spread evenly over the sorted folder; rounds of the contenders take turns, so that what else the machine does
+falls on all alike.
 """
 import argparse
 import copy

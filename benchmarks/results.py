@@ -16,8 +16,6 @@ from typing import Any, Collection, Dict, Iterable, List, Optional, Sequence
 
 from .compare.recipe import Recipe
 
-__all__ = ['mean_and_deviation', 'report', 'table', 'write_parts', 'write_text']
-
 # of benchmarks.compare, {label: {'model': the recipe's run, 'runs': [result.json of every seed]}}
 Results = Dict[str, Dict[str, Any]]
 

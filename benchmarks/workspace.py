@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """ What the workspace costs: time and memory of the layer and of whole models, as Markdown tables.
 
     python benchmarks/workspace.py                                  # everything, at the paper's sizes

@@ -17,8 +17,6 @@ import yaml
 
 from timm_ait.data.sort_of_clevr import IMAGE_SIZE, KINDS
 
-__all__ = ['Recipe', 'create_recipe_parser', 'positive', 'read_recipe', 'run_settings']
-
 Recipe = Dict[str, Any]
 
 

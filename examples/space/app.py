@@ -229,7 +229,7 @@ def layer_html(look: Look, layer: int, slot: Optional[int] = None) -> str:
         for other, values in zip(slots, heat)]
     rows = ''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in describe(maps))
     return (
-        f'<h3>{layer_name(maps)}</h3><div class="maps">{"".join(figures)}</div><dl>{rows}</dl>'
+        f'<h3>{layer_name(maps.name)}</h3><div class="maps">{"".join(figures)}</div><dl>{rows}</dl>'
         f'<p>A slot would write the {maps.num_kept} tokens that it selects in each of {maps.num_heads} heads; lit are '
         f'patches that up to {most:.1f} heads select, smoothed.</p>')
 

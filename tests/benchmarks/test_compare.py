@@ -191,6 +191,7 @@ class TestAugmentation:
     @pytest.mark.parametrize('mode', ['reflect', 'constant'])
     def test_crops_are_shifted_by_no_more_than_the_padding(self, mode):
         cropped = self.augment(crop_padding=1, padding_mode=mode)
+        assert not torch.equal(cropped, self.images)
         padded = torch.nn.functional.pad(self.images, (1,) * 4, mode=mode)
         windows = torch.stack([padded[..., i:i + 64, j:j + 64] for i in range(3) for j in range(3)])
         assert (windows == cropped).flatten(2).all(2).any(0).all()

@@ -56,11 +56,6 @@ def test_dynamic_image_size():
     torch.testing.assert_close(program.module()(images(2, 24)), model(images(2, 24)))
 
 
-def test_has_operators_of_pytorch_alone(exported):
-    targets = {str(node.target) for node in exported[1].graph.nodes if node.op == 'call_function'}
-    assert targets and not any('timm_ait' in target for target in targets)
-
-
 @pytest.mark.filterwarnings('ignore')
 def test_loaded_files_run_without_this_package(exported, tmp_path):
     model, program = exported

@@ -114,6 +114,8 @@ def test_the_loss_includes_the_balance_loss(train, tmp_path):
     with_balance = train('--epochs', '1')[-1]
     without = train('--epochs', '1', '--model-kwargs', 'balance_weight=0.', output=tmp_path / 'other')[-1]
     assert with_balance['balance_loss'] > 0 and without['balance_loss'] == 0
+    first, second = [load_file(tmp_path / folder / 'model.safetensors') for folder in ('run', 'other')]
+    assert not torch.equal(first['blocks.0.mlp.workspace.q.weight'], second['blocks.0.mlp.workspace.q.weight'])
 
 
 def test_a_budget_in_seconds_ends_the_run_in_time(train):

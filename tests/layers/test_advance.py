@@ -388,11 +388,9 @@ class TestRefusals:
         with pytest.raises(RuntimeError, match='DataParallel.*DistributedDataParallel'):
             layer(tokens())
 
-    @pytest.mark.parametrize('name', ['norm.weight', 'q.weight', 'slot_norm.bias', 'attractors.weight'])
-    def test_writing_with_parameters_elsewhere_raises(self, name):
+    def test_writing_with_parameters_elsewhere_raises(self):
         layer = make_workspace()
-        module, _, parameter = name.rpartition('.')
-        setattr(layer.get_submodule(module), parameter, nn.Parameter(layer.get_parameter(name).to('meta')))
+        layer.slot_norm.bias = nn.Parameter(layer.slot_norm.bias.to('meta'))
         with pytest.raises(RuntimeError, match='parameters on meta'):
             layer(tokens())
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn as nn
 
 import timm
 from timm.models import VisionTransformer
@@ -192,6 +193,7 @@ class TestOptions:
         made = dict(make_model(name, **kwargs).named_parameters())
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.std(), made[name].std(), rtol=0.5, atol=1e-3, msg=name)
+            torch.testing.assert_close(parameter.mean(), made[name].mean(), rtol=0., atol=0.2, msg=name)
 
 
 class TestQuestions:
@@ -361,8 +363,12 @@ class TestTraining:
         plain, x, asked = make_and_ask(name, **kwargs)
         checkpointed = copy.deepcopy(plain)
         checkpointed.set_grad_checkpointing()
+        calls = []
         for model in (plain, checkpointed):
+            layer = next(module for module in model.blocks.modules() if isinstance(module, nn.LayerNorm))
+            layer.register_forward_hook(lambda layer, inputs, output: calls.append(layer))
             (model.train()(x, **asked).square().sum() + balance_loss(model)).backward()
+        assert calls.count(layer) > len(calls) / 2  # also in the backward
         for (key, p), q in zip(plain.named_parameters(), checkpointed.parameters()):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{key}: {m}')
         assert all(torch.equal(p, q) for p, q in zip(plain.buffers(), checkpointed.buffers()))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests.ops import assert_is_naive, make_step, write_and_read
-from timm_ait.ops import naive, workspace
+from timm_ait.ops import workspace
 
 KINDS = {
     'plain': dict(), 'one token kept': dict(bottleneck=1), 'all but one': dict(bottleneck=63),
@@ -50,10 +50,9 @@ def test_masked_tokens_may_be_anything(padding):
 
 
 def test_a_tie_keeps_exactly_k_tokens():
-    step = make_step(bottleneck=5)
+    step = make_step(num_slots=1, num_heads=1, bottleneck=5)
     step['tokens'] = step['tokens'][:1].expand(64, -1)
-    assert write_and_read(workspace, **step)[4] <= 5 * 8 * 4 / 64
-    torch.testing.assert_close(write_and_read(workspace, **step)[1], write_and_read(naive, **step)[1])
+    assert write_and_read(workspace, **step)[4] == 5 / 64
 
 
 def test_gradients_of_gradients_are_those_of_finite_differences():

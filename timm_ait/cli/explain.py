@@ -132,9 +132,9 @@ def draw_read(picture: Image.Image, read: torch.Tensor) -> Image.Image:
     return Image.composite(_to_image(mixed), grey, _to_image(0.3 + 0.55 * certainty.sqrt()))
 
 
-def layer_name(layer: LayerMaps) -> str:
-    """A layer's name in pictures, such as block 3."""
-    return layer.name.removesuffix('.mlp.workspace').replace('blocks.', 'block ')
+def layer_name(name: str) -> str:
+    """Name of a workspace in pictures, such as block 3."""
+    return name.removesuffix('.mlp.workspace').replace('blocks.', 'block ')
 
 
 def describe(layer: LayerMaps) -> List[Tuple[str, str]]:
@@ -160,7 +160,7 @@ def draw_sheet(picture: Image.Image, title: Sequence[str], layers: Sequence[Laye
     picture = fit(picture, _PANEL)
     rows = []
     for layer in layers:
-        figures = [layer_name(layer), *(f'{name}: {value}' for name, value in describe(layer))]
+        figures = [layer_name(layer.name), *(f'{name}: {value}' for name, value in describe(layer))]
         row = [Tile(picture, figures)]
         if layer.read is not None:
             legend = [(slot, share, colour) for slot, share, colour in read_legend(layer.read)[:3] if share > 0.]

@@ -34,7 +34,7 @@ def first_valid(
     missing = ~valid.any(1)
     if missing.any():
         of_missing = [values[missing] for values in properties]
-        chosen[missing] = first_valid(seed, indices[missing], size, propose, *of_missing, draw=draw + 1)
+        chosen[missing] = first_valid(seed, np.asarray(indices)[missing], size, propose, *of_missing, draw=draw + 1)
     return chosen
 
 

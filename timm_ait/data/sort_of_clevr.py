@@ -73,7 +73,6 @@ def _propose(numbers: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
 
 def scenes(seed: int, indices: np.ndarray) -> Scenes:
     """Place the objects of the images of indices (n,); each depends only on the seed and its own index."""
-    indices = np.asarray(indices)
     centres = first_valid(seed, indices, 2 * len(COLOURS) * _ATTEMPTS, _propose)
     return Scenes(centres, uniforms(seed, indices, 0, len(COLOURS)) < 0.5)
 
@@ -144,7 +143,7 @@ def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np
         Questions (n, 30, 18) uint8 and answers (n, 30) uint8 as indices of `ANSWERS`, kinds in the order of `KINDS`.
     """
     num_images, num_objects = objects.circles.shape
-    numbers = uniforms(seed, np.asarray(indices), 0, num_objects + 3 * len(KINDS) * QUESTIONS_PER_KIND)
+    numbers = uniforms(seed, indices, 0, num_objects + 3 * len(KINDS) * QUESTIONS_PER_KIND)
     numbers = numbers[:, num_objects:].reshape(num_images, -1, 3)  # the first decide the shapes of the objects
     first = (numbers[..., 0] * num_objects).astype(np.int64)
     second = (first + 1 + (numbers[..., 1] * (num_objects - 1)).astype(np.int64)) % num_objects

@@ -49,7 +49,6 @@ def triangles(seed: int, indices: np.ndarray) -> Tuple[np.ndarray, np.ndarray, n
     Returns:
         Images (n, 64, 64) uint8, 0 and 255; labels (n,) as indices of `CLASSES`; midpoints (n, 3, 2) as x, y in pixels.
     """
-    indices = np.asarray(indices)
     numbers = uniforms(seed, indices, 0, 1 + 3 * _DOTS * 2)
     labels = (numbers[:, 0] >= 0.5).astype(np.int64)
     vertices = first_valid(seed, indices, 7 * _ATTEMPTS, _propose, labels == 0)

@@ -285,7 +285,6 @@ class GlobalWorkspace(StepwiseMemory):
         memory = self.memory.detach()
         return F.normalize(memory.to(torch.promote_types(memory.dtype, torch.float32)), dim=-1)
 
-    @torch.jit.ignore
     def memory_statistics(self) -> Dict[str, float]:
         """How distinct the slots that evaluation reads are, and how many tokens they see.
 

@@ -17,15 +17,12 @@ _NO_ATTENTION = 'some blocks of this model have no self-attention'
 CIFAR_ARGS = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 
 
-def cifar_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+def cifar_cfg(**kwargs) -> Dict[str, Any]:
     """Pretrained cfg of a model, by default for 32 px images and 10 classes."""
     return {
-        'url': url,
         'num_classes': 10,
         'input_size': (3, 32, 32),
-        'pool_size': None,
         'crop_pct': 1.0,
-        'interpolation': 'bicubic',
         'fixed_input_size': True,
         'mean': IMAGENET_INCEPTION_MEAN,
         'std': IMAGENET_INCEPTION_STD,

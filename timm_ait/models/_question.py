@@ -19,7 +19,6 @@ class QuestionEmbed(nn.Module):
         self.question_dim = question_dim
         self.proj = nn.Linear(question_dim, embed_dim, device=device, dtype=dtype)
 
-    @torch.jit.ignore
     def init_weights(self) -> None:
         """PyTorch's own rule, in place of timm's; called by `init_weights` of the model."""
         self.proj.reset_parameters()

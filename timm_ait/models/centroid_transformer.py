@@ -123,7 +123,6 @@ class CentroidTransformer(VisionTransformer):
             raise ValueError(f'centroid_index={centroid_index} must be below the number of blocks, {len(self.blocks)}.')
         for info in self.feature_info[centroid_index:]:
             info['reduction'] *= centroid_pool
-        self.centroid_index = centroid_index
         self.centroid_pool = centroid_pool
 
     def set_input_size(self, *args, **kwargs) -> None:
