@@ -121,9 +121,12 @@ def budget_and_table(folder: Path) -> str:
     seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
     if len(fewest) < len(most):
         seeds += ', a run with n seeds the first n of them'
+    runs = [run for result in results['results'].values() for run in result['runs']]
+    devices = '; '.join(sorted({run['device'] for run in runs if 'device' in run}))
     return '\n'.join([
         f"{recipe['steps']} steps of {recipe['batch_size']}, {recipe['opt']}, learning rate {recipe['lr']:g}, cosine, "
         f"{recipe['amp_dtype']} training; {seeds}. Images of {recipe['image_size']} px. "
+        f"{f'Trained on {devices}. ' if devices else ''}"
         f'`python -m benchmarks.compare examples/{folder.name}.yaml --data-dir DATA '
         f"{shlex.join(['--output', f'output/{folder.name}', *results['overrides']])}`",
         '',

@@ -112,9 +112,14 @@ def load_images(
         folder: ImageFolder, or the folder of its splits.
         model: Pretrained model.
         num_images: How many, spread evenly over the folder; all if None.
+
+    Raises:
+        ValueError: The folder has not the model's classes.
     """
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     dataset = create_dataset('', root=str(folder), split='validation', transform=transform)
+    if len(dataset.reader.class_to_idx) != model.num_classes:
+        raise ValueError(f'{folder} has images of {len(dataset.reader.class_to_idx)} classes, not {model.num_classes}')
     count = min(num_images or len(dataset), len(dataset))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     images, labels = zip(*(dataset[i * len(dataset) // count] for i in order))

@@ -121,7 +121,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raise ValueError(f'{path}: run {label!r} names a folder of the output; it must be text without a slash')
         if not isinstance(run, dict) or 'model' not in run:
             raise ValueError(f'{path}: run {label!r} must be a mapping with the key model, got {run!r}')
-        if '--seeds' in overrides or 'seeds' not in run:
+        if any(override.partition('=')[0] == '--seeds' for override in overrides) or 'seeds' not in run:
             run['seeds'] = recipe['seeds']
         seeds = run['seeds']
         if not (isinstance(seeds, list) and seeds and all(type(seed) is int for seed in seeds)) or (

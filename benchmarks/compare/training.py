@@ -55,6 +55,8 @@ def create_run_model(recipe: Recipe, run: Dict[str, Any], num_classes: int) -> t
     model = timm.create_model(name, num_classes=num_classes, **kwargs)  # timm leaves out what is None
     if 'blocks' in run:
         timm_ait.add_workspace(model, run['blocks'], **run.get('workspace_kwargs', {}))
+    elif 'workspace_kwargs' in run:
+        raise ValueError('workspace_kwargs are those of workspaces that are added to blocks, which are missing')
     if recipe['all_patches_from'] is not None and not getattr(getattr(model, 'patch_drop', None), 'prob', 0.):
         raise ValueError(f"all_patches_from={recipe['all_patches_from']}: the model has no patch_drop_rate")
     if 'gate_lr' in run and not _gates(model):
@@ -216,6 +218,8 @@ def train_run(
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe['clip_grad'])
         optimizer.step()
         done = step + 1
+        if step == first_step and done % recipe['eval_every'] and done < steps:
+            rated_step, start = done, timer()  # the first step compiles
         if done % recipe['eval_every'] == 0 or done == steps:
             rates.append((done - rated_step) * batch_size / (timer() - start))
             accuracy, inference_rate = _evaluate_run(model, test, batch_size)
@@ -235,6 +239,7 @@ def train_run(
         macs=_multiply_adds(model, test),
         training_rate=statistics.median(rates) if rates else None,
         inference_rate=inference_rate,
+        device=(torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type) + ', compiled' * compiled,
         lowest_rank=min(ranks) if ranks else None,
         gates=[gate.square().mean().sqrt().item() for gate in _gates(model)],
         log=log,

@@ -11,6 +11,7 @@ cifar10=$1 pets=$2 output=$3
 shift 3
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TORCHINDUCTOR_CACHE_DIR="$output/inductor"
 mkdir -p "$output/logs"
+trap 'trap - INT TERM; kill 0' INT TERM
 
 # Start a run of train_on_device.py in the background. It compiles while another one trains, then waits for its turn.
 train() {
@@ -38,6 +39,8 @@ teacher="$output/cifar10_teacher/model.safetensors"
 train cifar10_teacher "$cifar10" --config $configs/cifar10_teacher.yaml
 train ait_small_cifar10 "$cifar10" --config $configs/ait_small_cifar10.yaml --kd-model-file "$teacher"
 train pets "$pets" --config $configs/ait_vit_small_pets.yaml
+# AiT-Medium begins as the small one, so the turn must not be its before that is there
+while [ ! -f "$output/ait_small_cifar10/done" ] && [ -n "$(jobs -r)" ]; do sleep 1; done
 train ait_medium_cifar10 "$cifar10" --config $configs/ait_medium_cifar10.yaml --kd-model-file "$teacher" \
     --init "$output/ait_small_cifar10/model.safetensors"
 wait

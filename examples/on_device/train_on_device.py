@@ -180,6 +180,8 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             'holdout', 'model_ema_decay'):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} must be in [0, 1], got {getattr(args, name)}.')
+    if args.scale and args.crop_padding:
+        parser.error(f'--crop-padding {args.crop_padding}: --scale places the crops, give one of the two.')
     if args.scale and not 0 < args.scale[0] <= args.scale[1] <= 1:
         parser.error(f'0 < --scale MIN <= MAX <= 1, got {args.scale[0]} and {args.scale[1]}.')
     has_checkpoint = (Path(args.output) / 'last.pth.tar').is_file()
@@ -616,8 +618,10 @@ class Trainer:
 
     def report(self, progress: float) -> None:
         """Evaluate, append to the log, and save."""
-        num_steps, seconds = self.step_count - self.reported[0], self.schedule.seconds - self.reported[1]
-        loss, balance = (self.totals / max(num_steps, 1)).tolist()
+        num_steps = self.step_count - self.reported[0]
+        loss, balance = (self.totals / max(num_steps, 1)).tolist()  # waits for the device
+        self.schedule.progress(self.step_count)
+        seconds = self.schedule.seconds - self.reported[1]
         record = dict(
             progress=round(progress, 4), seconds=round(self.schedule.seconds, 2), step=self.step_count,
             epoch=round(self.step_count / self.steps_per_epoch, 2), loss=loss, balance_loss=balance,

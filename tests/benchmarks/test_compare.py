@@ -14,7 +14,7 @@ from timm.layers import PatchDropout
 
 import timm_ait  # noqa: F401, registers the models
 from benchmarks.compare.__main__ import main as compare_main
-from benchmarks.compare.data import augment, load_image_folder
+from benchmarks.compare.data import augment, load_image_folder, load_images
 from benchmarks.compare.recipe import read_recipe
 from benchmarks.compare.training import create_run_model, create_run_optimizer, evaluate_writing
 from benchmarks.results import main as results_main
@@ -211,6 +211,12 @@ def test_a_damaged_image_is_not_replaced_by_another(tmp_path):
         load_image_folder(str(tmp_path), 'train', 32, 3)
 
 
+def test_images_of_other_classes_than_the_models_are_refused(tmp_path):
+    model = timm.create_model('test_ait', num_classes=3)
+    with pytest.raises(ValueError, match='2 classes, not 3'):
+        load_images(write_images(tmp_path), model)
+
+
 def test_evaluating_while_writing_leaves_the_memory_as_it_was(images):
     model, written = timm.create_model('published_body', dim=64), []
     before = [buffer.clone() for buffer in model.buffers()]
@@ -272,6 +278,7 @@ class TestBadInput:
         (dict(runs={128: {'model': 'ait_small'}}), ['128', 'text']),
         (dict(runs={'x': {'model': 'ait_small', 'gate_lr': 0.1}}), ["'x'", 'gate_lr', '0.1', 'no gates']),
         (dict(runs={'x': {'model': 'ait_small', 'workspace': False, 'blocks': [7]}}), ["'x'", 'blocks', '7']),
+        (dict(runs={'x': {'model': 'ait_small', 'workspace_kwargs': {'num_slots': 2}}}), ["'x'", 'workspace_kwargs']),
         (dict(all_patches_from=2), ['all_patches_from', '2', 'patch_drop_rate']),
         (dict(opt_kwargs={'betaz': 3}), ["'AiT'", 'betaz']), (dict(runs={'../x': {'model': 'ait_small'}}), ["'../x'"]),
         (dict(runs={'x': {'model': 'ait_small', 'bottlenek': 3}}), ["'x'", 'bottlenek']),
@@ -285,11 +292,13 @@ class TestBadInput:
         assert_refused(capsys, images, output, [argument[0].strip('-'), argument[-1]], recipe_of(), *argument)
 
 
-def test_an_option_replaces_the_recipes(tmp_path):
-    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe_of()))
-    recipe = read_recipe(tmp_path / 'recipe.yaml', ['--steps', '7', '--seeds', '3', '4'])
+@pytest.mark.parametrize('option, seeds', [(['--seeds', '3', '4'], [3, 4]), (['--seeds=3'], [3])])
+def test_an_option_replaces_the_recipes(tmp_path, option, seeds):
+    runs = {label: dict(run, seeds=[1, 2]) for label, run in recipe_of()['runs'].items()}
+    (tmp_path / 'recipe.yaml').write_text(yaml.safe_dump(recipe_of(runs=runs)))
+    recipe = read_recipe(tmp_path / 'recipe.yaml', ['--steps', '7', *option])
     assert recipe['steps'] == 7 and recipe['batch_size'] == 8
-    assert [run['seeds'] for run in recipe['runs'].values()] == [[3, 4], [3, 4]]
+    assert [run['seeds'] for run in recipe['runs'].values()] == [seeds, seeds]
 
 
 def test_results_go_into_their_part_of_the_page(one_run, tmp_path):
@@ -300,6 +309,7 @@ def test_results_go_into_their_part_of_the_page(one_run, tmp_path):
         results_main([str(tmp_path / 'mine'), '--page', str(page)])
         text = page.read_text()
         assert text.startswith('# Before\n<!-- begin generated: mine -->\n4 steps of 8')
+        assert ' Trained on cpu. ' in text
         assert text.endswith('<!-- end generated: mine -->\nafter\n')
         assert text.count((tmp_path / 'mine' / 'table.md').read_text()) == 1 and 'old' not in text
         for figure in re.findall(r'\((figures/.*?)\)', text):

@@ -253,6 +253,7 @@ def test_blocks_grow_into_a_multiple_of_them():
     (['--epochs', '1', '--mixup-off', '2'], '--mixup-off must be in [0, 1]'),
     (['--epochs', '1', '--smoothing', '2'], '--smoothing must be in [0, 1]'),
     (['--epochs', '1', '--scale', '0.5', '2'], '0 < --scale MIN <= MAX <= 1'),
+    (['--epochs', '1', '--scale', '0.5', '1', '--crop-padding', '2'], '--crop-padding 2: --scale places the crops'),
     (['--epochs', '1', '--all-patches-from', '-1'], '--all-patches-from must be in [0, 1]'),
     (['--epochs', '1', '--kd-model-file', 'a.safetensors'], 'a file for each teacher'),
     (['--epochs', '1', '--resume'], '--resume: there is no last.pth.tar'),
