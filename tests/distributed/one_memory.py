@@ -1,7 +1,7 @@
 """ Training steps of each of several ranks, whose workspaces compete among themselves only. """
 import copy
 from functools import partial
-from typing import Callable, Dict, List
+from typing import Callable, Dict, Iterator, List
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,10 @@ def train(
         return {**results, 'logits': model.eval()(images(rank=0)[0])}
 
 
+def sgd_in_an_order_of_the_rank(parameters: Iterator[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(list(parameters)[::-1 if dist.get_rank() else 1], lr=lr)
+
+
 def accumulate(rank: int, num_ranks: int, as_ranks: bool) -> Dict[str, torch.Tensor]:
     """Two steps of four batches, all on each rank by itself, or a part of them on each of the ranks together."""
     model = make_model().double()
@@ -194,6 +198,7 @@ SCENARIOS = {
     'task': partial(train, wrap=task),
     'fsdp': partial(train, wrap=shard),
     'hybrid fsdp': partial(train, wrap=replicate),
+    'other order': partial(train, make_optimizer=sgd_in_an_order_of_the_rank),
     'zero': partial(train, make_optimizer=partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.SGD), depth=3),
     **{f'{how} alone': partial(train, wrap=partial(alone, how=how)) for how in ('ddp', 'fsdp', 'named')},
     'accumulation by one': partial(accumulate, as_ranks=False),

@@ -97,9 +97,11 @@ class TestAdvance:
     @pytest.mark.parametrize('disturb', [
         lambda layer: layer(broken_tokens(float('nan'))),
         lambda layer: layer(broken_tokens(float('inf'))),
+        lambda layer: layer(tokens()[:0]),
+        lambda layer: layer(tokens(), torch.zeros(4, 9, dtype=torch.bool)),
         lambda layer: (layer.eval()(tokens()), layer.train()),
         lambda layer: layer.eval()(tokens()),
-    ], ids=['nan', 'inf', 'evaluation', 'evaluation at the step'])
+    ], ids=['nan', 'inf', 'no tokens', 'all masked', 'evaluation', 'evaluation at the step'])
     def test_a_forward_that_does_not_write_is_left_out_of_the_mean(self, disturb):
         layer, undisturbed = make_workspace(), make_workspace()
         x = tokens()
@@ -259,6 +261,14 @@ class TestHook:
         model(tokens()).sum().backward()
         sgd(model[0]).step()
         assert not torch.equal(model[1].memory, before)
+
+    def test_what_was_written_goes_where_the_layer_goes(self):
+        layer, x = make_workspace(), tokens()
+        layer(x)
+        written = written_by(layer)
+        layer.double()
+        assert layer.written[0].dtype == torch.float64
+        torch.testing.assert_close(written_by(layer), written.double())
 
     def test_an_optimizers_parameters_are_looked_at_once(self, monkeypatch):
         layer, looks = make_workspace(), []

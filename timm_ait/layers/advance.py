@@ -2,7 +2,7 @@
 import threading
 import warnings
 import weakref
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ _MAX_WRITES = 100  # forwards that write without the memory moving, before a war
 
 _state = globals().setdefault('_state', {  # outlives a reload of this module
     'lock': threading.Lock(),  # of the workspaces
-    'workspaces': weakref.WeakSet(),  # all there are
+    'workspaces': weakref.WeakKeyDictionary(),  # all there are, in the order in which they were made
     'held': weakref.WeakKeyDictionary(),  # by optimizer, see `_held_workspaces`
     'parts': weakref.WeakSet(),  # optimizers inside of others, which make their steps
     'num_steps': 0,  # of optimizers
@@ -28,11 +28,11 @@ _state = globals().setdefault('_state', {  # outlives a reload of this module
 def register_workspace(workspace: nn.Module) -> None:
     """Note a workspace, also a copied or unpickled one."""
     with _state['lock']:
-        _state['workspaces'].add(workspace)
+        _state['workspaces'][workspace] = None
 
 
 def all_workspaces() -> List[nn.Module]:
-    """Every workspace there is; other threads may make and drop some meanwhile."""
+    """Every workspace there is, in an order that all ranks have; other threads may make and drop some meanwhile."""
     with _state['lock']:
         return list(_state['workspaces'])
 
@@ -78,7 +78,7 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
     for workspace in workspaces:
         ranks = ranks_of(workspace)
         if ranks is not None:
-            together.setdefault(ranks.groups, (ranks, []))[1].append(workspace)
+            together.setdefault((ranks.groups, workspace.memory.device), (ranks, []))[1].append(workspace)
         elif workspace.written is not None:
             total, count = workspace.written
             if count.device.type != 'cpu' or count > 0:  # to ask another device is to wait for it
@@ -102,22 +102,18 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
 
 
 def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
-    """Workspaces of which an optimizer holds parameters, in the order of these, which is the same on all ranks.
+    """Workspaces of which an optimizer holds parameters.
 
     Looked up once, and again when the optimizer's parameters have changed.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
-    identities = [id(parameter) for parameter in parameters]
+    identities = [id(parameter) for group in optimizer.param_groups for parameter in group['params']]
     known, references = _state['held'].get(optimizer, (None, ()))
     if known != identities:
-        owners: Dict[torch.Tensor, List[nn.Module]] = {}
-        for workspace in all_workspaces():
-            for parameter in workspace.parameters():
-                owners.setdefault(parameter, []).append(workspace)
-        held = [workspace for parameter in parameters for workspace in owners.get(parameter, ())]
+        of_optimizer = set(identities)
+        held = [w for w in all_workspaces() if not of_optimizer.isdisjoint(map(id, w.parameters()))]
         for workspace in held:
             workspace.has_optimizer = True
-        references = [weakref.ref(workspace) for workspace in dict.fromkeys(held)]
+        references = [weakref.ref(workspace) for workspace in held]
         _state['held'][optimizer] = identities, references
     return [workspace for workspace in (reference() for reference in references) if workspace is not None]
 

@@ -33,7 +33,6 @@ class StepwiseMemory(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        register_workspace(self)
         self.register_load_state_dict_post_hook(_forget_written)
 
     def check_it_can_write(self, x: torch.Tensor, token_mask: Optional[torch.Tensor], has_parameters: bool) -> None:
@@ -81,11 +80,19 @@ class StepwiseMemory(nn.Module):
 
     def written_since_step(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """Sum (M, D), in at least float32, and number (scalar) of the memories written since the last step."""
-        dtype = torch.promote_types(self.memory.dtype, torch.float32)
-        if self.written is None or (self.written[0].device, self.written[0].dtype) != (self.memory.device, dtype):
+        device, dtype = self.memory.device, torch.promote_types(self.memory.dtype, torch.float32)
+        if self.written is None or self.written[0].is_meta:
             total = torch.zeros_like(self.memory, dtype=dtype)
-            self.written = total, torch.zeros((), dtype=torch.long, device=total.device)
+            self.written = total, torch.zeros((), dtype=torch.long, device=device)
+        elif (self.written[0].device, self.written[0].dtype) != (device, dtype):
+            self.written = self.written[0].to(device, dtype), self.written[1].to(device)
         return self.written
+
+    def _apply(self, *args, **kwargs) -> 'StepwiseMemory':
+        super()._apply(*args, **kwargs)
+        if self.written is not None:
+            self.written_since_step()  # goes where the memory went
+        return self
 
     def end_step(self) -> None:
         """Called when the parameters have moved, and the memory if anything was written."""

@@ -19,6 +19,7 @@ from timm_ait.ops.naive import WriteWeights
 from timm_ait.ops.workspace import read, write
 
 from ._arguments import check_at_least, check_choice, check_known, check_number, options, split_kwargs
+from .advance import register_workspace
 from .ranks import ranks_of
 from .step import StepwiseMemory
 
@@ -176,6 +177,7 @@ class GlobalWorkspace(StepwiseMemory):
         self.gate = nn.Parameter(torch.empty(dim, **dd)) if gated and retrieval else None
 
         self.reset_parameters()
+        register_workspace(self)  # other threads may look into it from here on
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -270,8 +272,10 @@ class GlobalWorkspace(StepwiseMemory):
         output = (output if x.numel() else output[:0]).view(x.shape)
         if torch.is_grad_enabled():
             self.keep_balance(self.balance_weight * balance, coverage, output)
-            if x.numel() > 0 or self.global_batch:
-                self._keep(memory, candidate.detach(), written.detach())
+            written = written.detach()
+            if mask is not None:  # where no token is valid nothing was written
+                written = torch.where(coverage > 0, written, float('nan'))
+            self._keep(memory, candidate.detach(), written)
         return output
 
     def _keep(self, memory: torch.Tensor, candidate: torch.Tensor, written: torch.Tensor) -> None:
