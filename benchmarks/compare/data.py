@@ -114,7 +114,7 @@ def load_images(
         num_images: How many, spread evenly over the folder; all if None.
 
     Raises:
-        ValueError: The folder has not the model's classes.
+        ValueError: The folder has images of more or fewer classes than the model.
     """
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     dataset = create_dataset('', root=str(folder), split='validation', transform=transform)

@@ -39,7 +39,7 @@ teacher="$output/cifar10_teacher/model.safetensors"
 train cifar10_teacher "$cifar10" --config $configs/cifar10_teacher.yaml
 train ait_small_cifar10 "$cifar10" --config $configs/ait_small_cifar10.yaml --kd-model-file "$teacher"
 train pets "$pets" --config $configs/ait_vit_small_pets.yaml
-# AiT-Medium begins as the small one, so the turn must not be its before that is there
+# AiT-Medium starts from the small one, which must be finished before it takes its turn
 while [ ! -f "$output/ait_small_cifar10/done" ] && [ -n "$(jobs -r)" ]; do sleep 1; done
 train ait_medium_cifar10 "$cifar10" --config $configs/ait_medium_cifar10.yaml --kd-model-file "$teacher" \
     --init "$output/ait_small_cifar10/model.safetensors"
