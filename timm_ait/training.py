@@ -6,7 +6,7 @@ scaling and gradient accumulation treat it as they treat the criterion.
 """
 import functools
 import logging
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 
 from timm.task import TrainingTask
 
@@ -18,36 +18,31 @@ _logger = logging.getLogger(__name__)
 _LOG_INTERVAL = 50  # batches, as timm's --log-interval
 
 
-def call_with_balance_loss(call: Callable, task: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
-    """What a task's own call gives, with the balance loss added to its 'loss' and named as 'balance_loss'.
-
-    A task that adds `balance_loss(model)` itself is left alone.
-    """
-    with record_balance_losses() as asked_for:
-        result = call(task, *args, **kwargs)
-    model = task.get_trainable_module()
-    if model is None or not model.training or not any(workspace.writes for _, workspace in named_workspaces(model)):
-        return result
-    balance, loss = balance_loss(model), result['loss']
-    is_added = any(loss is part for part in asked_for) or depends_on(loss, {part.grad_fn for part in asked_for})
-    if not is_added:
-        loss = loss + balance.to(loss.device)
-    batch = task._num_balance_losses = getattr(task, '_num_balance_losses', -1) + 1
-    if task.verbose and batch % _LOG_INTERVAL == 0:  # since train.py reports one figure
-        whole, part = float(loss.detach()), float(balance.detach())
-        _logger.info(f'Of the training loss {whole:#.4g}, {part:#.4g} is the balance loss.')
-    return {**result, 'loss': loss, 'balance_loss': balance.detach()}
-
-
 def install_balance_loss() -> None:
-    """Make every timm training task add the balance loss to its loss. Calling it again changes nothing."""
+    """Make every timm training task add the balance loss to its 'loss', and name it as 'balance_loss'.
+
+    Tasks that add `balance_loss(model)` themselves are left alone. Calling it again changes nothing.
+    """
     call = TrainingTask.__call__
     if getattr(call, 'adds_balance_loss', False):
         return
 
     @functools.wraps(call)
     def call_and_add(self: TrainingTask, *args, **kwargs) -> Dict[str, Any]:
-        return call_with_balance_loss(call, self, *args, **kwargs)
+        with record_balance_losses() as asked_for:
+            result = call(self, *args, **kwargs)
+        model = self.get_trainable_module()
+        if model is None or not model.training or not any(layer.writes for _, layer in named_workspaces(model)):
+            return result
+        balance, loss = balance_loss(model), result['loss']
+        is_added = any(loss is part for part in asked_for) or depends_on(loss, {part.grad_fn for part in asked_for})
+        if not is_added:
+            loss = loss + balance.to(loss.device)
+        batch = self._num_balance_losses = getattr(self, '_num_balance_losses', -1) + 1
+        if self.verbose and batch % _LOG_INTERVAL == 0:  # since train.py reports one figure
+            whole, part = float(loss.detach()), float(balance.detach())
+            _logger.info(f'Of the training loss {whole:#.4g}, {part:#.4g} is the balance loss.')
+        return {**result, 'loss': loss, 'balance_loss': balance.detach()}
 
     call_and_add.adds_balance_loss = True
     TrainingTask.__call__ = call_and_add

@@ -27,6 +27,7 @@ import timm
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_ait.cli.explain import (
+    BOTTLENECK,
     LayerMaps,
     describe,
     draw_heat,
@@ -49,7 +50,6 @@ MAX_MEGABYTES = 30  # of a file
 FIRST_SCENE = 9_800  # those before it are in the training images
 
 _PAPER = 'https://arxiv.org/abs/2309.12862'
-_BOTTLENECK = 0.1  # share of the picture's tokens that each slot and head select, as explain has it
 _PANEL, _NUM_PANELS, _NUM_READ = 320, 5, 3
 _ORIENTATION = 0x0112  # EXIF tag
 
@@ -136,7 +136,7 @@ class Pets:
             batch = image.unsqueeze(0).to(next(self.model.parameters()).device)
             with torch.inference_mode():
                 probabilities, classes = self.model(batch).float().softmax(dim=-1)[0].topk(5)
-            layers = layer_maps(self.model, batch, _BOTTLENECK)
+            layers = layer_maps(self.model, batch, BOTTLENECK)
         breeds = {self.descriptions[i]: p for i, p in zip(classes.tolist(), probabilities.tolist())}
         return Look(fit(input_picture(image, self.config), _PANEL), breeds, layers, note)
 

@@ -37,6 +37,12 @@ class TestFiles:
         assert f'--out {images / folder} holds some' in error_of(
             'explain', images, '--model', model, '--out', images / folder)
 
+    def test_sheets_replace_no_link_to_an_image(self, error_of, model, images, tmp_path):
+        (tmp_path / 'links').mkdir()
+        (tmp_path / 'links/a.png').symlink_to(images / 'a.jpg')
+        error = error_of('explain', tmp_path / 'links', '--model', model, '--out', tmp_path / 'links')
+        assert f'--out {tmp_path / "links"} holds some' in error
+
     def test_unreadable_files_are_named_and_skipped(self, capsys, model, images, tmp_path):
         (images / 'b.png').write_text('not an image')
         assert main(['explain', str(images), '--model', model, '--out', str(tmp_path / 'out')]) == 1

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import timm
+from timm.models import resolve_model_input_args
 from timm.utils import CheckpointSaver
 
 from timm_ait.__main__ import main
-from timm_ait.cli.export import export, write_onnx
+from timm_ait.cli.export import export
 from timm_ait.cli.images import class_names
 from timm_ait.weights import weights_dir
 
@@ -81,9 +82,8 @@ def train(tmp_path):
             mean=None, std=None, interpolation='', crop_pct=None, data=None, data_dir=None, dataset='',
             train_split='train', class_map='')
         args = argparse.Namespace(**{**defaults, **arguments})
-        in_chans = args.input_size[0] if args.input_size else args.in_chans
-        model = timm.create_model(
-            args.model, num_classes=args.num_classes, in_chans=in_chans, global_pool=args.gp, **args.model_kwargs)
+        model = timm.create_model(**resolve_model_input_args(  # as train.py does
+            args.model, vars(args), num_classes=args.num_classes, global_pool=args.gp, **args.model_kwargs))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         CheckpointSaver(model, optimizer, args, checkpoint_dir=tmp_path).save_checkpoint(0, 0.)
         return tmp_path / 'last.pth.tar'
@@ -101,7 +101,8 @@ class TestTrainingArguments:
 
     @pytest.mark.parametrize('arguments', [
         dict(), dict(model='test_vit', num_classes=7), dict(model_kwargs=dict(num_slots=4, img_size=16)),
-        dict(in_chans=1), dict(input_size=[1, 32, 32]), dict(gp='max'),
+        dict(in_chans=1), dict(input_size=[1, 32, 32]), dict(input_size=[1, 64, 64]), dict(img_size=64), dict(gp='max'),
+        dict(img_size=64, model_kwargs=dict(dynamic_img_size=True)),
     ], ids=str)
     def test_say_which_model_it_is(self, train, tmp_path, arguments):
         run(train(**arguments), tmp_path / 'out')
@@ -267,20 +268,8 @@ class TestMistakes:
 
 
 @pytest.mark.slow
-def test_onnx_computes_what_the_model_does_for_any_batch(checkpoint, tmp_path):
-    run(checkpoint, tmp_path / 'out', *TRAINED, '--onnx')
-    assert sorted(os.listdir(tmp_path / 'out')) == ['config.json', 'model.onnx', 'model.safetensors']
-    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
-    session = onnxruntime.InferenceSession(str(tmp_path / 'out/model.onnx'), providers=['CPUExecutionProvider'])
-    for batch_size in (1, 2, 5):
-        images = torch.randn(batch_size, 3, 32, 32)
-        logits = torch.from_numpy(session.run(['logits'], {'image': images.numpy()})[0])
-        torch.testing.assert_close(logits, model(images).detach(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
 def test_onnx_takes_the_images_of_the_model(tmp_path):
-    write_onnx(timm.create_model('test_ait', img_size=64, in_chans=1), tmp_path / 'model.onnx')
+    export(timm.create_model('test_ait', img_size=64, in_chans=1), tmp_path, onnx=True)
     session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'))
     assert session.get_inputs()[0].shape[1:] == [1, 64, 64]
 

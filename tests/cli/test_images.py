@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 import timm
 
@@ -80,6 +80,17 @@ class TestLoadImage:
         gray.save(tmp_path / f'gray.{suffix}')
         image = load_image(tmp_path / f'gray.{suffix}')
         assert [image.getpixel((x, 0))[0] for x in range(3)] == pytest.approx([0, 128, 255], abs=1)
+
+    def test_12_bits_keep_their_range(self, tmp_path):
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        for tag, value in dict(ImageWidth=2, ImageLength=1, BitsPerSample=12, PhotometricInterpretation=1,
+                               StripOffsets=0, StripByteCounts=3).items():
+            tags[ExifTags.Base[tag].value] = value
+        with open(tmp_path / 'gray.tif', 'wb') as file:
+            tags.save(file)  # which moves the offset to its end
+            file.write(b'\x80\x0f\xff')  # 0x800 and 0xfff
+        image = load_image(tmp_path / 'gray.tif')
+        assert [image.getpixel((x, 0))[0] for x in range(2)] == pytest.approx([128, 255], abs=1)
 
     def test_an_error_comes_without_pillows_warning(self, tmp_path, recwarn):
         Image.new('L', (5, 4)).save(tmp_path / 'whole.tif')

@@ -42,13 +42,6 @@ def test_computes_the_same_for_any_batch(exported):
         torch.testing.assert_close(program.module()(images(batch_size)), model(images(batch_size)))
 
 
-@pytest.mark.slow
-def test_strict():
-    model = make_ait()
-    program = torch.export.export(model, (images(),), strict=True)
-    torch.testing.assert_close(program.module()(images(seed=2)), model(images(seed=2)))
-
-
 def test_dynamic_image_size():
     model = make_ait(dynamic_img_size=True, pos_embed='none')
     side = Dim('side', min=2, max=64)

@@ -5,9 +5,6 @@ from functools import partial
 import accelerate
 import pytest
 import torch
-from safetensors.torch import save_file
-
-import timm
 
 from tests.deployment import images, make_ait, memories, train, workspaces
 from tests.layers import make_workspace
@@ -29,22 +26,6 @@ class TestAccelerate:
         offloaded = offload(copy.deepcopy(model), execution_device=torch.device('cpu'), offload_buffers=offload_buffers)
         for _ in range(2):
             torch.testing.assert_close(offloaded(images()), expected)
-
-    @pytest.mark.filterwarnings('ignore:The following device_map keys')
-    def test_load_checkpoint_and_dispatch_in_part_to_disk(self, tmp_path):
-        model = make_ait()
-        save_file(model.state_dict(), tmp_path / 'model.safetensors')
-        with accelerate.init_empty_weights():
-            empty = timm.create_model('test_ait', img_size=16, depth=2, num_classes=5).eval()
-        in_memory = ('patch_embed', 'pos_embed', 'blocks.0', 'norm', 'fc_norm', 'head')
-        loaded = accelerate.load_checkpoint_and_dispatch(
-            empty,
-            str(tmp_path / 'model.safetensors'),
-            device_map={**dict.fromkeys(in_memory, 'cpu'), 'blocks.1': 'disk'},
-            offload_folder=str(tmp_path / 'offload'),
-            offload_buffers=True,  # without, accelerate leaves out the buffers of what goes to disk, of any model
-        )
-        torch.testing.assert_close(loaded(images()), model(images()))
 
 
 def test_training_an_offloaded_workspace_is_an_error():
@@ -70,15 +51,6 @@ class TestMeta:
             train(trained, 2)
         assert not any(torch.equal(a, b) for a, b in zip(memories(model), before))
         assert all(torch.equal(a, b) for a, b in zip(memories(model), memories(source)))
-
-    @pytest.mark.parametrize('memory_update', ['orthogonal', 'normalize'])
-    def test_to_empty_and_reset(self, memory_update):
-        with torch.device('meta'):
-            layer = make_workspace(memory_update=memory_update)
-        layer.to_empty(device='cpu').reset_parameters()
-        layer.eval()
-        torch.testing.assert_close(layer.stored_memory().norm(dim=-1), torch.ones(8))
-        assert layer(torch.randn(2, 24)).isfinite().all()
 
     @pytest.mark.parametrize('training', [False, True])
     def test_is_shapes_alone(self, training):

@@ -84,13 +84,14 @@ class TestAdvance:
     def test_a_forward_without_gradient_computes_the_same_and_leaves_no_trace(self, no_grad):
         layer, undisturbed = make_workspace(), make_workspace()
         x = tokens()
+        with no_grad():
+            layer.train()
         expected = layer(x), undisturbed(x)
         loss = balance_loss(layer)
         with no_grad():
             assert torch.equal(layer(x), expected[0])
             layer(tokens())
-            layer.eval(), layer.train()
-        assert balance_loss(layer) == loss and balance_loss(layer).requires_grad
+        assert balance_loss(layer) == loss and balance_loss(layer).grad_fn is not None
         advance_memory(layer), advance_memory(undisturbed)
         assert torch.equal(layer.memory, undisturbed.memory)
 
@@ -125,10 +126,6 @@ class TestAdvance:
         before = layer.memory.clone()
         act(layer)
         assert torch.equal(layer.memory, before)
-
-    @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-    def test_a_value_that_is_not_finite_shows_in_the_output(self, value):
-        assert not make_workspace()(broken_tokens(value)).isfinite().all()
 
     def test_advance_memory_is_for_loops_without_an_optimizer(self):
         model = nn.Sequential(make_workspace(), make_workspace())
@@ -195,7 +192,7 @@ class TestAdvance:
         x = layer(tokens())
         with torch.no_grad():
             layer.requires_grad_(False)(tokens())
-        assert balance_loss(layer.requires_grad_(True)).requires_grad
+        assert balance_loss(layer.requires_grad_(True)).grad_fn is not None
         layer.requires_grad_(False)(x)
         layer.requires_grad_(True)(x)
         loss = balance_loss(layer)
@@ -356,11 +353,6 @@ class TestWarning:
         assert self.write(layer, 150, sgd(layer)) == []
         assert self.write(layer, 150, sgd(other)) == []  # an accumulation
 
-    def test_advance_memory_after_each_step_does_not_warn(self):
-        layer, optimizer = make_workspace(), sgd(nn.Linear(2, 2))
-        optimizer.register_step_post_hook(lambda *_: advance_memory(layer))
-        assert self.write(layer, 150, optimizer) == []
-
     def test_beside_an_accumulation_it_warns_too(self):
         layer, optimizer = make_workspace(), sgd(nn.Linear(2, 2))
         self.write(layer, 128)
@@ -455,7 +447,7 @@ class TestBalanceLoss:
             assert torch.equal(losses[-1], balance_loss(alone))
             balance_loss(alone).backward()
         losses[0].backward()
-        assert balance_loss(layer).requires_grad
+        assert balance_loss(layer).grad_fn is not None
         losses[1].backward()
         torch.testing.assert_close(layer.q.weight.grad, alone.q.weight.grad)
 
@@ -615,6 +607,13 @@ class TestCompile:
         net = Net(NON_REENTRANT, depth=1)
         assert_same(train(net, torch.compile(net, backend='aot_eager')), train(Net(depth=1)))
 
+    @pytest.mark.skipif(not hasattr(torch._dynamo.config, 'skip_fwd_side_effects_in_bwd_under_checkpoint'),
+                        reason='the checkpointed blocks run eagerly in this version of PyTorch')
+    def test_the_whole_model_with_checkpoints_as_one_graph(self):
+        net = Net(NON_REENTRANT, depth=1)
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+            assert_same(train(net, torch.compile(net, backend='aot_eager', fullgraph=True)), train(Net(depth=1)))
+
     @pytest.mark.parametrize('bottleneck, dynamic', [(0.3, None), pytest.param(10, True, marks=pytest.mark.slow)])
     def test_shapes_that_change(self, bottleneck, dynamic):
         layers = [make_workspace(bottleneck=bottleneck).double() for _ in range(2)]
@@ -647,21 +646,12 @@ class TestPrecision:
             assert torch.equal(layer(x), x)
 
     @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-    def test_autocast_keeps_the_memory_in_float32(self, dtype):
-        mlp = WorkspaceMlp(24, 48, **SMALL)
-        with torch.autocast('cpu', dtype):
-            output = mlp(tokens())
-            advance_memory(mlp)
-        memory = mlp.workspace.memory
-        assert output.dtype == dtype and memory.dtype == balance_loss(mlp).dtype == torch.float32
-        torch.testing.assert_close(memory @ memory.T, torch.eye(8), atol=1e-5, rtol=0)
-
-    @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
     def test_autocast_leaves_the_write_in_float32(self, dtype):
         layer, plain = make_workspace(), make_workspace()
         x = tokens()
         with torch.autocast('cpu', dtype):
             layer(x)
+            assert make_workspace()(x.to(dtype)).dtype == dtype
         plain(x)
         torch.testing.assert_close([written_by(layer), balance_loss(layer)], [written_by(plain), balance_loss(plain)])
 

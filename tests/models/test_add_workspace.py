@@ -10,6 +10,7 @@ from safetensors.torch import save
 from torch.utils.hooks import RemovableHandle
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
@@ -307,6 +308,15 @@ class TestArchitecture:
         cfg = dict(state_dict=model.state_dict(), num_classes=5)
         loaded = timm.create_model('ait_from_timm', pretrained=True, **give(cfg), **self.kwargs)
         assert torch.equal(logits(loaded, images()), logits(model, images()))
+
+    def test_a_config_of_ones_own_holds_where_it_gives_a_default_too(self):
+        cfg = dict(state_dict=make_model().state_dict(), num_classes=5, mean=IMAGENET_DEFAULT_MEAN)
+        loaded = timm.create_model('ait_from_timm', pretrained=True, pretrained_cfg=cfg, **self.kwargs)
+        assert loaded.pretrained_cfg['mean'] == IMAGENET_DEFAULT_MEAN
+
+    def test_a_tag_is_refused_since_it_belongs_to_the_body(self):
+        with pytest.raises(RuntimeError, match='Invalid pretrained tag .augreg'):
+            timm.create_model('ait_from_timm.augreg', model='test_vit', pretrained=True)
 
     def test_weights_of_a_checkpoint_of_train_and_the_size_it_is_trained_at(self, tmp_path):
         source = timm.create_model('vit_small_patch14_dinov2', **dict(BODY, img_size=37 * 4, patch_size=4))

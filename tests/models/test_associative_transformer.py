@@ -123,24 +123,19 @@ class TestAblations:
         assert torch.equal(vit(x), model(x))
         assert balance_loss(model) == 0
 
-    def test_without_workspaces_and_attention_tokens_would_not_meet(self):
-        with pytest.raises(ValueError, match='attention.*workspace'):
-            make_model(workspace=False, attention=False)
-
-    @pytest.mark.parametrize('name', ['workspace', 'attention'])
-    def test_what_a_command_line_makes_a_string_is_named(self, name):
-        with pytest.raises(ValueError, match=f"{name} must be one of .*'false'"):
-            make_model(**{name: 'false'})
-
-    def test_an_mlp_without_a_workspace_is_named(self):
-        with pytest.raises(ValueError, match='mlp_layer=.*SwiGLU.*workspace=False'):
-            make_model(mlp_layer=SwiGLU)  # with arguments of its workspaces
-
-    @pytest.mark.parametrize('name, value', [
-        ('qk_norm', True), ('attn_drop_rate', 0.1), ('attn_layer', 'diff'), ('qkv_bias', False)])
-    def test_without_attention_its_arguments_are_refused(self, name, value):
-        with pytest.raises(ValueError, match=f'{name}.*attention=False'):
-            make_model(attention=False, **{name: value})
+    @pytest.mark.parametrize('kwargs, message', [
+        (dict(workspace=False, attention=False), 'attention.*workspace'),
+        (dict(workspace='false'), "workspace must be one of .*'false'"),  # as a command line gives it
+        (dict(attention='false'), "attention must be one of .*'false'"),
+        (dict(mlp_layer=SwiGLU), 'mlp_layer=.*SwiGLU.*workspace=False'),
+        (dict(attention=False, qk_norm=True), 'qk_norm.*attention=False'),
+        (dict(attention=False, attn_drop_rate=0.1), 'attn_drop_rate.*attention=False'),
+        (dict(attention=False, attn_layer='diff'), 'attn_layer.*attention=False'),
+        (dict(attention=False, qkv_bias=False), 'qkv_bias.*attention=False'),
+    ], ids=str)
+    def test_arguments_that_do_not_go_together_are_named(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            make_model(**kwargs)
 
     def test_without_attention_there_is_no_order_of_tokens(self):
         with pytest.raises(ValueError, match='is_causal is not supported'):

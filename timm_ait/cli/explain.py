@@ -22,7 +22,7 @@ from .images import add_arguments, class_names, each_file, find_images, image_cl
 from .sheet import Tile, contact_sheet, fit
 
 _PANEL = 208  # pixels
-_BOTTLENECK = 0.1  # share of the picture's tokens that each slot and head select; that of training is for whole batches
+BOTTLENECK = 0.1  # share of the picture's tokens that each slot and head select; that of training is for whole batches
 
 # of the slots that are read the most, told apart by the colour-blind (Okabe and Ito), and of all others
 _SLOT_COLOURS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#f0e442', '#b0b0b0')
@@ -216,7 +216,7 @@ def add_parser(commands) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
-    if args.out.resolve() in {file.resolve().parent for file in files}:
+    if args.out.resolve() in {folder for file in files for folder in (file.resolve().parent, file.parent.resolve())}:
         raise ValueError(f'--out {args.out} holds some of the images, which sheets could replace: take another')
     model = load_model(args.model, args.device)
     workspaces(model)  # raises an error if it has none
@@ -226,7 +226,7 @@ def _main(args: argparse.Namespace) -> int:
         _, image, probabilities = classify(file)
         probability, index = (x.item() for x in probabilities.max(dim=-1))
         description = class_names(model)[1][index]
-        maps = layer_maps(model, image, _BOTTLENECK)
+        maps = layer_maps(model, image, BOTTLENECK)
         drawn = torch.linspace(len(maps) - 1, 0, min(args.layers, len(maps))).round().int().sort().values
         title = [
             f'{file.name}: {probability:.0%} {description}, says {args.model.rpartition("/")[2]}',
@@ -238,7 +238,7 @@ def _main(args: argparse.Namespace) -> int:
             'file': str(file),
             'model': args.model,
             'prediction': {'index': index, 'description': description, 'probability': probability},
-            'bottleneck': _BOTTLENECK,
+            'bottleneck': BOTTLENECK,
             'layers': [_numbers(layer, args.slots) for layer in maps],
         }
 

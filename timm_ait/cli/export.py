@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 
 from timm.data import create_dataset, infer_imagenet_subset
-from timm.models import create_model, get_model_input_config, load_checkpoint, save_for_hf
+from timm.models import create_model, get_model_input_config, load_checkpoint, resolve_model_input_args, save_for_hf
 from timm.utils import ParseKwargs
 from timm.utils.onnx import onnx_export
 
@@ -48,7 +48,8 @@ def export(
         data_config: Preprocessing that differs from the pretrained config, as in `timm.models.save_for_hf`.
         fine_tuned: The model was trained further or from scratch, so that class names, tag and license of its
             pretrained config no longer apply and are left out.
-        onnx: Also write model.onnx, see `write_onnx`.
+        onnx: Also write model.onnx, in float32 for any batch size, from `image` (B, C, H, W) to `logits`
+            (B, num_classes). If onnxruntime is installed, its logits are compared with the model's.
 
     Raises:
         ValueError: Some weights are not finite in this precision, the preprocessing does not fit the model, or the
@@ -70,7 +71,10 @@ def export(
         config_file.write_text(json.dumps(config, indent=2))
         shutil.copymode(config_file, staging / 'model.safetensors')  # safetensors makes its file private
         if onnx:
-            write_onnx(model, staging / 'model.onnx')
+            onnx_export(
+                model.float(), str(staging / 'model.onnx'), batch_size=2,
+                input_size=get_model_input_config(model)['input_size'], use_dynamo=True, input_names=['image'],
+                output_names=['logits'], check_forward=importlib.util.find_spec('onnxruntime') is not None)
     return config
 
 
@@ -97,24 +101,6 @@ def _complete(config: Dict[str, Any], label_names: Optional[Sequence[str]], fine
         'dtype': 'float32',  # else transformers trains a half-precision file in half precision, where AdamW diverges
         **config,
     }
-
-
-def write_onnx(model: nn.Module, file: Path) -> None:
-    """Write an image model in evaluation mode and float32 as ONNX, for any batch size.
-
-    Its input is `image` (B, C, H, W), its output `logits` (B, num_classes). If onnxruntime is installed, its logits are
-    compared with the model's, and an AssertionError raised where they differ. The model is converted in place.
-    """
-    onnx_export(
-        model.float(),
-        str(file),
-        batch_size=2,
-        input_size=get_model_input_config(model)['input_size'],
-        use_dynamo=True,
-        input_names=['image'],
-        output_names=['logits'],
-        check_forward=importlib.util.find_spec('onnxruntime') is not None,
-    )
 
 
 def _assignment(text: str) -> str:
@@ -215,7 +201,8 @@ def _load_trained(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
         **((trained.get('model_kwargs') or {}) if args.model_kwargs is None else args.model_kwargs),
     }
     with _blame(f'--model {name}, --num-classes and --model-kwargs, together {arguments}'):
-        model = create_model(name, **arguments)
+        size = None if 'img_size' in arguments else trained.get('img_size') or (trained.get('input_size') or [])[1:]
+        model = create_model(**resolve_model_input_args(name, {'img_size': size or None}, **arguments))
     with _blame(f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
         load_checkpoint(model, args.checkpoint, use_ema=not args.no_ema)
     return model, trained

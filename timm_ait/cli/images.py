@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 
 import torch
 import torch.nn as nn
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
@@ -75,12 +75,14 @@ def _search(root: Path, extensions: Set[str]) -> List[Path]:
         subfolders[:] = [name for name in subfolders if not name.startswith('.') and name != '__MACOSX']
         files = (Path(folder, name) for name in names if not name.startswith('.'))
         # whoever reads a pipe may wait forever
-        found += [file for file in files if file.suffix.lower() in extensions and not file.is_fifo()]
+        found += [
+            file for file in files
+            if file.suffix.lower() in extensions and not (os.path.exists(file) and file.is_fifo())]
     return sorted(found)
 
 
 def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
-    """Read the first frame of an image, turned upright by its EXIF orientation; of 16-bit images the upper 8 bits.
+    """Read the first frame of an image, turned upright by its EXIF orientation; the upper 8 of 12 or 16 bits.
 
     Raises:
         ValueError: The image is too large or PostScript, a program, both checked before its pixels are read; or it has
@@ -103,7 +105,8 @@ def load_image(file: Path, mode: str = 'RGB') -> Image.Image:
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PPM'):
                 # Pillow's own conversion clips at 255: the image would be white
-                image = image.convert('I').point(lambda value: value * (1 / 256)).convert('L')
+                bits = 12 if getattr(image, 'tag_v2', {}).get(ExifTags.Base.BitsPerSample) == (12,) else 16
+                image = image.convert('I').point(lambda value: value * 2. ** (8 - bits)).convert('L')
             elif image.mode in ('I', 'F'):
                 raise ValueError(f'pixels of mode {image.mode!r} have no fixed range, save the image with 8 or 16 bits')
             return image if image.mode == mode else image.convert(mode)

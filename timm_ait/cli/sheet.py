@@ -1,4 +1,5 @@
 """ Contact sheets: rows of images with lines of text under them. """
+import os
 from argparse import ArgumentTypeError
 from itertools import zip_longest
 from pathlib import Path
@@ -56,7 +57,7 @@ def contact_sheet(rows: Sequence[Sequence[Tile]], size: int, title: Sequence[str
 def sheet_file(text: str) -> Path:
     """Type of an argument: a PNG or JPEG file in a folder that can be written to or created."""
     file = Path(text)
-    if file.suffix.lower() not in ('.png', '.jpg', '.jpeg') or file.is_dir():
+    if file.suffix.lower() not in ('.png', '.jpg', '.jpeg') or os.path.isdir(file):
         raise ArgumentTypeError(f'{file}: give the name of a file that ends in .png or .jpg')
     output_folder(str(file.parent))
     return file

@@ -195,7 +195,7 @@ class SortOfClevr:
         if not file.is_file():
             raise FileNotFoundError(
                 f'There is no file {file}; write the data set with: python -m timm_ait data sort-of-clevr --out {root}')
-        of_kinds = np.isin(np.repeat(KINDS, QUESTIONS_PER_KIND), kinds)
+        of_kinds = np.isin(np.repeat(KINDS, QUESTIONS_PER_KIND), list(kinds))
         with np.load(file, allow_pickle=False) as arrays:
             self.images = arrays['images']
             self.questions = arrays['questions'][:, of_kinds]

@@ -86,7 +86,10 @@ def reject_arguments(
         TypeError: An argument is unknown.
         ValueError: One of `supported` has another value.
     """
-    kwargs = {**inspect.signature(VisionTransformer).bind_partial(*args).arguments, **kwargs}
+    positional = inspect.signature(VisionTransformer).bind_partial(*args).arguments
+    for name in positional.keys() & kwargs.keys() - {'class_token'}:
+        raise TypeError(f'{name} is given twice, by position and by name.')
+    kwargs = {**positional, **kwargs}
     classes = [cls for cls in type(model).__mro__ if issubclass(cls, VisionTransformer)]
     known = {name for cls in classes for name in inspect.signature(cls).parameters}
     check_known(kwargs, {*known, *also} - {'args', 'kwargs'}, f'{classes[0].__module__}.{classes[0].__name__}')

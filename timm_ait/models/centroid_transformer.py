@@ -104,10 +104,7 @@ class CentroidTransformer(VisionTransformer):
             ValueError: An option of other blocks, or a size that is not possible.
         """
         kwargs = reject_arguments(
-            self,
-            args,
-            kwargs,
-            'centroids start from the means of a full grid of tokens of one size',
+            self, args, kwargs, 'centroids start from the means of a full grid of tokens of one size',
             attn_layer=None, block_fn=None, dynamic_img_size=False, dynamic_img_pad=False, patch_drop_rate=0.,
         )
         check_at_least(0, centroid_index=centroid_index)

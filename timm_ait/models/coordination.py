@@ -201,10 +201,7 @@ class Coordination(VisionTransformer):
             ValueError: An argument is out of its range, or is an option of self-attention.
         """
         kwargs = reject_arguments(
-            self,
-            args,
-            kwargs,
-            'this model has no self-attention, and only patches have positions',
+            self, args, kwargs, 'this model has no self-attention, and only patches have positions',
             qk_norm=False, scale_attn_norm=False, attn_layer=None, block_fn=None, no_embed_class=True,
         )
         check_at_least(1, num_slots=num_slots)

@@ -111,10 +111,7 @@ class Perceiver(VisionTransformer):
             ValueError: An argument is out of its range or not supported.
         """
         kwargs = reject_arguments(
-            self,
-            args,
-            kwargs,
-            'tokens are the patches and the question, and the blocks are those of the paper',
+            self, args, kwargs, 'tokens are the patches and the question, and the blocks are those of the paper',
             qkv_bias=True, qk_norm=False, scale_attn_norm=False, scale_mlp_norm=False, proj_bias=True, init_values=None,
             no_embed_class=True, reg_tokens=0, final_norm=False, fc_norm=False, weight_init='', fix_init=False,
             block_fn=None, mlp_layer=None, attn_layer=None,

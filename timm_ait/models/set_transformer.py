@@ -134,9 +134,7 @@ class SetTransformer(VisionTransformer):
             ValueError: An argument is out of its range or not supported.
         """
         kwargs = reject_arguments(
-            self,
-            args,
-            kwargs,
+            self, args, kwargs,
             'the blocks are induced set attention blocks, with the norms, layers and initialisation of their paper',
             mlp_ratio=None, qkv_bias=False, qk_norm=False, scale_attn_norm=False, scale_mlp_norm=False, proj_bias=False,
             init_values=None, final_norm=False, fc_norm=False, weight_init='', fix_init=False, block_fn=None,
