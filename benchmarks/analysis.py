@@ -169,7 +169,7 @@ def measure_shipped(name: str, data_dir: Optional[str]) -> Measured:
     """Figures of a shipped checkpoint; those of its memory alone where there are no images."""
     model = timm.create_model(name, pretrained=True).eval()
     layers = analysis.workspaces(model)
-    result: Measured = {'layers': {}, 'num_tokens': model.patch_embed.num_patches + model.num_prefix_tokens}
+    result: Measured = {'layers': {}}
     if data_dir is not None:
         images, labels = load_images(data_dir, model, MAX_IMAGES if len(layers) < 6 else MAX_IMAGES // 8)
         result.update(measure(model, list(zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE)))))
@@ -320,6 +320,9 @@ def main(argv: Optional[List[str]] = None) -> None:
     if not outputs or missing:
         parser.error(f'{args.runs} must hold outputs of benchmarks.compare, and --images a folder for each, got '
                      f'{[output.name for output in outputs]} without images of {missing}')
+    for output in outputs:
+        if len(json.loads((output / 'results.json').read_text())['recipe']['runs']['default']['seeds']) < 2:
+            parser.error(f'{output}: the run "default" needs two seeds, whose slots are compared')
     matplotlib.rcParams['svg.hashsalt'] = 'timm_ait'
     runs, agreements = {}, []
     for output in outputs:

@@ -127,6 +127,8 @@ class Transformer(nn.Module):
 @register_model
 def published_body(pretrained: bool = False, body: str = 'ait', **kwargs) -> Transformer:
     """A body by its name, with other arguments of `Transformer`; by default the published AiT, without weights."""
+    if pretrained:
+        raise RuntimeError('published_body has no pretrained weights')
     for key in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir'):
         kwargs.pop(key, None)
     return Transformer(**BODIES[body], **kwargs)

@@ -55,14 +55,14 @@ def write_parts(page: Path, parts: Dict[str, str]) -> None:
     write_text(page, text)
 
 
-def report(recipe: Recipe, output: Path, overrides: Sequence[str] = ()) -> None:
+def report(recipe: Recipe, output: Path, arguments: Sequence[str]) -> None:
     """Gather what a command with these options gave into `results.json`, `table.md` and `learning_curves.svg`."""
     results = {}
     for label, run in recipe['runs'].items():
         runs = [json.loads((output / label / f'seed{seed}' / 'result.json').read_text()) for seed in run['seeds']]
         results[label] = {'model': run, 'runs': runs}
     write_text(output / 'results.json', json.dumps(
-        {'recipe': recipe, 'overrides': overrides, 'results': results}, indent=2))
+        {'recipe': recipe, 'arguments': arguments, 'results': results}, indent=2))
     rows = _rows(results)
     text = table(rows[0], [row.values() for row in rows]) + '\n'
     write_text(output / 'table.md', text)
@@ -116,7 +116,7 @@ def _learning_curves(results: Results, output: Path) -> None:
 def budget_and_table(folder: Path) -> str:
     """What the page says about the output of benchmarks.compare in a folder."""
     results = json.loads((folder / 'results.json').read_text())
-    recipe = results['recipe']
+    recipe, (file, *others) = results['recipe'], results['arguments']
     most, fewest = (choose((run['seeds'] for run in recipe['runs'].values()), key=len) for choose in (max, min))
     seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
     if len(fewest) < len(most):
@@ -127,8 +127,8 @@ def budget_and_table(folder: Path) -> str:
         f"{recipe['steps']} steps of {recipe['batch_size']}, {recipe['opt']}, learning rate {recipe['lr']:g}, cosine, "
         f"{recipe['amp_dtype']} training; {seeds}. Images of {recipe['image_size']} px. "
         f"{f'Trained on {devices}. ' if devices else ''}"
-        f'`python -m benchmarks.compare examples/{folder.name}.yaml --data-dir DATA '
-        f"{shlex.join(['--output', f'output/{folder.name}', *results['overrides']])}`",
+        f'`python -m benchmarks.compare {shlex.quote(file)} --data-dir DATA '
+        f"{shlex.join(['--output', f'output/{folder.name}', *others])}`",
         '',
         (folder / 'table.md').read_text().rstrip(),
         '',

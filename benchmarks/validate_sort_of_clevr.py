@@ -40,7 +40,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             raise ValueError(f"it takes images of {config['input_size']}, Sort-of-CLEVR has {IMAGE_SIZE} px")
         split.mean, split.std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
         accuracy, _ = evaluate(model, split.to(args.device), args.batch_size)
-    except (OSError, RuntimeError, TypeError, ValueError) as e:
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
         parser.error(f'{args.model} on {args.device}: {" ".join(str(e).split())}')
     print(f'{args.model}: {len(split.images)} images, {len(split)} questions')
     for kind in args.kinds:

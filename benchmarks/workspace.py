@@ -50,7 +50,7 @@ from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import update_memory
 
-PARTS = ('layer', 'models', 'latency', 'scaling', 'optimizer')
+PARTS = ('layer', 'models', 'latency', 'optimizer')
 CASES = ('training step', 'evaluation')
 OURS, NAIVE, PUBLISHED, MLP = 'timm_ait', 'naive', 'published', 'mlp'
 COMPILED = ', compiled'
@@ -61,13 +61,6 @@ MIB = 2 ** 20
 LAYER = dict(dim=768, num_slots=32, slot_dim=32, workspace_heads=8, bottleneck=512)
 # models of a part
 MODELS = {'models': ['ait_small'], 'latency': ['ait_small', 'ait_vit_tiny_patch16_224']}
-# name of a size: (tokens, or an argument of the layer; values of a sweep; and with --quick)
-SWEEPS = {
-    'T': ('tokens', [4096, 8192, 16384, 32768, 65536, 131072], [512, 1024, 2048]),
-    'k': ('bottleneck', [64, 128, 256, 512, 1024, 2048], [32, 64, 128]),
-    'M': ('num_slots', [8, 16, 32, 64, 128], [8, 16, 32]),
-    'A': ('workspace_heads', [1, 2, 4, 8, 16], [2, 4, 8]),
-}
 
 Step = Callable[[], object]
 
@@ -91,10 +84,9 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--warmup', type=int, default=2, help='rounds ahead of those that count')
     parser.add_argument('--batch-sizes', nargs='+', type=int, default=[128], help='images of the part models')
     parser.add_argument('--tokens', nargs='+', type=int, default=[8192],
-                        help=f'tokens T, multiples of {TOKENS_PER_IMAGE}; scaling takes the first')
+                        help=f'tokens T of the part layer, multiples of {TOKENS_PER_IMAGE}')
     parser.add_argument('--layer-kwargs', nargs='+', action=ParseKwargs, default={}, metavar='NAME=VALUE',
                         help=f'other arguments of the layer than {LAYER}')
-    parser.add_argument('--sweep', nargs='+', choices=SWEEPS, default=list(SWEEPS), help='sizes that scaling varies')
     parser.add_argument('--quick', action='store_true', help='small sizes and 2 rounds, whatever else is given')
     args = parser.parse_args(args)
     args.layer_kwargs = {**LAYER, **args.layer_kwargs}
@@ -109,10 +101,6 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     elif PUBLISHED in args.contenders and args.published is None:
         parser.error('--contenders published needs --published CHECKOUT')
     return args
-
-
-def changed(args: argparse.Namespace, **changes) -> argparse.Namespace:
-    return argparse.Namespace(**{**vars(args), **changes})
 
 
 # Measuring
@@ -304,15 +292,13 @@ def measure(args: argparse.Namespace, size: str, dtype: str, modules: Dict[str, 
         print_rows(args, [case, size, dtype], {name: partial(step, module, x) for name, module in modules.items()})
 
 
-def measure_layers(args: argparse.Namespace, size: str, tokens: int, **kwargs) -> None:
-    """Layers of these sizes, else of those that the command has."""
-    kwargs = {**args.layer_kwargs, **kwargs}
-    kwargs['bottleneck'] = min(kwargs['bottleneck'], tokens)
+def measure_layers(args: argparse.Namespace, tokens: int) -> None:
+    kwargs = {**args.layer_kwargs, 'bottleneck': min(args.layer_kwargs['bottleneck'], tokens)}
     shape = (tokens // TOKENS_PER_IMAGE, TOKENS_PER_IMAGE, kwargs['dim'])
     for dtype in args.dtype:
         layers = create_layers(args, dtype, **kwargs)
         x = torch.randn(shape, device=args.device, dtype=getattr(torch, dtype)).requires_grad_()
-        measure(args, size, dtype, layers, x)
+        measure(args, f'T {tokens:,}', dtype, layers, x)
 
 
 def measure_models(args: argparse.Namespace, names: Sequence[str]) -> None:
@@ -325,16 +311,6 @@ def measure_models(args: argparse.Namespace, names: Sequence[str]) -> None:
         }
         images = torch.randn(batch_size, *models[name].pretrained_cfg['input_size'], device=args.device)
         measure(args, f'batch {batch_size:,}', dtype, models, images)
-
-
-def measure_scaling(args: argparse.Namespace) -> None:
-    args = changed(args, contenders=[name for name in args.contenders if name != MLP])
-    for size in args.sweep:
-        argument, values, quick_values = SWEEPS[size]
-        for value in quick_values if args.quick else values:
-            if argument == 'bottleneck' and value > args.tokens[0]:
-                break
-            measure_layers(args, f'{size} {value:,}', **{'tokens': args.tokens[0], argument: value})
 
 
 def measure_optimizer() -> None:
@@ -375,13 +351,12 @@ def main(argv: Optional[List[str]] = None) -> None:
         print_row(*['---'] * 4, *['--:'] * 4, '---')
         if part == 'layer':
             for tokens in args.tokens:
-                measure_layers(args, f'T {tokens:,}', tokens)
+                measure_layers(args, tokens)
         elif part == 'models':
             measure_models(args, args.models or MODELS[part])
-        elif part == 'latency':
-            measure_models(changed(args, case=['evaluation'], batch_sizes=[1]), args.models or MODELS[part])
         else:
-            measure_scaling(args)
+            alone = argparse.Namespace(**{**vars(args), 'case': ['evaluation'], 'batch_sizes': [1]})
+            measure_models(alone, args.models or MODELS[part])
 
 
 if __name__ == '__main__':

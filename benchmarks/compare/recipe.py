@@ -116,6 +116,12 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f'{path}: {e}') from e
     if recipe['dataset'] == 'sort_of_clevr' and (recipe['image_size'], recipe['in_chans']) != (IMAGE_SIZE, 3):
         raise ValueError(f'{path}: image_size must be {IMAGE_SIZE} and in_chans 3, those of sort_of_clevr')
+    moves = [key for key in ('hflip', 'vflip', 'transpose', 'crop_padding', 'place') if recipe[key]]
+    if recipe['dataset'] == 'sort_of_clevr' and moves:
+        raise ValueError(f'{path}: {moves} would change the answers to the questions of sort_of_clevr')
+    for key in ('mean', 'std'):
+        if len(recipe[key]) not in (1, recipe['in_chans']):
+            raise ValueError(f"{path}: {key} must be one number, or one for each of {recipe['in_chans']} channels")
     for label, run in runs.items():
         if not isinstance(label, str) or label != Path(label).name or label == '..':
             raise ValueError(f'{path}: run {label!r} names a folder of the output; it must be text without a slash')

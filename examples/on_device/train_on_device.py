@@ -164,7 +164,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
             parser.error(f'--{name.replace("_", "-")} must be above 0, got {getattr(args, name)}.')
     if args.seconds is None and args.epochs is None:
         parser.error('a budget is missing: give --seconds, --epochs, or both.')
-    for name in ('kd_model_name', 'kd_model_file'):
+    for name in ('device_modules', 'kd_model_name', 'kd_model_file'):
         if isinstance(getattr(args, name), str):  # in the config
             setattr(args, name, [getattr(args, name)])
     others = [name for name in args.kd_model_name if name != 'ema']
@@ -581,13 +581,12 @@ class Trainer:
                 if self.step_count % CLOCK_STEPS == 0:
                     self.keep_pace()
                 progress = self.schedule.progress(self.step_count)
-                if progress >= 1:
-                    if self.step_count > self.reported[0]:
-                        self.report(progress)
-                    return
                 if progress >= next_eval:
                     self.report(progress)
+                    progress = self.schedule.progress(self.step_count)  # an evaluation takes time
                     next_eval = following(progress)
+                if progress >= 1:
+                    return
                 self.set_progress(progress)
                 # every second epoch sees the mirror image of what the one before saw
                 self.step(indices, flips[indices] ^ (epoch % 2 == 1))

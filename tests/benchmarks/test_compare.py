@@ -283,6 +283,7 @@ class TestBadInput:
         (dict(opt_kwargs={'betaz': 3}), ["'AiT'", 'betaz']), (dict(runs={'../x': {'model': 'ait_small'}}), ["'../x'"]),
         (dict(runs={'x': {'model': 'ait_small', 'bottlenek': 3}}), ["'x'", 'bottlenek']),
         (dict(dataset='sort_of_clevr'), ['image_size', '75']), (dict(batch_size=25), ['batch_size', '25', '24']),
+        (dict(dataset='sort_of_clevr', image_size=75), ['hflip']), (dict(mean=[0.5, 0.4]), ['mean', '3 channels']),
     ], ids=str)
     def test_recipe(self, capsys, images, output, change, names):
         assert_refused(capsys, images, output, names, recipe_of(**change))
@@ -309,7 +310,7 @@ def test_results_go_into_their_part_of_the_page(one_run, tmp_path):
         results_main([str(tmp_path / 'mine'), '--page', str(page)])
         text = page.read_text()
         assert text.startswith('# Before\n<!-- begin generated: mine -->\n4 steps of 8')
-        assert ' Trained on cpu. ' in text
+        assert ' Trained on cpu. ' in text and '/recipe.yaml --data-dir DATA --output output/mine`' in text
         assert text.endswith('<!-- end generated: mine -->\nafter\n')
         assert text.count((tmp_path / 'mine' / 'table.md').read_text()) == 1 and 'old' not in text
         for figure in re.findall(r'\((figures/.*?)\)', text):

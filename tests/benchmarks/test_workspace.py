@@ -26,11 +26,6 @@ def test_layers_are_timed_beside_each_other(rows):
     assert [row[5] for row in found if row[3] == 'timm_ait'] == ['1.000', '1.000']
 
 
-def test_scaling_varies_one_size(rows):
-    found = rows('--part', 'scaling', '--sweep', 'k', '--case', 'evaluation', '--contenders', 'timm_ait')
-    assert [row[1] for row in found] == ['k 32', 'k 64', 'k 128']
-
-
 def test_naive_layer_computes_what_ours_does():
     kwargs = dict(num_slots=4, slot_dim=8, workspace_heads=2, bottleneck=16)
     ours, naive = GlobalWorkspace(24, **kwargs), NaiveWorkspace(24, **kwargs)
