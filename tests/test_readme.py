@@ -144,9 +144,13 @@ def markdown_files() -> List[Path]:
     return [*cards, *pages, *sorted((ROOT / 'docs').glob('*.md')), *sorted((ROOT / 'benchmarks').glob('*.md'))]
 
 
+def recipes() -> List[Path]:
+    return sorted([*(ROOT / 'examples').rglob('*.yaml'), *(ROOT / 'weights').glob('*/train.yaml')])
+
+
 def all_snippets() -> List[Snippet]:
     snippets = []
-    for file in sorted((ROOT / 'examples').rglob('*.yaml')):
+    for file in recipes():
         snippets += snippets_of_recipe(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
     for file in markdown_files():
         snippets += snippets_of_markdown(file.relative_to(ROOT).as_posix(), file.read_text(encoding='utf-8'))
@@ -433,8 +437,7 @@ def test_options_in_prose(snippet, workplace, monkeypatch, capfd):
 
 def test_every_document_has_something_to_run():
     documents = {snippet.document for snippet in all_snippets()}
-    files = [*(ROOT / 'examples').rglob('*.yaml'), *markdown_files()]
-    assert documents == {file.relative_to(ROOT).as_posix() for file in files}
+    assert documents == {file.relative_to(ROOT).as_posix() for file in [*recipes(), *markdown_files()]}
 
 
 @pytest.mark.parametrize('file', [*markdown_files(), ROOT / 'CHANGELOG.md'], ids=lambda file: file.parent.name)
