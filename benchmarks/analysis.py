@@ -321,7 +321,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         parser.error(f'{args.runs} must hold outputs of benchmarks.compare, and --images a folder for each, got '
                      f'{[output.name for output in outputs]} without images of {missing}')
     for output in outputs:
-        if len(json.loads((output / 'results.json').read_text())['recipe']['runs']['default']['seeds']) < 2:
+        runs = json.loads((output / 'results.json').read_text())['recipe']['runs']
+        if len(runs.get('default', {}).get('seeds', ())) < 2:
             parser.error(f'{output}: the run "default" needs two seeds, whose slots are compared')
     matplotlib.rcParams['svg.hashsalt'] = 'timm_ait'
     runs, agreements = {}, []

@@ -39,9 +39,10 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     data_dir = Path(args.data_dir)
     paths = [data_dir / name for name in sorted(glob('**/*', root_dir=data_dir, recursive=True))]  # also behind links
+    is_inside = data_dir.resolve() in args.output.resolve().parents  # of a run before this one
     files = [
         (path.relative_to(data_dir).as_posix(), path.stat().st_size)
-        for path in paths if path.is_file() and args.output.resolve() not in path.resolve().parents]
+        for path in paths if path.is_file() and not (is_inside and args.output.resolve() in path.resolve().parents)]
     if not files:
         parser.error(f'--data-dir: {data_dir} is no folder, or has no files')
     recipe['data'] = hashlib.sha256(repr(files).encode()).hexdigest()[:12]
@@ -81,7 +82,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             train_run(recipe, recipe['runs'][label], seed, folder, train, test, args.compile)
     for label in {label for (label, _), folder in folders.items() if not (folder / 'result.json').is_file()}:
         del recipe['runs'][label]
-    runs = ['--runs', *args.runs] if args.runs else []
+    runs = ['--runs', *recipe['runs']] if recipe['runs'].keys() < {label for label, _ in folders} else []
     report(recipe, args.output, [str(args.recipe), *runs, *overrides])
 
 

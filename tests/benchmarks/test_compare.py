@@ -137,6 +137,15 @@ def test_runs_that_are_not_chosen_stay_in_the_results(images, one_run, output):
     assert list(compare(recipe_of(seeds=[0], amp_dtype='float32'), images, output, '--runs', 'ViT')) == ['AiT', 'ViT']
 
 
+def test_an_output_inside_of_the_data_is_gone_on_with(images, tmp_path):
+    shutil.copytree(images, tmp_path / 'data')
+    output, recipe = tmp_path / 'data' / 'out', recipe_of(seeds=[0], steps=1)
+    for label in ('AiT', 'ViT'):
+        compare(recipe, tmp_path / 'data', output, '--runs', label)
+        results = json.loads((output / 'results.json').read_text())
+        assert results['arguments'][1:] == (['--runs', 'AiT'] if label == 'AiT' else [])
+
+
 def test_finished_runs_are_kept(images, one_run, output):
     recipe, finished = one_run
     shutil.copytree(finished, output)

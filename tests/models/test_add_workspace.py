@@ -309,10 +309,15 @@ class TestArchitecture:
         loaded = timm.create_model('ait_from_timm', pretrained=True, **give(cfg), **self.kwargs)
         assert torch.equal(logits(loaded, images()), logits(model, images()))
 
-    def test_a_config_of_ones_own_holds_where_it_gives_a_default_too(self):
-        cfg = dict(state_dict=make_model().state_dict(), num_classes=5, mean=IMAGENET_DEFAULT_MEAN)
-        loaded = timm.create_model('ait_from_timm', pretrained=True, pretrained_cfg=cfg, **self.kwargs)
+    @pytest.mark.parametrize('pretrained', [True, False])
+    def test_a_config_of_ones_own_holds_where_it_gives_a_default_too(self, pretrained):
+        cfg = dict(mean=IMAGENET_DEFAULT_MEAN, num_classes=5)
+        if pretrained:
+            cfg['state_dict'] = make_model().state_dict()
+        loaded = timm.create_model('ait_from_timm', pretrained, pretrained_cfg=cfg, **self.kwargs)
         assert loaded.pretrained_cfg['mean'] == IMAGENET_DEFAULT_MEAN
+        assert loaded.pretrained_cfg['architecture'] == 'ait_from_timm'
+        assert timm.models.get_model_args(loaded)['model'] == 'test_vit'
 
     def test_a_tag_is_refused_since_it_belongs_to_the_body(self):
         with pytest.raises(RuntimeError, match='Invalid pretrained tag .augreg'):

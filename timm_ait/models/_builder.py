@@ -83,7 +83,7 @@ def reject_arguments(
         **supported: The value of each such argument.
 
     Raises:
-        TypeError: An argument is unknown.
+        TypeError: An argument is unknown, or given twice.
         ValueError: One of `supported` has another value.
     """
     positional = inspect.signature(VisionTransformer).bind_partial(*args).arguments

@@ -234,17 +234,19 @@ def ait_from_timm(
         features = create(**{**kwargs, 'device': 'meta'})
         kwargs = {'out_indices': features.feature_info.out_indices, 'feature_cls': type(features), **kwargs}
 
-    overlay, explicit = pretrained_cfg_overlay or {}, set()
+    overlay, given, sources = pretrained_cfg_overlay or {}, {}, {'file', 'state_dict', 'url', 'hf_hub_id'}
     if isinstance(pretrained_cfg, str):
         get_pretrained_cfg(f'ait_from_timm.{pretrained_cfg}')  # raises an error: tags belong to `model`
-    elif isinstance(pretrained_cfg, dict):
-        explicit = set() if 'architecture' in pretrained_cfg else pretrained_cfg.keys()  # timm's have all defaults
-        pretrained_cfg = PretrainedCfg(**pretrained_cfg)
-    given, sources = getattr(pretrained_cfg, '__dict__', {}), {'file', 'state_dict', 'url', 'hf_hub_id'}
+    elif pretrained_cfg is not None:
+        given = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
+        is_timms = given is not pretrained_cfg or given.get('tag') == 'untrained'  # it has all of timm's defaults
+        pretrained_cfg = PretrainedCfg(**given)
+        given = {
+            key: value for key, value in given.items()
+            if key != 'architecture' and not (is_timms and value == getattr(PretrainedCfg, key))}
     is_saved = given.get('source') in ('local-dir', 'hf-hub')
-    if not is_saved and any(map(given.get, sources)):
-        given = {k: value for k, value in given.items() if k in explicit or value != getattr(PretrainedCfg, k)}
-        overlay = {**given, 'architecture': 'ait_from_timm', **overlay}
+    if not is_saved and (given.get('tag') != 'untrained' or any(map(given.get, sources))):
+        overlay = {**given, **overlay}
     if not is_saved and not overlay.keys() & sources:
         build = partial(build, pretrained, pretrained_cfg_overlay=overlay, cache_dir=kwargs.get('cache_dir'))
         pretrained = False
