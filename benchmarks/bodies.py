@@ -80,6 +80,8 @@ class Transformer(nn.Module):
             question_dim: Length of a question, 0 for none.
         """
         super().__init__()
+        if dim % HEAD_DIM:
+            raise ValueError(f'dim must be a multiple of {HEAD_DIM}, got {dim}')
         self.pool = pool
         if convolution:
             self.patch_embed = PatchEmbed(img_size, patch_size, embed_dim=dim)

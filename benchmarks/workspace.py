@@ -1,11 +1,11 @@
 """ What the workspace costs: time and memory of the layer and of whole models, as Markdown tables.
 
     python benchmarks/workspace.py                                  # everything, at the paper's sizes
-    python benchmarks/workspace.py --part layer --published CHECKOUT --hopfield CHECKOUT
+    PYTHONPATH=CHECKOUT python benchmarks/workspace.py --part layer --published CHECKOUT
     python benchmarks/workspace.py --part models --device cuda --dtype float32 bfloat16 --batch-sizes 128 512 --compile
     python benchmarks/workspace.py --quick                          # small sizes, to see that it works
 
-The checkouts are of github.com/yuweisunn/associative-transformer and of github.com/ml-jku/hopfield-layers.
+The checkouts are of github.com/ml-jku/hopfield-layers and of github.com/yuweisunn/associative-transformer.
 
 All contenders run in one process and take turns, every other round in reverse order, so that whatever else the machine
 does affects them alike. A round times as many steps as fill --round-seconds. Times are medians over the rounds. A ratio
@@ -73,8 +73,6 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--contenders', nargs='+', choices=(OURS, NAIVE, PUBLISHED, MLP),
                         help='layers to measure, by default all, the published one where --published is given')
     parser.add_argument('--published', type=Path, metavar='CHECKOUT', help='of the published implementation')
-    parser.add_argument('--hopfield', type=Path, metavar='CHECKOUT',
-                        help='of the Hopfield layers that the published implementation needs, if not installed')
     parser.add_argument('--models', nargs='+', help=f'models of the parts models and latency, by default {MODELS}')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
@@ -339,8 +337,6 @@ def measure_optimizer() -> None:
 def main(argv: Optional[List[str]] = None) -> None:
     args = parse_args(argv)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler announces every start and stop
-    if args.hopfield:
-        sys.path.insert(0, str(args.hopfield))
     print_setting(args)
     for part in args.part:
         print(f'\n## {part}\n')

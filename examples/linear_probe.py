@@ -31,7 +31,7 @@ def extract_features(
         size: int,
         crops: int,
 ) -> Tuple[torch.Tensor, torch.Tensor, List[str]]:
-    """Features of the whole training images and of random crops of each.
+    """Features of the middle squares of the training images and of random crops of each.
 
     Returns:
         Features (N * (1 + crops), E), labels (N * (1 + crops),) and names of the classes.

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -128,8 +129,15 @@ class TestWriteAttention:
 def test_competition_of_slots_that_give_all_their_weight_to_one_of_four_tokens(selected, coverage, overlap):
     figures = analysis.competition(F.one_hot(torch.tensor([selected]), 4).float())
     assert (figures['coverage'], figures['overlap']) == (coverage, overlap)
-    assert figures['chance_overlap'] == pytest.approx(1 / 7)
+    assert figures['chance_overlap'] == pytest.approx(1 / 4)
     assert figures['effective_tokens'] == pytest.approx(1.)
+
+
+def test_overlap_by_chance_is_the_mean_over_all_selections():
+    selections = [set(kept) for kept in itertools.combinations(range(7), 5)]
+    overlaps = [len(a & b) / len(a | b) for a in selections for b in selections]
+    figures = analysis.competition(F.one_hot(torch.arange(5), 7).sum(0).expand(1, 2, 7) / 5)
+    assert figures['chance_overlap'] == pytest.approx(sum(overlaps) / len(overlaps))
 
 
 class TestFixedPoints:

@@ -145,13 +145,23 @@ def write_attention(
     return naive.attend(queries, keys, keys, bottleneck)[1]
 
 
+def _chance_overlap(num_kept: int, num_tokens: int) -> float:
+    """Mean Jaccard index of two random selections of tokens: how many they share is hypergeometric."""
+    k, n = torch.tensor([[num_kept], [num_tokens]], dtype=torch.float64)
+    shared = torch.arange(1, num_kept + 1, dtype=torch.float64)
+    choices = ((k, shared, 1), (n - k, k - shared, 1), (n, k, -1))
+    logs = [sign * ((a + 1).lgamma() - (b + 1).lgamma() - (a - b + 1).lgamma()) for a, b, sign in choices]
+    return float((sum(logs).exp() * shared / (2 * k - shared)).sum())
+
+
 def competition(attention: torch.Tensor) -> Dict[str, float]:
     """How tokens compete for slots and slots share tokens, by their write weights (..., A, M, T).
 
     Returns:
         'coverage': Share of tokens that at least one slot and head selected.
-        'overlap': Mean Jaccard index of the tokens that two slots of a head selected: 1 if all select the same.
-        'chance_overlap': What the overlap is if each slot selects as many tokens at random, k / (2 T - k).
+        'overlap': Mean Jaccard index of the tokens that two slots of a head selected: 1 if all select the same,
+            nan for a single slot.
+        'chance_overlap': What the overlap is if each slot selects as many tokens at random.
         'effective_tokens': Mean over slots and heads of exp(entropy of the weights), 1 to k.
     """
     selected = attention > 0
@@ -161,11 +171,10 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
     size = common.diagonal(dim1=-2, dim2=-1)
     jaccard = common / (size.unsqueeze(-1) + size.unsqueeze(-2) - common).clamp_min(1.)
     others = ~torch.eye(num_slots, dtype=torch.bool, device=attention.device)
-    kept = float(size.mean())
     return {
         'coverage': float(selected.flatten(-3, -2).any(dim=-2).double().mean()),
         'overlap': float(jaccard[..., others].mean()),
-        'chance_overlap': kept / (2 * num_tokens - kept),
+        'chance_overlap': _chance_overlap(round(float(size.mean())), num_tokens),
         'effective_tokens': float(torch.special.entr(attention).sum(dim=-1).exp().mean()),
     }
 

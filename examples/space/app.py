@@ -5,7 +5,6 @@ memory and never written to disk.
 """
 import argparse
 import base64
-import contextlib
 import html
 import io
 import os
@@ -51,7 +50,6 @@ FIRST_SCENE = 9_800  # those before it are in the training images
 
 _PAPER = 'https://arxiv.org/abs/2309.12862'
 _PANEL, _NUM_PANELS, _NUM_READ = 320, 5, 3
-_ORIENTATION = 0x0112  # EXIF tag
 
 # of the kinds that the model was trained for
 QUESTIONS = {
@@ -107,14 +105,11 @@ def read_photograph(data: bytes) -> Tuple[Image.Image, str]:
                          'has to be saved as JPEG first.') from None
     except Exception as e:  # Pillow raises nearly anything on damaged files
         raise ValueError(f'This picture cannot be read: {str(e)[:200] or type(e).__name__}.') from e
-    notes = []
-    with contextlib.suppress(Exception):  # damaged EXIF data say nothing about the orientation
-        if Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION) in range(2, 9):
-            notes.append('Turned upright, as the file says.')
+    note = ''
     if picture.getextrema()[3][0] < 255:
-        notes.append('Its transparent parts are seen as white.')
+        note = 'Its transparent parts are seen as white.'
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
-    return picture.convert('RGB'), ' '.join(notes)
+    return picture.convert('RGB'), note
 
 
 class Pets:
@@ -192,7 +187,7 @@ def look_html(look: Look) -> str:
         for breed, probability in look.breeds.items())
     note = f'<p>{look.note}</p>' if look.note else ''
     picture = f'<img src="{_data_url(look.picture)}" alt="what the model sees">'
-    return f'<div class="look">{picture}<ol>{bars}</ol></div>{note}'
+    return f'<div class="look" role="status">{picture}<ol>{bars}</ol></div>{note}'
 
 
 def slots_to_choose(layer: LayerMaps) -> List[int]:
@@ -301,6 +296,7 @@ const send = (file) => {
   }
   const reader = new FileReader();
   reader.onload = () => trigger('upload', {data: reader.result.split(',')[1] || ''});
+  reader.onerror = () => trigger('upload', {data: ''});  // a folder
   reader.readAsDataURL(file);
 };
 element.addEventListener('change', (event) => {

@@ -98,6 +98,11 @@ class TestTokenGrid:
     def test_is_in_proportion_to_the_image(self, num_tokens, num_prefix, size, grid):
         assert token_grid(num_tokens, num_prefix, *size) == grid
 
+    def test_is_in_proportion_to_the_patches(self):
+        assert token_grid(64, 0, 64, 64, aspect=4.) == (16, 4)
+        model = timm.create_model('test_ait', img_size=64, patch_size=(4, 16))
+        assert layer_maps(model, torch.randn(1, 3, 64, 64), 0.1)[0].read.shape == (8, 16, 4)
+
     @pytest.mark.parametrize('num_tokens, num_prefix', [(7, 0), (65, 0), (1, 1)])
     def test_does_not_exist(self, num_tokens, num_prefix):
         with pytest.raises(ValueError, match=f'^{num_tokens} tokens'):

@@ -13,6 +13,7 @@ from PIL import Image, ImageColor, ImageOps
 from tqdm import tqdm
 
 from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
 
 from timm_ait.analysis import analyse, collect_tokens, read_weights, workspaces, write_attention
 from timm_ait.ops.workspace import num_kept
@@ -38,10 +39,10 @@ class LayerMaps(NamedTuple):
     figures: Dict[str, float]  # those of `analyse`
 
 
-def token_grid(num_tokens: int, num_prefix_tokens: int, height: int, width: int) -> Tuple[int, int]:
-    """Height and width of the grid of patches, in proportion to the image's; a ValueError if there is no such grid."""
+def token_grid(num_tokens: int, num_prefix_tokens: int, height: int, width: int, aspect: float = 1.) -> Tuple[int, int]:
+    """Height and width of a grid of patches `aspect` times as wide as high; a ValueError if there is no such grid."""
     num_patches = num_tokens - num_prefix_tokens
-    rows = max(1, round(math.sqrt(max(0, num_patches) * height / width)))
+    rows = max(1, round(math.sqrt(max(0, num_patches) * height / width * aspect)))
     if num_patches < 1 or num_patches % rows:
         raise ValueError(f'{num_tokens} tokens are not a grid of patches of an image of {height} x {width} pixels')
     return rows, num_patches // rows
@@ -58,9 +59,10 @@ def layer_maps(model: nn.Module, image: torch.Tensor, bottleneck: float) -> List
     result, found = [], workspaces(model)
     figures = analyse(model, [image], bottleneck)
     num_prefix = getattr(model, 'num_prefix_tokens', 0)
+    patch_height, patch_width = to_2tuple(getattr(getattr(model, 'patch_embed', None), 'patch_size', 1))
     for name, tokens in collect_tokens(model, image).items():
         workspace = found[name]
-        grid = token_grid(tokens.shape[1], num_prefix, *image.shape[-2:])
+        grid = token_grid(tokens.shape[1], num_prefix, *image.shape[-2:], patch_width / patch_height)
         selected = read = None
         if workspace.writes:
             attention = write_attention(workspace, tokens, bottleneck)[..., num_prefix:]
@@ -152,7 +154,7 @@ def describe(layer: LayerMaps) -> List[Tuple[str, str]]:
             ('overlap of two slots', f'{figures["overlap"]:.0%}'),
             ('… by chance', f'{figures["chance_overlap"]:.0%}'),
         ]
-    return rows
+    return [row for row in rows if 'nan' not in row[1]]
 
 
 def draw_sheet(picture: Image.Image, title: Sequence[str], layers: Sequence[LayerMaps], num_slots: int) -> Image.Image:

@@ -273,14 +273,8 @@ def ait_small_patch15_75(pretrained: bool = False, **kwargs) -> AssociativeTrans
 def ait_tiny_hybrid_75(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT for questions with a convolutional stem of stride 16, 4 blocks, 128 wide, 75 px. """
     stem = ConvStem(
-        in_chans=kwargs.get('in_chans', 3),
-        depth=4,
-        channels=(16, 32, 64, 128),
-        stride=(2, 2, 2, 2),
-        act_layer=nn.ReLU,
-        device=kwargs.get('device'),
-        dtype=kwargs.get('dtype'),
-    )
+        kwargs.get('in_chans', 3), depth=4, channels=(16, 32, 64, 128), stride=(2, 2, 2, 2), act_layer=nn.ReLU,
+        device=kwargs.get('device'), dtype=kwargs.get('dtype'))
     embed_layer = partial(HybridEmbed, backbone=stem, proj=False)
     model_args = dict(_SORT_OF_CLEVR, embed_layer=embed_layer, patch_size=1, embed_dim=128, depth=4, num_heads=4)
     return _create_ait('ait_tiny_hybrid_75', pretrained=pretrained, **dict(model_args, **kwargs))
@@ -290,6 +284,5 @@ def ait_tiny_hybrid_75(pretrained: bool = False, **kwargs) -> AssociativeTransfo
 def test_ait(pretrained: bool = False, **kwargs) -> AssociativeTransformer:
     """ AiT for unit tests. """
     model_args = dict(
-        CIFAR_ARGS, embed_dim=64, depth=3, num_heads=2,
-        num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
+        CIFAR_ARGS, embed_dim=64, depth=3, num_heads=2, num_slots=8, slot_dim=16, workspace_heads=4, bottleneck=16)
     return _create_ait('test_ait', pretrained=pretrained, **dict(model_args, **kwargs))

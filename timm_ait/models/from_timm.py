@@ -259,11 +259,7 @@ def ait_from_timm(
             get_pretrained_cfg(model) or PretrainedCfg(),
             architecture='ait_from_timm', url=None, file=None, hf_hub_id=None, custom_load=False)
     built = build_model_with_cfg(
-        build,
-        'ait_from_timm',
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
+        build, 'ait_from_timm', pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=check_weights(checkpoint_filter_fn),
         feature_cfg=dict(flatten_sequential='hook' not in str(kwargs.get('feature_cls')).lower()),
         **kwargs,
