@@ -50,6 +50,7 @@ FIRST_SCENE = 9_800  # those before it are in the training images
 
 _PAPER = 'https://arxiv.org/abs/2309.12862'
 _PANEL, _NUM_PANELS, _NUM_READ = 320, 5, 3
+_EXPIRED = '<p role="alert">There is no picture. If you had one, the page was left for too long: reload it.</p>'
 
 # of the kinds that the model was trained for
 QUESTIONS = {
@@ -346,14 +347,14 @@ def page():
 
     def turn_to_layer(look: Optional[Look], layer: int):
         if look is None:
-            return gr.skip(), gr.skip()
+            return gr.skip(), _EXPIRED
         return gr.update(**choices(look, layer)), layer_html(look, layer)
 
     def light_up(look: Optional[Look], layer: int, slot: int):
-        return gr.skip() if look is None else layer_html(look, layer, None if slot < 0 else slot)
+        return _EXPIRED if look is None else layer_html(look, layer, None if slot < 0 else slot)
 
-    def ask(scene: int, colour: str, question: str):
-        return answer_html(*shapes.ask(scene, colour, question))
+    def ask(scene: Optional[int], colour: str, question: str):
+        return _EXPIRED if scene is None else answer_html(*shapes.ask(scene, colour, question))
 
     def new_scene(colour: str, question: str):
         scene = random.randrange(FIRST_SCENE, 2 ** 31)
@@ -363,7 +364,7 @@ def page():
         gr.Markdown('# Associative Transformer\nA vision transformer whose patches write into and read from a small '
                     'shared memory, the global workspace.')
         with gr.Tab('Cats and dogs'):
-            look = gr.State(first)
+            look = gr.State()  # until the page has loaded, and again when gradio has forgotten the visitor
             with gr.Row():
                 with gr.Column(min_width=240):
                     photograph = gr.HTML(samples_html(), html_template=_DROP, js_on_load=_DROP_SCRIPT)
@@ -377,7 +378,7 @@ def page():
             maps = gr.HTML(layer_html(first, middle), elem_classes='figures')
             gr.HTML(pets.credit, elem_classes='credit')
         with gr.Tab('Questions about shapes'):
-            scene = gr.State(FIRST_SCENE)
+            scene = gr.State()
             with gr.Row():
                 with gr.Column(min_width=240):
                     picture = gr.HTML(shapes_html(shapes.picture(FIRST_SCENE)))
@@ -388,6 +389,7 @@ def page():
                     answer = gr.HTML(ask(FIRST_SCENE, 'red', question_asked))
             gr.HTML(shapes.credit, elem_classes='credit')
 
+        blocks.load(lambda: (first, FIRST_SCENE), None, [look, scene], api_visibility='private')
         photograph.upload(
             upload, layer, [look, breeds, slot, maps], trigger_mode='always_last', show_progress_on=breeds,
             api_visibility='private')

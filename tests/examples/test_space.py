@@ -192,6 +192,9 @@ class TestServer:
             assert breeds == app.look_html(look)
             assert maps == app.layer_html(look, 3)
 
+    def test_a_visitor_whom_the_page_has_forgotten_is_told(self, server):
+        assert 'reload' in Visitor(server).trigger('input', [None, 3], elem_id='layer')[1]
+
     def test_nothing_of_an_upload_is_on_disk(self, server):
         visitor = Visitor(server)
         before = server.files()
