@@ -39,7 +39,7 @@ def main(argv: Optional[List[str]] = None) -> None:
 
     data_dir = Path(args.data_dir)
     paths = [data_dir / name for name in sorted(glob('**/*', root_dir=data_dir, recursive=True))]  # also behind links
-    is_inside = data_dir.resolve() in args.output.resolve().parents  # of a run before this one
+    is_inside = data_dir.resolve() in args.output.resolve().parents  # what it holds is not data
     files = [
         (path.relative_to(data_dir).as_posix(), path.stat().st_size)
         for path in paths if path.is_file() and not (is_inside and args.output.resolve() in path.resolve().parents)]

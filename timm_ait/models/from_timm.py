@@ -236,7 +236,7 @@ def ait_from_timm(
 
     overlay, given, sources = pretrained_cfg_overlay or {}, {}, {'file', 'state_dict', 'url', 'hf_hub_id'}
     if isinstance(pretrained_cfg, str):
-        get_pretrained_cfg(f'ait_from_timm.{pretrained_cfg}')  # raises an error: tags belong to `model`
+        get_pretrained_cfg(f'ait_from_timm.{pretrained_cfg}')  # raises an error for a tag, which belongs to `model`
     elif pretrained_cfg is not None:
         given = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
         is_timms = given is not pretrained_cfg or given.get('tag') == 'untrained'  # it has all of timm's defaults
