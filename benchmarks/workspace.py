@@ -1,11 +1,11 @@
 """ What the workspace costs: time and memory of the layer and of whole models, as Markdown tables.
 
     python benchmarks/workspace.py                                  # everything, at the paper's sizes
-    PYTHONPATH=CHECKOUT python benchmarks/workspace.py --part layer --published CHECKOUT
+    PYTHONPATH=HOPFIELD python benchmarks/workspace.py --part layer --published CHECKOUT
     python benchmarks/workspace.py --part models --device cuda --dtype float32 bfloat16 --batch-sizes 128 512 --compile
     python benchmarks/workspace.py --quick                          # small sizes, to see that it works
 
-The checkouts are of github.com/ml-jku/hopfield-layers and of github.com/yuweisunn/associative-transformer.
+HOPFIELD and CHECKOUT are of github.com/ml-jku/hopfield-layers and of github.com/yuweisunn/associative-transformer.
 
 All contenders run in one process and take turns, every other round in reverse order, so that whatever else the machine
 does affects them alike. A round times as many steps as fill --round-seconds. Times are medians over the rounds. A ratio

@@ -68,7 +68,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         except (OSError, ValueError) as e:
             parser.error(f'--data-dir: {e}')
         if train.class_names != test.class_names:
-            parser.error(f'--data-dir: train and validation of {args.data_dir} have not the same classes')
+            parser.error(f'--data-dir: train and validation of {args.data_dir} differ in their classes')
         if len(train) < recipe['batch_size']:
             parser.error(f"batch_size: {recipe['batch_size']} is more than the {len(train)} items to train on")
         for label in dict.fromkeys(label for label, _ in todo):

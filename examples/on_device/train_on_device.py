@@ -149,7 +149,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
         defaults = yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}
         unknown = set(defaults) - set(vars(parser.parse_args([])))
         if unknown:
-            parser.error(f'{file} has options that there are not: {", ".join(sorted(unknown))}.')
+            parser.error(f'{file} has unknown options: {", ".join(sorted(unknown))}.')
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     for action in parser._actions:  # argparse checks the choices of the command line alone
@@ -188,7 +188,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     if args.resume and not has_checkpoint:
         parser.error(f'--resume: there is no last.pth.tar in {args.output}.')
     if has_checkpoint and not args.resume:
-        parser.error(f'--output {args.output} holds a run: go on with it by --resume, or take another folder.')
+        parser.error(f'--output {args.output} holds a run: continue it with --resume, or use another folder.')
     if args.resume:
         before = yaml.safe_load((Path(args.output) / 'args.yaml').read_text())
         for name in _FIXED:

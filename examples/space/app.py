@@ -50,7 +50,7 @@ FIRST_SCENE = 9_800  # those before it are in the training images
 
 _PAPER = 'https://arxiv.org/abs/2309.12862'
 _PANEL, _NUM_PANELS, _NUM_READ = 320, 5, 3
-_EXPIRED = '<p role="alert">There is no picture. If you had one, the page was left for too long: reload it.</p>'
+_EXPIRED = '<p role="alert">There is no picture. If there was one, your session expired: reload the page.</p>'
 
 # of the kinds that the model was trained for
 QUESTIONS = {

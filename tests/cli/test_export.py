@@ -58,7 +58,7 @@ class TestWeights:
 
     def test_an_onnx_file_is_not_left_beside_other_weights(self, tmp_path):
         (tmp_path / 'model.onnx').touch()
-        with pytest.raises(ValueError, match='model.onnx would no longer be of the weights'):
+        with pytest.raises(ValueError, match='model.onnx would no longer match the new weights'):
             export(timm.create_model('test_ait'), tmp_path)
         assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
 

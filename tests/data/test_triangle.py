@@ -28,7 +28,7 @@ class TestTriangle:
             assert CLASSES[label] == ('equilateral' if difference < 0.09 else 'other'), (difference, label)
 
     def test_a_split_without_a_class_which_timm_would_miss_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match='--validation: none of so few is equilateral'):
+        with pytest.raises(ValueError, match='--validation: too few, timm would miss the class equilateral'):
             write_triangle(tmp_path, 0, 8, 1)
 
     def test_a_sample_depends_on_seed_and_index_alone(self):

@@ -276,7 +276,7 @@ def test_a_run_is_replaced_by_none_that_does_not_go_on_with_it(train, tmp_path, 
     before = {name: (tmp_path / 'run' / name).read_bytes() for name in ('last.pth.tar', 'model.safetensors')}
     with pytest.raises(SystemExit):
         train('--epochs', '2')
-    assert 'go on with it by --resume' in capsys.readouterr().err
+    assert 'continue it with --resume' in capsys.readouterr().err
     for options, message in (
             (['--model-kwargs', 'depth=2'], 'has model_kwargs {}, got'),
             (['--weight-decay', '0.3'], 'has weight_decay 0.05, got 0.3'),

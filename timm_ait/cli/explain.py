@@ -219,7 +219,7 @@ def add_parser(commands) -> None:
 def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
     if args.out.resolve() in {folder for file in files for folder in (file.resolve().parent, file.parent.resolve())}:
-        raise ValueError(f'--out {args.out} holds some of the images, which sheets could replace: take another')
+        raise ValueError(f'--out {args.out} holds some images, which sheets could overwrite: choose another')
     model = load_model(args.model, args.device)
     workspaces(model)  # raises an error if it has none
     classify = image_classifier(model)

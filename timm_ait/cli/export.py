@@ -56,7 +56,7 @@ def export(
             folder holds an ONNX file of other weights. Nothing is written.
     """
     if not onnx and (folder / 'model.onnx').exists():
-        raise ValueError('its model.onnx would no longer be of the weights beside it: write both (--onnx), or move it')
+        raise ValueError('its model.onnx would no longer match the new weights: write both (--onnx), or move it')
     for _, workspace in named_workspaces(model):  # averaged weights hold an averaged memory
         workspace.memory.copy_(workspace.stored_memory())
     model = model.to(dtype)
@@ -217,7 +217,7 @@ def _training_args(file: Path) -> Dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(file, map_location='meta', weights_only=True)
     except (EOFError, LookupError, pickle.UnpicklingError) as e:  # text is read as a pickle, too
-        raise ValueError('it is no checkpoint, or one that holds more than weights and could run code') from e
+        raise ValueError('it is not a checkpoint, or it holds more than weights and could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
 
@@ -228,7 +228,7 @@ def _load_pretrained(args: argparse.Namespace) -> nn.Module:
              'model-kwargs num_classes': (args.model_kwargs or {}).get('num_classes')}
     for option, value in given.items():
         if value is not None:
-            raise ValueError(f'--{option} is for checkpoints of train.py, {args.checkpoint} is none')
+            raise ValueError(f'--{option} is for checkpoints of train.py, not {args.checkpoint}')
     is_folder = (args.checkpoint / 'config.json').is_file()
     problem = 'cannot be loaded' if is_folder else 'is no file, folder in Hub layout or pretrained model'
     with _blame(f'CHECKPOINT {args.checkpoint} {problem}'):

@@ -73,4 +73,4 @@ def write_triangle(folder: Path, seed: int, num_train: int, num_validation: int)
         for index, image, label in zip(indices, images, labels):
             Image.fromarray(image).save(folder / split / CLASSES[label] / f'{index:05d}.png')
     for empty in (path for path in folder.glob('*/*') if not any(path.iterdir())):
-        raise ValueError(f'--{empty.parent.name}: none of so few is {empty.name}, so timm would miss it: write more')
+        raise ValueError(f'--{empty.parent.name}: too few, timm would miss the class {empty.name}: write more')

@@ -198,7 +198,7 @@ class GlobalWorkspace(StepwiseMemory):
 
         Args:
             x: (..., E).
-            token_mask: Which tokens there are, (...), boolean; the others neither write nor count. All if None.
+            token_mask: Valid tokens, (...), boolean; the others neither write nor count. All if None.
 
         Returns:
             `LayerNorm(x) + retrieve(LayerNorm(x))`, or gated `x + gate * retrieve(LayerNorm(x))`: the shape and dtype

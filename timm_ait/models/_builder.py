@@ -73,7 +73,7 @@ def reject_arguments(
         also: Iterable[str] = (),
         **supported,
 ) -> Dict[str, Any]:
-    """Arguments of a model, by name, without those of which it supports a single value.
+    """Arguments of a model by name, without those that may only have one value.
 
     Args:
         model: The model under construction, whose classes have the arguments.

@@ -84,7 +84,7 @@ class AssociativeTransformer(VisionTransformer):
 
     timm's `VisionTransformer` with another MLP layer; keys of a plain ViT checkpoint match one to one.
 
-    Beside timm's values, `global_pool` may be 'flat', the published classifier: a norm and a linear layer over the
+    Besides timm's values, `global_pool` may be 'flat', the published classifier: a norm and a linear layer over the
     N * E features of all patch tokens, and with `pool_include_prefix` of class token and registers too. The norm is
     `fc_norm`, as in timm's pooled models; `fc_norm=False` normalises the tokens before they are flattened.
     """

@@ -109,7 +109,7 @@ class SharedWorkspace(Attending):
         check_at_least(1, num_heads=num_heads, slot_dim=slot_dim, slot_heads=slot_heads, bottleneck=bottleneck)
         if dim % num_heads or slot_dim % slot_heads:
             raise ValueError(
-                f'The token width {dim} must be a multiple of num_heads={num_heads}, and slot_dim={slot_dim} one of '
+                f'The token width {dim} must be a multiple of num_heads={num_heads}, and slot_dim={slot_dim} of '
                 f'slot_heads={slot_heads}.')
         dd = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads

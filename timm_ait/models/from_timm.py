@@ -74,8 +74,8 @@ def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None,
 
     While the gates are zero, as they start, the model computes exactly what it did before; fine-tuning opens them. Its
     state dict keeps its keys and gets new ones, `….mlp.workspace.*`. timm's training tasks add the balance loss; in
-    your own training loop, add `timm_ait.balance_loss(model)`. Its gradient reaches the whole body from the first step,
-    that of the criterion reaches a workspace once its gate has opened.
+    your own training loop, add `timm_ait.balance_loss(model)`. Its gradient reaches the whole body from the first step;
+    the criterion's passes a gate only once it is open.
 
     timm's `save_for_hf` and `push_to_hf_hub` write the result as architecture `ait_from_timm`, which `create_model`
     builds with its workspaces again.

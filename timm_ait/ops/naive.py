@@ -109,7 +109,7 @@ def write(
         tokens: Squashed tokens, (T, E).
         memory: Memory before the write, (M, D).
         bottleneck: As `num_kept`.
-        token_mask: Which tokens there are, (T,); the others neither write nor count.
+        token_mask: Valid tokens, (T,); the others neither write nor count.
 
     Returns:
         Candidate for `update_memory` (M, D), unweighted balance loss (scalar), and coverage (scalar): the share of
