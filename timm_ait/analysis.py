@@ -172,7 +172,7 @@ def competition(attention: torch.Tensor) -> Dict[str, float]:
     jaccard = common / (size.unsqueeze(-1) + size.unsqueeze(-2) - common).clamp_min(1.)
     others = ~torch.eye(num_slots, dtype=torch.bool, device=attention.device)
     return {
-        'coverage': float(selected.flatten(-3, -2).any(dim=-2).double().mean()),
+        'coverage': float(selected.flatten(-3, -2).any(dim=-2).float().mean()),
         'overlap': float(jaccard[..., others].mean()),
         'chance_overlap': _chance_overlap(round(float(size.mean())), num_tokens),
         'effective_tokens': float(torch.special.entr(attention).sum(dim=-1).exp().mean()),

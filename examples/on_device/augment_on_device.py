@@ -42,10 +42,10 @@ def crops(
             higher than the image.
         ratio: Range of its width to height, relative to the image's.
     """
-    sides = torch.tensor(shape[::-1], device=generator.device)
     if scale is None:
         shifts = torch.randint(-padding, padding + 1, (size, 2), generator=generator, device=generator.device)
-        return torch.ones(size, 2, device=generator.device), 2 * shifts / sides
+        shares = torch.stack([2 * shifts[:, 0] / shape[1], 2 * shifts[:, 1] / shape[0]], dim=1)
+        return torch.ones_like(shares), shares
     area = uniform(size, *scale, generator)
     aspect = uniform(size, *map(math.log, ratio), generator).exp()
     extent = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp(max=1.)
@@ -75,7 +75,7 @@ def recolour(images: torch.Tensor, prob: float, strength: float, generator: torc
     size = len(images)
     choice = chosen(size, 7, prob, generator).view(-1, 1, 1, 1)
     x = uniform(size, -1, 1, generator).view(-1, 1, 1, 1) * strength
-    gray = (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    gray = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
     # each is a distance from an image that lacks what is changed
     lacking = torch.where(choice == 0, 0., images)
     lacking = torch.where(choice == 1, gray.mean((2, 3), keepdim=True), lacking)

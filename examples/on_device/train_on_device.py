@@ -517,7 +517,7 @@ class Trainer:
                 F.log_softmax(logits / t, dim=-1), F.log_softmax(taught / t, dim=-1), reduction='batchmean',
                 log_target=True)
             loss = args.task_loss_weight * loss + (1 - args.task_loss_weight) * t ** 2 * distance
-        balance = timm_ait.balance_loss(self.model).to(loss.device)
+        balance = timm_ait.balance_loss(self.model)
         loss = loss + balance
         loss.backward()
         if args.clip_grad:

@@ -407,6 +407,9 @@ class TestBalanceLoss:
         layer.eval()
         assert balance_loss(layer) == 0.
 
+    def test_is_on_the_models_device_where_nothing_writes(self):
+        assert balance_loss(nn.Linear(2, 2, device='meta')).device.type == 'meta'
+
     def test_is_summed_where_the_first_workspace_is(self):
         layers = nn.Sequential(make_workspace(), make_workspace())
         for layer, device in zip(layers, ('meta', 'cpu')):

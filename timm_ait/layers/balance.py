@@ -49,8 +49,8 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
         for workspace, loss in alive:
             _release_after_backward(workspace, loss)
             workspace._balance_node = None  # asked for, so the next forward does not add it
-    parts = [loss.to(losses[0][1].device) for _, loss in alive or losses]
-    total = sum(parts, torch.zeros((), device=parts[0].device if parts else None))
+    device = losses[0][1].device if losses else next((parameter.device for parameter in model.parameters()), None)
+    total = sum([loss.to(device) for _, loss in alive or losses], torch.zeros((), device=device))
     is_weighted = any(workspace.balance_weight for workspace, _ in losses)
     if is_weighted and not alive and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         total = total.detach().requires_grad_()

@@ -224,7 +224,7 @@ class GlobalWorkspace(StepwiseMemory):
 
     def _read(self, x: torch.Tensor) -> torch.Tensor:
         if not self.retrieves:
-            return x if self.gated else self.norm(x)
+            return x if self.gated else self.norm(x).to(x.dtype)
         tokens = self.norm(x).to(x.dtype).reshape(-1, self.dim)
         attractors = self.attractors(F.normalize(self.memory, dim=-1).to(self.norm.weight.dtype))
         residual = x.reshape(-1, self.dim) if self.gated else None

@@ -54,7 +54,7 @@ def attend(
     """
     scores = queries @ keys.transpose(-2, -1) / queries.shape[-1] ** 0.5
     kept = scores.topk(num_kept(bottleneck, scores.shape[-1]), dim=-1)
-    attention = torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1))
+    attention = torch.zeros_like(scores).scatter(-1, kept.indices, kept.values.softmax(dim=-1).to(scores.dtype))
     return attention @ values, attention
 
 

@@ -83,8 +83,8 @@ def _balance(
         counts, num_covered = load.sum(dim=1), load.any(dim=0).sum().to(load.dtype)
         num_valid: Union[int, torch.Tensor] = num_tokens if token_mask is None else token_mask.sum()
         if ranks is not None:
-            sizes = torch.stack([num_covered, torch.as_tensor(num_valid).to(num_covered)])
-            counts, sizes = ranks.sum(torch.cat([counts, sizes])).split([len(counts), 2])
+            num_valid = torch.full_like(num_covered, num_tokens) if token_mask is None else num_valid.to(num_covered)
+            counts, sizes = ranks.sum(torch.cat([counts, num_covered[None], num_valid[None]])).split([len(counts), 2])
             num_covered, num_valid = sizes.unbind()
         num_present = max(num_valid, 1) if isinstance(num_valid, int) else num_valid.clamp_min(1)
         # the weights of a slot sum to one
