@@ -52,7 +52,6 @@ class Rule(NamedTuple):
 RULES = {
     r'python -m venv|\. \.venv/bin/activate|pip |python -m pip |ruff ': Rule(skip='what .ci/run does, with a network'),
     r'git clone |cd |cp ': Rule(skip='prepares a machine'),
-    r'hf auth ': Rule(skip='needs an account'),
     r'hf |python benchmarks/|python -m benchmarks\.(?!compare|validate)': Rule(run=False),  # an account, or minutes
     r'python ait\.py': Rule(skip='is in the published code'),
     r'python examples/space/app\.py': Rule(skip='serves until it is stopped; tests/examples/test_space.py starts it'),

@@ -45,14 +45,12 @@ class TestSymbolicTrace:
 
 @pytest.mark.parametrize(
     'extractor', [timm_feature_extractor, torchvision_feature_extractor], ids=['timm', 'torchvision'])
-class TestFeatureExtractors:
-
-    def test_give_the_features_of_the_model_in_either_mode(self, extractor):
-        model = make_ait()
-        extracted = last_block(extractor, model)
-        for training in (False, True, False):
-            model.train(training), extracted.train(training)
-            torch.testing.assert_close(extracted(images())['last'], features(model))
+def test_feature_extractors_give_the_features_of_the_model_in_either_mode(extractor):
+    model = make_ait()
+    extracted = last_block(extractor, model)
+    for training in (False, True, False):
+        model.train(training), extracted.train(training)
+        torch.testing.assert_close(extracted(images())['last'], features(model))
 
 
 def test_features_only_of_the_graph_are_those_of_the_hooks():

@@ -19,18 +19,16 @@ def assert_same_logits(path, model, *batches):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('dynamo', [pytest.param(True, marks=pytest.mark.slow), False], ids=['dynamo', 'torchscript'])
-class TestOnnx:
-
-    def test_any_batch_and_image_size(self, tmp_path, dynamo):
-        # the exporters lack the antialiased resampling of timm's position embedding
-        model = make_ait(dynamic_img_size=True, pos_embed='none')
-        other_memory(model)
-        expected, state = model(images()), {name: value.clone() for name, value in model.state_dict().items()}
-        path, how = tmp_path / 'model.onnx', dict(dynamic_axes={'images': SIZES})
-        if dynamo:
-            how = dict(dynamic_shapes=(dict.fromkeys(SIZES, Dim.DYNAMIC),))
-        torch.onnx.export(model, (images(),), str(path), dynamo=dynamo, input_names=['images'], verbose=False, **how)
-        assert_same_logits(path, model, images(1, 16), images(3, 24))
-        # and the model is as it was
-        assert not model.training and torch.equal(model(images()), expected)
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+def test_any_batch_and_image_size(tmp_path, dynamo):
+    # the exporters lack the antialiased resampling of timm's position embedding
+    model = make_ait(dynamic_img_size=True, pos_embed='none')
+    other_memory(model)
+    expected, state = model(images()), {name: value.clone() for name, value in model.state_dict().items()}
+    path, how = tmp_path / 'model.onnx', dict(dynamic_axes={'images': SIZES})
+    if dynamo:
+        how = dict(dynamic_shapes=(dict.fromkeys(SIZES, Dim.DYNAMIC),))
+    torch.onnx.export(model, (images(),), str(path), dynamo=dynamo, input_names=['images'], verbose=False, **how)
+    assert_same_logits(path, model, images(1, 16), images(3, 24))
+    # and the model is as it was
+    assert not model.training and torch.equal(model(images()), expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from tests.deployment import TOLERANCE, images, make_ait, other_memory
+from tests.deployment import images, make_ait, other_memory
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -21,14 +21,6 @@ def test_computes_the_same_for_any_batch(kwargs, how):
     compiled = COMPILE[how](model)
     for batch_size in (1, 3):
         torch.testing.assert_close(compiled(images(batch_size)), model(images(batch_size)))
-
-
-@HOW
-def test_freezing_and_optimising_for_inference_keep_the_logits(how):
-    model = make_ait()
-    frozen = torch.jit.optimize_for_inference(torch.jit.freeze(COMPILE[how](model)))
-    with torch.no_grad():
-        torch.testing.assert_close(frozen(images()), model(images()), **TOLERANCE)
 
 
 @pytest.mark.parametrize('scripted_in_training', [False, True])

@@ -63,17 +63,9 @@ def train(
 ) -> Dict[str, torch.Tensor]:
     """Two steps of SGD in float64, on the rank's share of the images, by one process where there is one rank.
 
-    Args:
-        rank: This rank.
-        num_ranks: Number of ranks.
-        make_model: Makes the model from the workspace's arguments.
-        batch_size: Images of all ranks; where it does not divide, the last ranks get one less.
-        num_batches: Batches per step, whose gradients are accumulated.
-        black: Make some patches black.
-        checkpointing: Checkpoint gradients.
-        fsdp: Shard the parameters of several ranks, instead of DDP.
-        bucket_cap_mb: Of DDP, whose collectives of many buckets run between those of the workspaces.
-        **workspace_kwargs: Of the workspace, whose gate is opened if it has one.
+    Where the batch size does not divide, the last ranks get one image less; gradients of `num_batches` are accumulated
+    in each step. With small buckets (`bucket_cap_mb`), DDP's collectives run between those of the workspaces, which get
+    the `workspace_kwargs` and have their gates opened.
 
     Returns:
         'loss' per step, of this rank, 'gradient', 'memory' and 'coverage' (flat) of all steps.

@@ -179,18 +179,6 @@ def write_not_finite(rank: int, num_ranks: int, ranks: str, by_optimizer: bool, 
     return {**results, 'memory': memory(model)}
 
 
-def skip_step(rank: int, num_ranks: int) -> Dict[str, torch.Tensor]:
-    """A step that a fused optimizer skips by itself, since the scaler has told it of the last rank's infinite loss."""
-    model = make_model()
-    net = DistributedDataParallel(model)
-    before = memory(model)
-    x, y = images(rank)
-    scaler = torch.amp.GradScaler('cpu')
-    scaler.scale(F.cross_entropy(net(x), y) * (float('inf') if rank == num_ranks - 1 else 1.)).backward()
-    scaler.step(torch.optim.Adam(model.parameters(), fused=True))
-    return {'before': before, 'memory': memory(model)}
-
-
 SCENARIOS = {
     'ddp': train,
     'ddp without buffers': partial(train, wrap=partial(DistributedDataParallel, broadcast_buffers=False)),
@@ -209,5 +197,4 @@ SCENARIOS = {
     'last not finite, advance_memory': partial(write_not_finite, ranks='last', by_optimizer=False),
     'all not finite': partial(write_not_finite, ranks='all', by_optimizer=True),
     'last not finite, global batch': partial(write_not_finite, ranks='last', by_optimizer=True, global_batch=True),
-    'skipped': skip_step,
 }

@@ -28,9 +28,9 @@ BEAGLE, CAT = SPACE / 'samples' / 'beagle_19.jpg', SPACE / 'samples' / 'Maine_Co
 HEIC = b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(64)
 
 
-def encode(image, **kwargs):
+def encode(image):
     file = io.BytesIO()
-    image.save(file, 'PNG', **kwargs)
+    image.save(file, 'PNG')
     return file.getvalue()
 
 
@@ -70,11 +70,6 @@ class TestReadPhotograph:
         picture, note = app.read_photograph(encode(Image.new('RGBA', (8, 8), (0, 0, 0, 0))))
         assert picture.getpixel((0, 0)) == (255, 255, 255)
         assert note == 'Its transparent parts are seen as white.'
-
-    def test_sideways_is_turned_upright(self):
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        assert app.read_photograph(encode(Image.new('RGB', (20, 40)), exif=exif))[0].size == (40, 20)
 
 
 class TestPets:

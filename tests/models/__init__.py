@@ -44,6 +44,11 @@ def make_and_ask(name: str, **kwargs) -> Tuple[nn.Module, torch.Tensor, Dict[str
     return model, images(size=kwargs.get('img_size', 32), in_chans=kwargs.get('in_chans', 3)), asked
 
 
+def load(name: str, weights: Dict[str, torch.Tensor], **kwargs) -> nn.Module:
+    """A model with pretrained weights, as timm adapts and loads them."""
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(weights)), **kwargs)
+
+
 def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(x)

@@ -5,7 +5,7 @@ from safetensors.torch import save
 import timm
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
-from tests.models import images, logits, make_model
+from tests.models import images, load, logits, make_model
 from timm_ait import AssociativeTransformer
 
 BODIES = {
@@ -47,11 +47,6 @@ def test_with_weights_from_the_hub_it_is_timms_vit(hub, name):
     assert torch.equal(logits(model, images(2, 224)), logits(vit, images(2, 224)))
 
 
-def load(weights, name='test_ait_vit', **kwargs):
-    overlay = dict(state_dict=dict(weights))
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-
-
 class TestPretrained:
 
     @pytest.fixture
@@ -64,7 +59,7 @@ class TestPretrained:
         dict(in_chans=1), dict(patch_size=8), dict(global_pool='avg', fc_norm=False)])
     def test_adapted_as_the_vit_is(self, weights, kwargs):
         x = images(2, kwargs.get('img_size', 160), kwargs.get('in_chans', 3))
-        model, expected = load(weights, **kwargs), load(weights, 'test_vit', **kwargs)
+        model, expected = load('test_ait_vit', weights, **kwargs), load('test_vit', weights, **kwargs)
         assert logits(model, x).shape == logits(expected, x).shape
         assert torch.equal(model.forward_features(x), expected.forward_features(x))
 
@@ -72,13 +67,13 @@ class TestPretrained:
         (dict(depth=7, num_classes=7), r'blocks\.6\.'), (dict(gated=False), r'blocks\.0\.mlp\.workspace\.memory')])
     def test_another_depth_or_residual_is_one_error(self, weights, kwargs, key):
         with pytest.raises(RuntimeError, match=f'nothing was loaded.*missing keys: {key}'):
-            load(weights, **kwargs)
+            load('test_ait_vit', weights, **kwargs)
 
     def test_workspaces_are_loaded_whole_or_not_at_all(self):
         incomplete = make_model('test_ait_vit').state_dict()
         del incomplete['blocks.3.mlp.workspace.memory']
         with pytest.raises(RuntimeError, match='missing keys: blocks.3.mlp.workspace.memory'):
-            load(incomplete)
+            load('test_ait_vit', incomplete)
 
 
 def test_the_tag_pets_is_for_its_image_size_and_breeds():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import timm
 from timm.models import save_for_hf
 
-from tests.models import images, make_model
+from tests.models import images, load, make_model
 from tests.models.equations import randomize
 
 E, N = 64, 64
@@ -98,10 +98,6 @@ def test_another_image_size_is_refused():
 
 class TestCheckpoints:
 
-    def load(self, weights, **kwargs):
-        overlay = dict(state_dict=dict(weights))
-        return timm.create_model('test_ait', pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-
     @pytest.mark.parametrize('saved, kwargs', [
         ('flat', dict(global_pool='avg')), ('avg', dict(global_pool='flat')),
         ('flat', dict(global_pool='flat', img_size=64)),
@@ -109,12 +105,12 @@ class TestCheckpoints:
     def test_of_another_classifier_are_refused(self, saved, kwargs):
         message = r'global_pool\?\), nothing was loaded: another shape: .*head.weight \(10, '
         with pytest.raises(RuntimeError, match=message):
-            self.load(make_flat(global_pool=saved).state_dict(), **kwargs)
+            load('test_ait', make_flat(global_pool=saved).state_dict(), **kwargs)
 
     @pytest.mark.parametrize('saved', ['flat', 'avg'])
     @pytest.mark.parametrize('pool', ['flat', 'avg'])
     def test_of_any_pooling_serve_other_classes_at_another_size(self, saved, pool):
         weights = make_flat(global_pool=saved).state_dict()
-        model = self.load(weights, global_pool=pool, num_classes=3, img_size=64)
+        model = load('test_ait', weights, global_pool=pool, num_classes=3, img_size=64)
         assert torch.equal(model.blocks[0].mlp.fc1.weight, weights['blocks.0.mlp.fc1.weight'])
         assert model(images(size=64)).shape == (4, 3)
