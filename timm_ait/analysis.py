@@ -22,6 +22,7 @@ from timm.models.eva import EvaBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from timm_ait.layers import GlobalWorkspace
+from timm_ait.layers.advance import named_workspaces
 from timm_ait.ops import naive
 from timm_ait.ops.memory import slot_statistics
 
@@ -35,7 +36,7 @@ def workspaces(model: nn.Module) -> Dict[str, GlobalWorkspace]:
     Raises:
         ValueError: It has none.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, GlobalWorkspace)}
+    found = dict(named_workspaces(model))
     if not found:
         raise ValueError(f'model: {type(model).__name__} has no workspaces; timm_ait.add_workspace(model) adds them')
     return found

@@ -341,6 +341,11 @@ class TestArchitecture:
         assert timm.data.resolve_model_data_config(model)['mean'] == (0.5, 0.5, 0.5)
         assert torch.equal(model.blocks[0].mlp.fc1.weight, body.blocks[0].mlp.fc1.weight)
 
+    def test_a_body_of_any_size_takes_the_size_that_scripts_give(self):
+        arguments = timm.models.resolve_model_input_args(
+            'ait_from_timm', dict(img_size=64), model='pvt_v2_b0', num_classes=3, **WORKSPACE)
+        assert logits(timm.create_model(**arguments), images(size=64)).shape == (4, 3)
+
     def test_features_only(self, body):
         arguments = dict(model='test_vit', pretrained=True, blocks=[-1], **WORKSPACE)
         features = timm.create_model('ait_from_timm', features_only=True, out_indices=[1, -1], **arguments).eval()

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn as nn
 
 import timm
 from timm.layers import SwiGLU
@@ -24,11 +25,20 @@ class TestRegistry:
         assert timm.data.resolve_model_data_config(model)['input_size'] == (3, size, size)
         assert model.patch_embed.num_patches == num_patches
 
-    @pytest.mark.parametrize('kwargs, patches', [({}, 4), ({'patch_size': 16}, 16), ({'img_size': 96}, 9)])
-    def test_the_weights_of_triangle_have_their_own_input(self, kwargs, patches):
-        model = timm.create_model('ait_small_patch32_64.triangle', device='meta', **kwargs)
-        assert model.patch_embed.num_patches == patches
-        assert model.num_classes == 2
+
+def test_an_mlp_may_be_wrapped():
+    model, wrapped = make_model(), make_model()
+    for block in wrapped.blocks:
+        block.mlp = nn.Sequential(block.mlp)
+    for training in (True, False):
+        assert torch.equal(wrapped.train(training)(images()), model.train(training)(images()))
+
+
+def test_a_workspace_may_be_replaced():
+    model, without = make_model(gated=True), make_model(gated=True)  # gates are zero
+    without.blocks[0].mlp.workspace = nn.Identity()
+    for training in (True, False):
+        assert torch.equal(without.train(training)(images()), model.train(training)(images()))
 
 
 def test_workspace_arguments_arrive():

@@ -9,12 +9,11 @@ import torch
 import torch.nn as nn
 
 import timm
-from timm.models import VisionTransformer
 from timm.models._features_fx import GraphExtractNet
 from timm.optim import param_groups_layer_decay
 from timm.utils import AttentionExtract
 
-from tests.models import BODY, WORKSPACE, images, make_and_ask, make_model
+from tests.models import BODY, WORKSPACE, images, load, make_and_ask, make_model
 from tests.models.equations import randomize
 from timm_ait import AssociativeTransformer, balance_loss
 from timm_ait.models import CentroidTransformer, Coordination, Perceiver, SetTransformer
@@ -221,9 +220,11 @@ class TestQuestions:
             make_model('test_ait', question_dim=question_dim)(images(), **kwargs)
 
     @pytest.mark.parametrize('name', FAMILIES)
-    def test_without_questions_it_has_timms_own_forwards(self, name):
-        for method in ('forward', 'forward_features', 'forward_head', 'get_intermediate_layers', '_pos_embed'):
-            assert getattr(type(make_model(name)), method) is getattr(VisionTransformer, method)
+    def test_the_classifier_is_what_timm_leaves_out_as_the_head(self, name):
+        model = make_model(name, question_dim=5)
+        others = dict(model.named_parameters()).keys() - {'head.weight', 'head.bias'}
+        left = {id(parameter) for parameter in timm.models.model_parameters(model, exclude_head=True)}
+        assert {name for name, parameter in model.named_parameters() if id(parameter) in left} == others
 
     @pytest.mark.parametrize('name', FAMILIES)
     def test_intermediates_take_the_question_and_do_not_return_it(self, name):
@@ -337,12 +338,15 @@ class TestState:
             class_token=False, global_pool='avg')
         vit.load_state_dict({key: value for key, value in model.state_dict().items() if '.workspace.' not in key})
 
+    @pytest.mark.parametrize('name', ['test_ait', *SETS, 'test_coordination'])
+    def test_jax_weights_which_lack_some_of_its_own_are_refused(self, name):
+        with pytest.raises(ValueError, match='cannot load JAX weights'):
+            timm.models.load_checkpoint(make_model(name), 'B_16.npz')
+
     @pytest.mark.parametrize('name', BASELINES)
     def test_a_checkpoint_is_resampled_to_another_size(self, name):
         source = make_model(name, question_dim=5).state_dict()
-        model = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(source)),
-            question_dim=5, img_size=48, patch_size=8, in_chans=1, num_classes=5).eval()
+        model = load(name, source, question_dim=5, img_size=48, patch_size=8, in_chans=1, num_classes=5).eval()
         assert model(images(size=48, in_chans=1), question=torch.randn(4, 5)).shape == (4, 5)
         changed = {key for key, value in model.state_dict().items() if not torch.equal(value, source[key])}
         assert changed == {'pos_embed', 'patch_embed.proj.weight', 'head.weight', 'head.bias'}

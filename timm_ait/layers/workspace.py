@@ -327,4 +327,5 @@ class WorkspaceMlp(Mlp):
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Tokens (..., E) after MLP and workspace, for tokens x (..., E); mask and errors as `GlobalWorkspace`."""
         x = self.drop1(self.act(self.fc1(x)))
-        return self.workspace(self.drop2(self.fc2(self.norm(x))), token_mask)
+        x = self.drop2(self.fc2(self.norm(x)))
+        return self.workspace(x) if token_mask is None else self.workspace(x, token_mask)

@@ -6,11 +6,11 @@ import torch
 import torch.nn as nn
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers._arguments import check_at_least, check_known
-from timm_ait.weights import check_weights, say_where_weights_are
+from timm_ait.weights import check_weights, say_where_weights_are, shipped_cfg
 
 _NO_ATTENTION = 'some blocks of this model have no self-attention'
 # arguments of models of 32 px images in 64 patches
@@ -52,8 +52,11 @@ def build_vit(
             raise ValueError('features_only takes no question: call forward_intermediates(x, question=question).')
         model_cls, kwargs['question_dim'] = question_cls, question_dim
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if overlay.get('hf_hub_id') or overlay.get('url'):  # to which timm would prefer the shipped file
-        kwargs['pretrained_cfg_overlay'] = {'file': None, **overlay}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    shipped = shipped_cfg(f'{variant}.{cfg.tag}')
+    is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, shipped['hf_hub_id'])
+    if is_elsewhere and not cfg.source and cfg.file and cfg.file == shipped.get('file'):  # which timm would prefer
+        kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}
     with say_where_weights_are(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')):
         return build_model_with_cfg(
             model_cls,
@@ -98,6 +101,11 @@ def reject_arguments(
         if given != value and (given or value):  # None, 0 and False are all off
             raise ValueError(f'{name}={given!r} is not supported: {reason}.')
     return kwargs
+
+
+def reject_jax_weights(model: nn.Module, *args, **kwargs) -> None:
+    """In place of `load_pretrained`, where a ViT's JAX weights lack some of the model's: raise a ValueError."""
+    raise ValueError(f'A {type(model).__name__} cannot load JAX weights (.npz), which are those of a ViT.')
 
 
 def reject_masks(attn_mask: Optional[torch.Tensor], is_causal: bool, reason: str = _NO_ATTENTION) -> None:

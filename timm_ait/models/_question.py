@@ -47,6 +47,7 @@ class QuestionViT(VisionTransformer):
         super().__init__(*args, **{**kwargs, 'class_token': True})
         self.question_embed = QuestionEmbed(
             question_dim, self.embed_dim, device=kwargs.get('device'), dtype=kwargs.get('dtype'))
+        self.add_module('head', self._modules.pop('head'))  # last, as timm's `exclude_head` expects
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Union[str, List]]:

@@ -22,9 +22,10 @@ from timm.models.vision_transformer_hybrid import ConvStem
 
 from timm_ait.layers import GlobalWorkspace, WorkspaceMlp
 from timm_ait.layers._arguments import check_choice, options, split_kwargs
+from timm_ait.layers.advance import named_workspaces
 from timm_ait.weights import shipped_cfg
 
-from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_masks
+from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_jax_weights, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
@@ -56,8 +57,14 @@ class AssociativeBlock(Block):
         if self.training:
             reject_masks(None, is_causal, 'in training, earlier tokens would read what later ones write')
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return self.feed_forward(x, attn_mask)
+
+    def feed_forward(self, x: torch.Tensor, attn_mask: Optional[torch.Tensor]) -> torch.Tensor:
+        """Tokens (B, N, E) after the MLP, which may be any that takes tokens alone where there is no mask."""
         token_mask = attended_tokens(attn_mask, x.shape[0], x.shape[1]) if self.training else None
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
+        normed = self.norm2(x)
+        updates = self.mlp(normed) if token_mask is None else self.mlp(normed, token_mask)
+        return x + self.drop_path2(self.ls2(updates))
 
 
 class AttentionFreeBlock(AssociativeBlock):
@@ -75,8 +82,7 @@ class AttentionFreeBlock(AssociativeBlock):
     ) -> torch.Tensor:
         """As `AssociativeBlock`; the mask only excludes tokens from the write, and `is_causal` is not supported."""
         reject_masks(None, is_causal)
-        token_mask = attended_tokens(attn_mask, x.shape[0], x.shape[1]) if self.training else None
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), token_mask)))
+        return self.feed_forward(x, attn_mask)
 
 
 class AssociativeTransformer(VisionTransformer):
@@ -168,6 +174,12 @@ class AssociativeTransformer(VisionTransformer):
             self.fc_norm = self.norm_layer(self.head_hidden_size, **dd).train(self.training)
         if flat and num_classes > 0:
             self.head = nn.Linear(self.head_hidden_size, num_classes, **dd).train(self.training)
+
+    def load_pretrained(self, *args, **kwargs) -> None:
+        """As `VisionTransformer`; ungated workspaces, which JAX weights lack, raise a ValueError."""
+        if any(not workspace.gated for _, workspace in named_workspaces(self)):
+            reject_jax_weights(self)
+        super().load_pretrained(*args, **kwargs)
 
     def set_input_size(self, *args, **kwargs) -> None:
         """As `VisionTransformer`.

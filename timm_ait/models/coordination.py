@@ -25,7 +25,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.layers.cross_attention import Attending
 
-from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_jax_weights
 from ._question import QuestionViT
 
 __all__ = ['Coordination']
@@ -180,6 +180,8 @@ class Coordination(VisionTransformer):
     timm's `VisionTransformer` with other blocks, which pass on a memory per image among the prefix tokens, after class
     token and registers. A question, in the class token, writes into the memory if it wins the competition.
     """
+
+    load_pretrained = reject_jax_weights
 
     def __init__(
             self,

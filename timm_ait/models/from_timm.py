@@ -215,6 +215,9 @@ def ait_from_timm(
             return create_model(model, pretrained, **kwargs)
         except TypeError as e:
             unknown = [name for name in kwargs if repr(name) in str(e)]
+            if unknown == ['img_size'] and not getattr(get_pretrained_cfg(model), 'fixed_input_size', True):
+                del kwargs['img_size']  # the body takes any size
+                return create(pretrained, **kwargs)
             where = f'timm_ait.GlobalWorkspace) and, those of {model}, in help({model_entrypoint(model).__module__}'
             check_known(unknown, options(GlobalWorkspace), where)
             raise

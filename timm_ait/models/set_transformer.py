@@ -28,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_jax_weights
 from ._question import QuestionViT
 
 __all__ = ['SetTransformer']
@@ -120,6 +120,8 @@ class SetTransformer(VisionTransformer):
     timm's `VisionTransformer` with other blocks and its own pooling. A question, in the class token, is one more
     element of the set.
     """
+
+    load_pretrained = reject_jax_weights
 
     def __init__(self, *args, num_inducing: int = 32, act_layer: Optional[LayerType] = None, **kwargs) -> None:
         """
