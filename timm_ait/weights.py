@@ -49,7 +49,7 @@ def say_where_weights_are(
     except (OSError, HfHubHTTPError) as e:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
         hub_id = cfg.hf_hub_id or ''
-        if cfg.file or cfg.url or cfg.state_dict or not hub_id.startswith(f'{_HUB_USER}/'):
+        if cfg.source or cfg.file or cfg.url or cfg.state_dict or not hub_id.startswith(f'{_HUB_USER}/'):
             raise
         name = hub_id.partition('/')[2]
         raise RuntimeError(

@@ -46,8 +46,8 @@ def export(
         model: A timm model with its weights. It is converted to `dtype` in place.
         label_names: Names of the classes, by default those of the pretrained config unless `fine_tuned`.
         data_config: Preprocessing that differs from the pretrained config, as in `timm.models.save_for_hf`.
-        fine_tuned: The model was trained further or from scratch, so that class names, tag and license of its
-            pretrained config no longer apply and are left out.
+        fine_tuned: The model was trained further or from scratch, so that class names and tag of its pretrained config
+            no longer apply. They are left out, and the license, which is yours to state.
         onnx: Also write model.onnx, in float32 for any batch size, from `image` (B, C, H, W) to `logits`
             (B, num_classes). If onnxruntime is installed, its logits are compared with the model's.
 
