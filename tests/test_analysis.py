@@ -197,6 +197,15 @@ def test_read_shares_are_those_of_the_blocks_output(name, kwargs):
     assert shares['constant_share'] == pytest.approx(in_the_mean.item(), rel=1e-2)
 
 
+def test_a_reading_that_half_precision_rounds_away_is_still_measured():
+    model = timm_ait.add_workspace(timm.create_model('test_vit', img_size=32), blocks=[0]).eval()
+    (layer, workspace), = analysis.workspaces(model).items()
+    torch.nn.init.normal_(workspace.gate, std=1e-4)
+    images = torch.randn(2, 3, 32, 32)
+    expected = analysis.read_shares(model, images)[layer]
+    assert analysis.read_shares(model.bfloat16(), images.bfloat16())[layer] == pytest.approx(expected, rel=0.05)
+
+
 def test_read_shares_of_other_blocks_are_unknown():
     model = timm.create_model('swinv2_cr_tiny_224', img_size=32, window_size=2, embed_dim=24, num_heads=(1, 1, 1, 1))
     shares = analysis.read_shares(timm_ait.add_workspace(model, blocks=[-1]), torch.randn(1, 3, 32, 32))

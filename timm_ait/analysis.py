@@ -88,7 +88,9 @@ def read_shares(
         if visit is not None:
             visit(name, normed.float().reshape(x.shape[0], -1, x.shape[-1]))
         if workspace.retrieves:
-            read = reads[name] = (output - (x if workspace.gated else normed.to(x.dtype))).float()
+            # not by difference, which half precision would round away
+            read = fixed_points(normed.float(), attractors(workspace), workspace.beta, workspace.retrieval_steps)
+            read = reads[name] = read if workspace.gate is None else read * workspace.gate.float()
             energy = read.flatten(0, -2).square().sum(dim=-1).mean().clamp_min(1e-20)
             constant = float(read.flatten(0, -2).mean(dim=0).square().sum() / energy)
             shares[name] = {'residual_share': float('nan'), 'constant_share': constant}

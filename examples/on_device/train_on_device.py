@@ -561,13 +561,14 @@ class Trainer:
 
     def draw_order(self, epoch: int) -> torch.Tensor:
         """Order of the images in an epoch (N,), which depends on it and the seed alone."""
-        generator = torch.Generator().manual_seed(self.args.seed << 32 | epoch)
+        # the CPU's generator takes 32 bits
+        generator = torch.Generator().manual_seed((1_000_003 * self.args.seed + epoch) % 2 ** 32)
         return torch.randperm(len(self.train_data.labels), generator=generator).to(self.device)
 
     def fit(self) -> None:
         """Train until the budget is spent."""
         args, steps = self.args, self.steps_per_epoch
-        flips = self.draw_order(2 ** 32 - 1) % 2 == 0  # half of the images, by an order that no epoch has
+        flips = self.draw_order(-1) % 2 == 0  # half of the images, by an order that no epoch has
 
         def following(progress: float) -> float:
             return (math.floor(progress * args.evals) + 1) / args.evals

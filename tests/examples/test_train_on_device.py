@@ -110,6 +110,15 @@ def test_training_learns_and_writes_weights_that_timm_loads(train, tmp_path):
     assert config['pretrained_cfg'].items() >= train_on_device.PREPROCESSING.items()
 
 
+def test_epochs_and_seeds_have_orders_of_their_own():
+    def order(seed, epoch):
+        trainer = Namespace(args=Namespace(seed=seed), train_data=Namespace(labels=torch.zeros(16)), device='cpu')
+        return train_on_device.Trainer.draw_order(trainer, epoch).tolist()
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (-1, 0, 1)]
+    assert order(0, 0) in orders and len(set(map(tuple, orders))) == len(orders)
+
+
 def test_the_loss_includes_the_balance_loss(train, tmp_path):
     with_balance = train('--epochs', '1')[-1]
     without = train('--epochs', '1', '--model-kwargs', 'balance_weight=0.', output=tmp_path / 'other')[-1]
