@@ -140,8 +140,6 @@ def write_attention(
     if not workspace.writes:
         raise ValueError('workspace: it has write=False, so no tokens compete for it')
     bottleneck = workspace.bottleneck if bottleneck is None else bottleneck
-    if bottleneck <= 0 or (isinstance(bottleneck, float) and bottleneck > 1):
-        raise ValueError(f'bottleneck must be a positive integer or a share in (0, 1], got {bottleneck!r}')
     queries, keys = (
         F.linear(x.float(), projection().float()).unflatten(-1, (workspace.workspace_heads, -1)).transpose(0, 1)
         for x, projection in ((workspace.stored_memory(), workspace.q), (tokens.flatten(0, -2), workspace.k)))

@@ -265,6 +265,14 @@ class TestHook:
         assert layer.written[0].dtype == torch.float64
         torch.testing.assert_close(written_by(layer), written.double())
 
+    def test_what_was_written_to_a_memory_of_fewer_slots_is_dropped(self):
+        layer = make_workspace()
+        layer(tokens())
+        layer.memory = layer.memory.repeat(2, 1)
+        layer(tokens())
+        advance_memory(layer)
+        assert layer.memory.shape == (16, 16)
+
     def test_an_optimizers_parameters_are_looked_at_once(self, monkeypatch):
         layer, looks = make_workspace(), []
         optimizer = sgd(layer)

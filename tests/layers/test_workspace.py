@@ -1,5 +1,7 @@
+import numpy
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from tests.layers import make_workspace, written_by
@@ -152,6 +154,39 @@ BAD = dict(
 def test_a_bad_argument_is_named(argument, value):
     with pytest.raises(ValueError, match=argument):
         GlobalWorkspace(24, **{argument: value})
+
+
+@pytest.mark.parametrize('value', [486.4, numpy.int64(8)])
+def test_a_bad_bottleneck_that_is_set_later_is_named(value):
+    layer = make_workspace()
+    layer.bottleneck = value
+    with pytest.raises(ValueError, match='bottleneck.*got'):
+        layer(torch.randn(4, 9, 24))
+
+
+def test_a_subclass_has_its_own_initialisation_and_layers_without_one():
+    class Open(GlobalWorkspace):
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.drop = nn.Dropout(0.1)
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            nn.init.ones_(self.gate)
+
+    layer = Open(24, gated=True)
+    nn.init.zeros_(layer.gate)
+    layer.init_weights()
+    assert layer.gate.eq(1.).all()
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_inverse_temperature_may_be_a_parameter(training):
+    layer = make_workspace().train(training)
+    layer.beta = nn.Parameter(torch.ones(()))
+    layer(torch.randn(4, 9, 24)).square().sum().backward()
+    assert layer.beta.grad != 0.
 
 
 def test_convolutions_are_refused():

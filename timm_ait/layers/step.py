@@ -81,7 +81,7 @@ class StepwiseMemory(nn.Module):
     def written_since_step(self) -> Tuple[torch.Tensor, torch.Tensor]:
         """Sum (M, D), in at least float32, and number (scalar) of the memories written since the last step."""
         device, dtype = self.memory.device, torch.promote_types(self.memory.dtype, torch.float32)
-        if self.written is None or self.written[0].is_meta:
+        if self.written is None or self.written[0].is_meta or self.written[0].shape != self.memory.shape:
             total = torch.zeros_like(self.memory, dtype=dtype)
             self.written = total, torch.zeros((), dtype=torch.long, device=device)
         elif (self.written[0].device, self.written[0].dtype) != (device, dtype):

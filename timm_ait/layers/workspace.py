@@ -15,7 +15,7 @@ from timm.layers import Mlp
 from timm.models import register_notrace_module
 
 from timm_ait.ops.memory import add_written_, project_memory, slot_statistics, update_memory
-from timm_ait.ops.naive import WriteWeights
+from timm_ait.ops.naive import WriteWeights, num_kept
 from timm_ait.ops.workspace import read, write
 
 from ._arguments import check_at_least, check_choice, check_known, check_number, options, split_kwargs
@@ -127,9 +127,7 @@ class GlobalWorkspace(StepwiseMemory):
         check_at_least(
             1, dim=dim, num_slots=num_slots, slot_dim=slot_dim, workspace_heads=workspace_heads,
             retrieval_steps=retrieval_steps)
-        is_share = isinstance(bottleneck, float)
-        if not (0. < bottleneck <= 1. if is_share else type(bottleneck) is int and bottleneck >= 1):
-            raise ValueError(f'bottleneck must be an integer of at least 1 or a float in (0, 1], got {bottleneck!r}.')
+        num_kept(bottleneck, 1)  # checks it
         check_number('beta', beta, 0., float('inf'), low_open=True)
         check_number('memory_momentum', memory_momentum, 0., 1.)
         check_choice('memory_init', memory_init, tuple(MEMORY_INITS))
@@ -183,7 +181,8 @@ class GlobalWorkspace(StepwiseMemory):
     def reset_parameters(self) -> None:
         """Initialise parameters and memory."""
         for module in self.children():
-            module.reset_parameters()
+            if hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
         if self.gate is not None:
             nn.init.zeros_(self.gate)
         memory = MEMORY_INITS[self.memory_init](torch.empty_like(self.memory, dtype=torch.float32))
@@ -191,7 +190,9 @@ class GlobalWorkspace(StepwiseMemory):
         self.written = None
         self.end_step()
 
-    init_weights = reset_parameters  # for timm's ViT initialisation, which would leave its own in the projections
+    def init_weights(self) -> None:
+        """For timm's ViT initialisation, which would leave its own in the projections."""
+        self.reset_parameters()
 
     def forward(self, x: torch.Tensor, token_mask: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Write (in training) and read.

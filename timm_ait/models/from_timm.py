@@ -123,7 +123,7 @@ def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None,
     for name, mlp in mlps:
         last = getattr(mlp, 'fc2', None)
         if not isinstance(last, nn.Linear):
-            found = 'none' if last is None else f'a {type(last).__name__}'
+            found = 'none' if last is None else f'a {type(last).__module__}.{type(last).__name__}'
             raise ValueError(
                 f'{name} of {architecture}, a {type(mlp).__name__}, is not supported: add_workspace looked for a last '
                 f'linear layer named fc2 and found {found}. Select other blocks with blocks=.')

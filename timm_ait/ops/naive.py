@@ -32,9 +32,14 @@ def num_kept(bottleneck: Union[int, float], num_tokens: Union[int, torch.Tensor]
 
     Returns:
         1 to T.
+
+    Raises:
+        ValueError: The bottleneck is out of its range, or of another type.
     """
-    if isinstance(bottleneck, int):
+    if type(bottleneck) is int and bottleneck >= 1:
         return min(bottleneck, num_tokens)
+    if not (isinstance(bottleneck, float) and 0. < bottleneck <= 1.):
+        raise ValueError(f'bottleneck must be an integer of at least 1 or a float in (0, 1], got {bottleneck!r}.')
     # in integers, since compilers do not carry a float into a shape
     share = Fraction(bottleneck).limit_denominator(2 ** 20)
     kept = (2 * num_tokens * share.numerator + share.denominator) // (2 * share.denominator)

@@ -149,7 +149,7 @@ def read(
 ) -> torch.Tensor:
     """As `naive.read`, in the dtype of the tokens."""
     # beta and the gate on the few attractors are fewer passes over the tokens
-    keys = (attractors if beta == 1. else beta * attractors).to(tokens.dtype)
+    keys = (beta * attractors).to(tokens.dtype)
     values = (attractors if gate is None else attractors * gate).to(tokens.dtype)
     state = tokens
     for _ in range(num_steps - 1):
