@@ -110,8 +110,8 @@ def check_weights(filter_fn: Callable) -> Callable:
             return _check_fit(filter_fn(state_dict, model), model)
         except Exception as e:  # filters are written for the model's own weights, others may break them anywhere
             raise RuntimeError(
-                f'The weights do not match this {type(model).__name__} (another width, depth or global_pool?), nothing '
-                f'was loaded: {e if isinstance(e, RuntimeError) else repr(e)}. Create the matching architecture, with '
-                'the arguments of the checkpoint, or use pretrained=False.') from e
+                f'The weights do not match this {type(model).__name__} (another width, depth, global_pool or '
+                f'question_dim?), nothing was loaded: {e if isinstance(e, RuntimeError) else repr(e)}. Create the '
+                'matching architecture, with the arguments of the checkpoint, or use pretrained=False.') from e
 
     return checked

@@ -25,12 +25,12 @@ def explain(images, tmp_path):
 class TestFiles:
 
     def test_a_sheet_and_its_numbers_for_each_image(self, model, images, tmp_path):
-        other, out = images / 'sub/a.jpg', tmp_path / 'out'
+        other, out = images / 'sub/A.jpg', tmp_path / 'out'  # the same on file systems that ignore case
         Image.new('RGB', (50, 50), 'red').save(other)
         assert main(['explain', str(images / 'a.jpg'), str(other), '--model', model, '--out', str(out)]) == 0
-        assert sorted(file.name for file in out.iterdir()) == ['a-2.json', 'a-2.png', 'a.json', 'a.png']
+        assert sorted(file.name for file in out.iterdir()) == ['A-2.json', 'A-2.png', 'a.json', 'a.png']
         assert Image.open(out / 'a.png').format == 'PNG'
-        assert json.loads((out / 'a-2.json').read_text())['file'] == str(other)
+        assert json.loads((out / 'A-2.json').read_text())['file'] == str(other)
 
     @pytest.mark.parametrize('folder', ['', 'sub'])
     def test_sheets_replace_no_image(self, error_of, model, images, folder):
@@ -45,6 +45,7 @@ class TestFiles:
 
     def test_unreadable_files_are_named_and_skipped(self, capsys, model, images, tmp_path):
         (images / 'b.png').write_text('not an image')
+        (images / 'loop.png').symlink_to(images / 'loop.png')
         assert main(['explain', str(images), '--model', model, '--out', str(tmp_path / 'out')]) == 1
         assert f'{images / "b.png"}: cannot be explained' in capsys.readouterr().err
         assert {file.stem for file in (tmp_path / 'out').iterdir()} == {'a', 'c'}

@@ -127,6 +127,18 @@ class TestTrainingArguments:
         model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
         assert class_names(model)[0] == ['c', 'a', 'b']
 
+    def test_say_in_what_order_torchvision_lists_class_folders(self, train, tmp_path):
+        write_classes(tmp_path / 'data/train', 'C', 'a', 'B')
+        config = run(train(dataset='torch/image_folder'), tmp_path / 'out', '--data-dir', tmp_path / 'data')
+        assert config['label_names'] == ['B', 'C', 'a']
+
+    def test_may_have_the_image_size_as_one_number(self, tmp_path):
+        weights = timm.create_model('test_ait', num_classes=3, img_size=64).state_dict()
+        arguments = argparse.Namespace(model='test_ait', input_size=64)
+        torch.save({'model': weights, 'args': arguments}, tmp_path / 'last.pth.tar')
+        config = run(tmp_path / 'last.pth.tar', tmp_path / 'out', '--num-classes', '3')
+        assert config['pretrained_cfg']['input_size'] == [3, 64, 64]
+
     @pytest.mark.parametrize('names, arguments', [
         ('ab', {}), ('', {}), ('abc', dict(dataset='sort_of_clevr'))])
     def test_a_folder_of_other_classes_or_another_data_set_gives_no_names(self, train, tmp_path, names, arguments):

@@ -112,7 +112,8 @@ class TestErrors:
         assert f'--model {name}' in error and message in error and 'local-dir:' in error
 
     @pytest.mark.parametrize('kwargs, message', [
-        (dict(num_classes=0), 'no classifier'), (dict(in_chans=2), '2 channels'),
+        (dict(num_classes=0), 'no classifier'), (dict(num_classes=1), 'single output'),
+        (dict(in_chans=2), '2 channels'),
         (dict(question_dim=3), 'answers questions')])
     def test_model_that_does_not_classify_images(self, error_of, save, images, kwargs, message):
         assert message in error_of('predict', images, '--model', save(timm.create_model('test_ait', **kwargs)))

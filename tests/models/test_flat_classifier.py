@@ -103,7 +103,7 @@ class TestCheckpoints:
         ('flat', dict(global_pool='flat', img_size=64)),
     ])
     def test_of_another_classifier_are_refused(self, saved, kwargs):
-        message = r'global_pool\?\), nothing was loaded: another shape: .*head.weight \(10, '
+        message = r'global_pool or question_dim\?\), nothing was loaded: another shape: .*head.weight \(10, '
         with pytest.raises(RuntimeError, match=message):
             load('test_ait', make_flat(global_pool=saved).state_dict(), **kwargs)
 

@@ -45,7 +45,8 @@ def integer(minimum: int) -> Callable[[str], int]:
 def _nearest(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if os.path.exists(path))  # False where one may not look
+    # False where one may not look; a drive may not be there at all
+    return next((path for path in (folder, *folder.parents) if os.path.exists(path)), folder)
 
 
 def output_folder(text: str) -> Path:

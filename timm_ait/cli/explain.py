@@ -3,6 +3,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -218,7 +219,8 @@ def add_parser(commands) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
-    if args.out.resolve() in {folder for file in files for folder in (file.resolve().parent, file.parent.resolve())}:
+    out = os.path.realpath(args.out)
+    if any(out in (os.path.dirname(os.path.realpath(file)), os.path.realpath(file.parent)) for file in files):
         raise ValueError(f'--out {args.out} holds some images, which sheets could overwrite: choose another')
     model = load_model(args.model, args.device)
     workspaces(model)  # raises an error if it has none
@@ -247,8 +249,8 @@ def _main(args: argparse.Namespace) -> int:
     errors, stems = [], set()
     for file, (sheet, numbers) in each_file(explain, files, 'explained', errors):
         names = itertools.chain([file.stem], (f'{file.stem}-{i}' for i in itertools.count(2)))
-        stem = next(name for name in names if name not in stems)
-        stems.add(stem)
+        stem = next(name for name in names if name.casefold() not in stems)  # the file system may not tell A from a
+        stems.add(stem.casefold())
         with staged(args.out) as folder:
             sheet.save(folder / f'{stem}.png')
             (folder / f'{stem}.json').write_text(json.dumps(numbers))

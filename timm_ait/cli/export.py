@@ -163,7 +163,8 @@ def _main(args: argparse.Namespace) -> int:
             if not os.path.exists(data_dir):
                 raise ValueError('it does not exist')
             split, class_map = trained.get('train_split') or 'train', trained.get('class_map') or ''
-            indices = create_dataset('', str(data_dir), split, class_map=class_map).reader.class_to_idx
+            data = create_dataset(trained.get('dataset') or '', str(data_dir), split, class_map=class_map)
+            indices = getattr(data, 'reader', data).class_to_idx
             if len(indices) != model.num_classes:
                 raise ValueError(f'there are names for {len(indices)} classes, the model has {model.num_classes}')
             names = sorted(indices, key=indices.get)
@@ -182,7 +183,7 @@ def _main(args: argparse.Namespace) -> int:
     print(f'{args.out}: {config["architecture"]} in {args.dtype}' + (', model.onnx in float32' if args.onnx else ''))
     print(f'classes: {num_classes} ({shown})')
     print('input: ' + ' x '.join(map(str, input_size)))
-    if num_classes > 0 and input_size[0] in (1, 3) and not hasattr(model, 'question_embed'):
+    if num_classes > 1 and input_size[0] in (1, 3) and not hasattr(model, 'question_embed'):
         print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out}")}')
     return 0
 
@@ -219,7 +220,10 @@ def _training_args(file: Path) -> Dict[str, Any]:
     except (EOFError, LookupError, pickle.UnpicklingError) as e:  # text is read as a pickle, too
         raise ValueError('it is not a checkpoint, or it holds more than weights and could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    return vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = dict(vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
+    if isinstance(args.get('input_size'), int):  # as in the programs of DeiT and MAE
+        args['img_size'] = args.pop('input_size')
+    return args
 
 
 def _load_pretrained(args: argparse.Namespace) -> nn.Module:

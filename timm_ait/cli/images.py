@@ -187,6 +187,8 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
             'hf-hub:<user>/<model> or local-dir:<folder with config.json and weights>') from e
     if model.num_classes < 1:
         raise ValueError(f'--model {name} has no classifier, only features')
+    if model.num_classes == 1:
+        raise ValueError(f'--model {name} has a single output, no probabilities of classes')
     channels = resolve_model_data_config(model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'--model {name} takes {channels} channels, images have 1 or 3')

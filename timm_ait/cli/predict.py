@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import os
 
 from tqdm import tqdm
 
@@ -32,7 +33,7 @@ def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
     if args.sheet and len(files) > _MAX_TILES:
         raise ValueError(f'--sheet has room for {_MAX_TILES} images, got {len(files)}')
-    if args.sheet and args.sheet.resolve() in {file.resolve() for file in files}:
+    if args.sheet and os.path.realpath(args.sheet) in map(os.path.realpath, files):
         raise ValueError(f'--sheet {args.sheet} is one of the images: take another file')
     model = load_model(args.model, args.device)
     names, descriptions = class_names(model)
