@@ -108,7 +108,7 @@ class TestFit:
         (dict(depth=2), r'blocks\.2\.'),
         (dict(depth=4, num_classes=5), r'blocks\.3\.'),  # timm by itself leaves the block untrained
         (dict(num_slots=4, num_classes=5), 'memory'),
-        (dict(num_classes=5, class_token=True), 'width, depth or global_pool'),
+        (dict(num_classes=5, class_token=True), 'width, depth, global_pool or question_dim'),
         (dict(global_pool='map'), r'attn_pool\.'),
     ])
     def test_weights_of_another_width_or_depth_are_not_loaded(self, saved, kwargs, problem):

@@ -1,16 +1,12 @@
 """ Location of the shipped checkpoints, and checks of weights before timm loads them. """
-import contextlib
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, List
 
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import HfHubHTTPError
 
-from timm.models import PretrainedCfg, resolve_pretrained_cfg
-
-_HUB_USER = 'timm-ait'
+HUB_USER = 'timm-ait'
 
 
 def weights_dir() -> Path:
@@ -31,31 +27,10 @@ def shipped_cfg(name: str) -> Dict[str, Any]:
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
         cfg = {**config['pretrained_cfg'], **{key: config[key] for key in ('num_classes', 'label_names')}}
         cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
-    cfg['hf_hub_id'] = f'{_HUB_USER}/{name}'
+    cfg['hf_hub_id'] = f'{HUB_USER}/{name}'
     if (folder / 'model.safetensors').is_file():
         cfg['file'] = str(folder / 'model.safetensors')
     return cfg
-
-
-@contextlib.contextmanager
-def say_where_weights_are(
-        variant: str,
-        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-) -> Iterator[None]:
-    """If the weights of a registered model cannot be downloaded, a RuntimeError says where else they are."""
-    try:
-        yield
-    except (OSError, HfHubHTTPError) as e:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-        hub_id = cfg.hf_hub_id or ''
-        if cfg.source or cfg.file or cfg.url or cfg.state_dict or not hub_id.startswith(f'{_HUB_USER}/'):
-            raise
-        name = hub_id.partition('/')[2]
-        raise RuntimeError(
-            f'The weights of {name} are not part of this installation. They are in a source checkout of timm_ait, in '
-            f"weights/{name}: load them with create_model('local-dir:<checkout>/weights/{name}', pretrained=True). "
-            f'They cannot be downloaded from {hub_id} on the Hugging Face Hub: {e}') from e
 
 
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:

@@ -16,6 +16,15 @@ def one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {message}' if message else type(error).__name__
 
 
+@contextlib.contextmanager
+def blame(argument: str) -> Iterator[None]:
+    """Any error as a ValueError that begins with an argument: readers of files and models raise many kinds."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f'{argument}: {one_line(e)}') from e
+
+
 def quietly(command: Callable[[Namespace], int], parser: ArgumentParser, args: Namespace) -> int:
     """Run a command. A ValueError or file error ends it in one line; a closed output, as by `head`, in silence."""
     for name in ('stdout', 'stderr'):  # closed, as in a daemon

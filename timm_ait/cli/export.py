@@ -9,7 +9,7 @@ import shlex
 import shutil
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ from timm.utils.onnx import onnx_export
 
 from timm_ait.layers.advance import named_workspaces
 
-from . import integer, one_line, output_folder, quietly, staged
+from . import blame, integer, output_folder, quietly, staged
 
 # entries of a pretrained config that describe its task
 _TASK = ('label_names', 'label_descriptions', 'tag', 'license', 'description', 'origin_url', 'notes')
@@ -138,14 +138,6 @@ def add_parser(commands) -> None:
     parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
 
-@contextlib.contextmanager
-def _blame(argument: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as e:  # readers of files and models raise many kinds of errors
-        raise ValueError(f'{argument}: {one_line(e)}') from e
-
-
 def _main(args: argparse.Namespace) -> int:
     if args.checkpoint.name == 'model.safetensors' and args.checkpoint.with_name('config.json').is_file():
         args.checkpoint = args.checkpoint.parent
@@ -159,7 +151,8 @@ def _main(args: argparse.Namespace) -> int:
     if not data_dir and not trained.get('dataset') and os.path.isdir(trained_on):
         data_dir = trained_on
     if data_dir:
-        try:
+        # a folder that the checkpoint names may have changed
+        with blame(f'--data-dir {data_dir}') if args.data_dir else contextlib.suppress(Exception):
             if not os.path.exists(data_dir):
                 raise ValueError('it does not exist')
             split, class_map = trained.get('train_split') or 'train', trained.get('class_map') or ''
@@ -168,11 +161,8 @@ def _main(args: argparse.Namespace) -> int:
             if len(indices) != model.num_classes:
                 raise ValueError(f'there are names for {len(indices)} classes, the model has {model.num_classes}')
             names = sorted(indices, key=indices.get)
-        except Exception as e:  # of timm's readers; a folder that the checkpoint names may have changed
-            if args.data_dir:
-                raise ValueError(f'--data-dir {data_dir}: {one_line(e)}') from e
     data_config = {key: trained[key] for key in _PREPROCESSING if trained.get(key)}
-    with _blame(f'--out {args.out}, nothing was written'):
+    with blame(f'--out {args.out}, nothing was written'):
         config = export(model, args.out, getattr(torch, args.dtype), names, data_config, fine_tuned, args.onnx)
 
     num_classes, input_size = config['num_classes'], config['pretrained_cfg']['input_size']
@@ -190,7 +180,7 @@ def _main(args: argparse.Namespace) -> int:
 
 def _load_trained(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
     """Model with the weights of a training, and the arguments of train.py as far as its checkpoint has them."""
-    with _blame(f'CHECKPOINT {args.checkpoint} cannot be read'):
+    with blame(f'CHECKPOINT {args.checkpoint} cannot be read'):
         trained = _training_args(args.checkpoint)
     name = args.model or trained.get('model')
     if not name:
@@ -201,10 +191,10 @@ def _load_trained(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
         'global_pool': trained.get('gp'),
         **((trained.get('model_kwargs') or {}) if args.model_kwargs is None else args.model_kwargs),
     }
-    with _blame(f'--model {name}, --num-classes and --model-kwargs, together {arguments}'):
+    with blame(f'--model {name}, --num-classes and --model-kwargs, together {arguments}'):
         size = None if 'img_size' in arguments else trained.get('img_size') or (trained.get('input_size') or [])[1:]
         model = create_model(**resolve_model_input_args(name, {'img_size': size or None}, **arguments))
-    with _blame(f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
+    with blame(f'CHECKPOINT {args.checkpoint} is not a complete checkpoint of {name}'):
         load_checkpoint(model, args.checkpoint, use_ema=not args.no_ema)
     return model, trained
 
@@ -235,6 +225,6 @@ def _load_pretrained(args: argparse.Namespace) -> nn.Module:
             raise ValueError(f'--{option} is for checkpoints of train.py, not {args.checkpoint}')
     is_folder = (args.checkpoint / 'config.json').is_file()
     problem = 'cannot be loaded' if is_folder else 'is no file, folder in Hub layout or pretrained model'
-    with _blame(f'CHECKPOINT {args.checkpoint} {problem}'):
+    with blame(f'CHECKPOINT {args.checkpoint} {problem}'):
         name = f'local-dir:{args.checkpoint}' if is_folder else args.checkpoint.as_posix()
         return create_model(name, pretrained=True, **(args.model_kwargs or {}))

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from timm.models import create_model
 
-from . import one_line
+from . import blame, one_line
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 1000
@@ -175,16 +175,12 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
         ValueError: The device is not available, the model cannot be loaded, or it does not classify images.
     """
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
+    with blame(f'--device {device}, --device cpu works everywhere'):
         torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as e:
-        raise ValueError(f'--device {device}: {one_line(e)}; --device cpu works everywhere') from e
-    try:
+    with blame(
+            f'--model {name} cannot be loaded, use a name from timm.list_pretrained(), hf-hub:<user>/<model> or '
+            'local-dir:<folder with config.json and weights>'):
         model = create_model(name, pretrained=True)
-    except Exception as e:  # timm raises many kinds of errors on unknown configs and files
-        raise ValueError(
-            f'--model {name} cannot be loaded ({one_line(e)}); use a name from timm.list_pretrained(), '
-            'hf-hub:<user>/<model> or local-dir:<folder with config.json and weights>') from e
     if model.num_classes < 1:
         raise ValueError(f'--model {name} has no classifier, only features')
     if model.num_classes == 1:

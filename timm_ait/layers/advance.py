@@ -128,10 +128,8 @@ def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, *_) -> None:
     _state['num_steps'] += 1
     if optimizer not in _state['parts']:
-        held = _held_workspaces(optimizer)
-        if held:
-            # fused optimizers are called for a step that the gradient scaler skips, and skip it themselves
-            _advance(held, getattr(optimizer, 'found_inf', None))
+        # fused optimizers are called for a step that the gradient scaler skips, and skip it themselves
+        _advance(_held_workspaces(optimizer), getattr(optimizer, 'found_inf', None))
 
 
 for hook in _state['hooks']:

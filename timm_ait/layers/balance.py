@@ -3,6 +3,7 @@ import contextlib
 import warnings
 import weakref
 from contextvars import ContextVar
+from functools import partial
 from typing import Dict, Iterator, List, Optional
 
 import torch
@@ -13,16 +14,11 @@ from .advance import named_workspaces
 _record: ContextVar[Optional[List[torch.Tensor]]] = ContextVar('balance_losses', default=None)
 
 
-def _release_after_backward(workspace: nn.Module, loss: torch.Tensor) -> None:
-    """Let a workspace keep only the value once the gradient of its loss was computed."""
-    of_workspace, of_loss = weakref.ref(workspace), weakref.ref(loss)
-
-    def release(grad: torch.Tensor) -> None:
-        workspace, loss = of_workspace(), of_loss()
-        if workspace is not None and loss is not None and workspace.balance is loss:
-            workspace.release_balance()
-
-    loss.register_hook(release)
+def _release(of_workspace: weakref.ref, of_loss: weakref.ref, grad: torch.Tensor) -> None:
+    """Hook of a loss: let its workspace keep only the value once the gradient was computed."""
+    workspace = of_workspace()
+    if workspace is not None and workspace.balance is of_loss():
+        workspace.release_balance()
 
 
 def _warn_of_a_value(grad: torch.Tensor) -> None:
@@ -47,7 +43,7 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     alive = [(workspace, loss) for workspace, loss in losses if loss.requires_grad]
     if not torch.compiler.is_compiling():
         for workspace, loss in alive:
-            _release_after_backward(workspace, loss)
+            loss.register_hook(partial(_release, weakref.ref(workspace), weakref.ref(loss)))
             workspace._balance_node = None  # asked for, so the next forward does not add it
     device = losses[0][1].device if losses else next((parameter.device for parameter in model.parameters()), None)
     total = sum([loss.to(device) for _, loss in alive or losses], torch.zeros((), device=device))

@@ -10,11 +10,6 @@ from timm_ait.ops.graph import depends_on, in_backward, is_recomputed
 from .advance import count_write, register_workspace
 
 
-def _forget_written(workspace: nn.Module, incompatible_keys: Any) -> None:
-    # hook of load_state_dict: what was written belongs to the memory before
-    workspace.written = None
-
-
 class StepwiseMemory(nn.Module):
     """Base of a layer whose buffer `memory` (M, D) moves with the parameters, to the mean of what was written."""
     is_workspace = True
@@ -30,10 +25,6 @@ class StepwiseMemory(nn.Module):
     # ranks that train the layer together, if they are named, and those of DDP or FSDP; see `ranks.ranks_of`
     process_group: Optional[Any] = None
     wrapper_groups: Tuple[Any, ...] = ()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_load_state_dict_post_hook(_forget_written)
 
     def check_it_can_write(self, x: torch.Tensor, token_mask: Optional[torch.Tensor], has_parameters: bool) -> None:
         """Raise an error, with the remedy, where a training forward of x could not do all that it is to do."""
@@ -93,6 +84,10 @@ class StepwiseMemory(nn.Module):
         if self.written is not None:
             self.written_since_step()  # goes where the memory went
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.written = None  # belongs to the memory before
 
     def end_step(self) -> None:
         """Called when the parameters have moved, and the memory if anything was written."""

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.jit import Final
 
 from timm.layers import Mlp
-from timm.models import register_notrace_module
 
 from timm_ait.ops.memory import add_written_, project_memory, slot_statistics, update_memory
 from timm_ait.ops.naive import WriteWeights, num_kept
@@ -48,7 +47,6 @@ class Projection(nn.Module):
         return self.weight
 
 
-@register_notrace_module  # its write depends on the number of tokens, which symbolic tracing cannot know
 class GlobalWorkspace(StepwiseMemory):
     """Shared memory that tokens write into through a bottleneck and read from by Hopfield retrieval.
 

@@ -4,13 +4,14 @@ from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import HfHubHTTPError
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers._arguments import check_at_least, check_known
-from timm_ait.weights import check_weights, say_where_weights_are, shipped_cfg
+from timm_ait.weights import HUB_USER, check_weights, shipped_cfg
 
 _NO_ATTENTION = 'some blocks of this model have no self-attention'
 # arguments of models of 32 px images in 64 patches
@@ -57,7 +58,7 @@ def build_vit(
     is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, shipped['hf_hub_id'])
     if is_elsewhere and not cfg.source and cfg.file and cfg.file == shipped.get('file'):  # which timm would prefer
         kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}
-    with say_where_weights_are(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay')):
+    try:
         return build_model_with_cfg(
             model_cls,
             variant,
@@ -66,6 +67,15 @@ def build_vit(
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', min(3, kwargs['depth'])), feature_cls='getter'),
             **kwargs,
         )
+    except (OSError, HfHubHTTPError) as e:
+        hub_id = cfg.hf_hub_id or ''
+        if cfg.source or cfg.file or cfg.url or cfg.state_dict or not hub_id.startswith(f'{HUB_USER}/'):
+            raise
+        name = hub_id.partition('/')[2]
+        raise RuntimeError(
+            f'The weights of {name} are not part of this installation. They are in a source checkout of timm_ait, in '
+            f"weights/{name}: load them with create_model('local-dir:<checkout>/weights/{name}', pretrained=True). "
+            f'They cannot be downloaded from {hub_id} on the Hugging Face Hub: {e}') from e
 
 
 def reject_arguments(
@@ -103,7 +113,7 @@ def reject_arguments(
     return kwargs
 
 
-def reject_jax_weights(model: nn.Module, *args, **kwargs) -> None:
+def reject_jax(model: nn.Module, *args, **kwargs) -> None:
     """In place of `load_pretrained`, where a ViT's JAX weights lack some of the model's: raise a ValueError."""
     raise ValueError(f'A {type(model).__name__} cannot load JAX weights (.npz), which are those of a ViT.')
 

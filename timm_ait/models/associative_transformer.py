@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from timm.layers import HybridEmbed, LayerNorm, Mlp, PatchDropout, get_device_dtype, get_norm_layer
-from timm.models import generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 
@@ -25,14 +25,13 @@ from timm_ait.layers._arguments import check_choice, options, split_kwargs
 from timm_ait.layers.advance import named_workspaces
 from timm_ait.weights import shipped_cfg
 
-from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_jax_weights, reject_masks
+from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_jax, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
 
 
 @torch.fx.wrap
-@register_notrace_function
 def attended_tokens(attn_mask: Optional[torch.Tensor], B: int, N: int) -> Optional[torch.Tensor]:
     """Tokens (B, N) that any may attend to, by a boolean or additive mask for (B, heads, N, N); None for all."""
     if attn_mask is None:
@@ -151,11 +150,7 @@ class AssociativeTransformer(VisionTransformer):
             self.head.reset_parameters()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """As `VisionTransformer`, with 'flat' among the values of `global_pool`.
-
-        Raises:
-            ValueError: 'flat', in a model whose number of tokens varies.
-        """
+        """As `VisionTransformer`, with 'flat' too, which raises a ValueError where the number of tokens varies."""
         global_pool = self.global_pool if global_pool is None else global_pool
         flat = global_pool == 'flat'
         if flat and (self.dynamic_img_size or isinstance(self.patch_drop, PatchDropout)):
@@ -178,15 +173,11 @@ class AssociativeTransformer(VisionTransformer):
     def load_pretrained(self, *args, **kwargs) -> None:
         """As `VisionTransformer`; ungated workspaces, which JAX weights lack, raise a ValueError."""
         if any(not workspace.gated for _, workspace in named_workspaces(self)):
-            reject_jax_weights(self)
+            reject_jax(self)
         super().load_pretrained(*args, **kwargs)
 
     def set_input_size(self, *args, **kwargs) -> None:
-        """As `VisionTransformer`.
-
-        Raises:
-            ValueError: The classifier has weights for the tokens of one image size, `global_pool='flat'`.
-        """
+        """As `VisionTransformer`; `global_pool='flat'` raises a ValueError."""
         if self.global_pool == 'flat':
             raise ValueError(
                 "global_pool='flat' is not supported with set_input_size: its classifier has weights for every token "

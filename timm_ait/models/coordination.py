@@ -19,20 +19,19 @@ import torch
 import torch.nn as nn
 
 from timm.layers import use_fused_attn
-from timm.models import generate_default_cfgs, register_model, register_notrace_function
+from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.layers.cross_attention import Attending
 
-from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_jax_weights
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_jax
 from ._question import QuestionViT
 
 __all__ = ['Coordination']
 
 
 @torch.fx.wrap
-@register_notrace_function
 def topk_softmax(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Softmax over the k largest scores of the last dimension, zero elsewhere; a larger k keeps all scores."""
     values, indices = scores.topk(min(k, scores.shape[-1]), dim=-1)
@@ -181,7 +180,7 @@ class Coordination(VisionTransformer):
     token and registers. A question, in the class token, writes into the memory if it wins the competition.
     """
 
-    load_pretrained = reject_jax_weights
+    load_pretrained = reject_jax
 
     def __init__(
             self,

@@ -30,15 +30,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from timm_ait.layers._arguments import check_at_least, check_choice
 from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import (
-    CIFAR_ARGS,
-    MasklessBlock,
-    build_vit,
-    cifar_cfg,
-    reject_arguments,
-    reject_jax_weights,
-    reject_masks,
-)
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_jax, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['Perceiver']
@@ -105,7 +97,7 @@ class Perceiver(VisionTransformer):
     `AttentionExtract` gives the attention of the last use with `method='hook'`, of the first with 'fx'.
     """
 
-    load_pretrained = reject_jax_weights
+    load_pretrained = reject_jax
 
     def __init__(self, *args, num_latents: int = 32, num_iterations: int = 3, **kwargs) -> None:
         """

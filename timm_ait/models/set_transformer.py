@@ -28,7 +28,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from timm_ait.layers._arguments import check_at_least
 from timm_ait.layers.cross_attention import CrossAttention
 
-from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_jax_weights
+from ._builder import CIFAR_ARGS, MasklessBlock, build_vit, cifar_cfg, reject_arguments, reject_jax
 from ._question import QuestionViT
 
 __all__ = ['SetTransformer']
@@ -121,7 +121,7 @@ class SetTransformer(VisionTransformer):
     element of the set.
     """
 
-    load_pretrained = reject_jax_weights
+    load_pretrained = reject_jax
 
     def __init__(self, *args, num_inducing: int = 32, act_layer: Optional[LayerType] = None, **kwargs) -> None:
         """

@@ -14,16 +14,6 @@ import torch.nn.functional as F
 from .naive import WriteWeights, num_kept
 
 
-def _keep_best_of_all(scores: torch.Tensor, k: int, ranks: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Which of this rank's scores (R, n) are among the k best of all ranks, and the best of all (R, 1)."""
-    # ranks may have different numbers of tokens
-    offered = ranks.gather(F.pad(scores, (0, k - scores.shape[1]), value=float('-inf')))
-    best, indices = offered.topk(k, dim=-1)
-    kept = torch.zeros_like(offered, dtype=torch.bool).scatter_(1, indices, True)
-    first = ranks.rank * k
-    return kept[:, first:first + scores.shape[1]], best[:, :1]
-
-
 def _attend(
         scores: torch.Tensor,
         bottleneck: Union[int, float],
@@ -56,8 +46,13 @@ def _attend(
         kept = kept & (torch.arange(k, device=best.device) < num_kept(bottleneck, token_mask.sum().clamp_min(1)))
     if ranks is None:
         return best.masked_fill(~kept, lowest).softmax(dim=-1) * kept, indices
-    kept_of_all, shift = _keep_best_of_all(best.detach(), k, ranks)
-    weights = (best - shift).exp() * (kept & kept_of_all)
+    # ranks may have different numbers of tokens
+    offered = ranks.gather(F.pad(best.detach(), (0, k - best.shape[1]), value=float('-inf')))
+    best_of_all, indices_of_all = offered.topk(k, dim=-1)
+    kept_of_all = torch.zeros_like(offered, dtype=torch.bool).scatter_(1, indices_of_all, True)
+    first = ranks.rank * k
+    kept = kept & kept_of_all[:, first:first + best.shape[1]]
+    weights = (best - best_of_all[:, :1]).exp() * kept
     total = ranks.sum(weights.sum(dim=-1, keepdim=True))
     return weights / total.clamp_min(torch.finfo(total.dtype).tiny), indices
 
