@@ -135,7 +135,7 @@ def write_attention(
         bottleneck: Tokens that each slot and head keep, a float is a share of T; by default the layer's own.
 
     Raises:
-        ValueError: The layer does not write, or the bottleneck is not positive.
+        ValueError: The layer does not write, or the bottleneck is out of its range.
     """
     if not workspace.writes:
         raise ValueError('workspace: it has write=False, so no tokens compete for it')

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.models import resolve_model_input_args
 from timm.utils import CheckpointSaver
 
@@ -133,11 +134,16 @@ class TestTrainingArguments:
         assert config['label_names'] == ['B', 'C', 'a']
 
     def test_may_have_the_image_size_as_one_number(self, tmp_path):
+        # as DeiT and MAE, which read images with torchvision and ImageNet's mean
         weights = timm.create_model('test_ait', num_classes=3, img_size=64).state_dict()
         arguments = argparse.Namespace(model='test_ait', input_size=64)
         torch.save({'model': weights, 'args': arguments}, tmp_path / 'last.pth.tar')
-        config = run(tmp_path / 'last.pth.tar', tmp_path / 'out', '--num-classes', '3')
+        write_classes(tmp_path / 'data/train', 'C', 'a', 'B')
+        config = run(
+            tmp_path / 'last.pth.tar', tmp_path / 'out', '--num-classes', '3', '--data-dir', tmp_path / 'data')
         assert config['pretrained_cfg']['input_size'] == [3, 64, 64]
+        assert config['pretrained_cfg']['mean'] == list(IMAGENET_DEFAULT_MEAN)
+        assert config['label_names'] == ['B', 'C', 'a']
 
     @pytest.mark.parametrize('names, arguments', [
         ('ab', {}), ('', {}), ('abc', dict(dataset='sort_of_clevr'))])

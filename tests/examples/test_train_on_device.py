@@ -116,7 +116,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
         return train_on_device.Trainer.draw_order(trainer, epoch).tolist()
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (-1, 0, 1)]
-    assert order(0, 0) in orders and len(set(map(tuple, orders))) == len(orders)
+    assert order(0, 0) == orders[1] and len(set(map(tuple, orders))) == len(orders)
 
 
 def test_the_loss_includes_the_balance_loss(train, tmp_path):

@@ -186,7 +186,7 @@ def test_the_inverse_temperature_may_be_a_parameter(training):
     layer = make_workspace().train(training)
     layer.beta = nn.Parameter(torch.ones(()))
     layer(torch.randn(4, 9, 24)).square().sum().backward()
-    assert layer.beta.grad != 0.
+    assert layer.beta.grad.abs() > 0.
 
 
 def test_convolutions_are_refused():

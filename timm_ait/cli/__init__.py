@@ -7,7 +7,7 @@ import tempfile
 import textwrap
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Union
 
 
 def one_line(error: BaseException) -> str:
@@ -49,6 +49,11 @@ def integer(minimum: int) -> Callable[[str], int]:
             raise ArgumentTypeError(f'must be at least {minimum} and less than 2**64, got {text}')
         return int(text)
     return integer
+
+
+def is_same_file(a: Union[str, Path], b: Union[str, Path]) -> bool:
+    """Whether two paths lead to one file or folder that exists, also where the file system ignores case."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def _nearest(folder: Path) -> Path:

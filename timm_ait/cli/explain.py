@@ -19,7 +19,7 @@ from timm.layers import to_2tuple
 from timm_ait.analysis import analyse, collect_tokens, read_weights, workspaces, write_attention
 from timm_ait.ops.workspace import num_kept
 
-from . import integer, output_folder, quietly, staged
+from . import integer, is_same_file, output_folder, quietly, staged
 from .images import add_arguments, class_names, each_file, find_images, image_classifier, load_model
 from .sheet import Tile, contact_sheet, fit
 
@@ -219,8 +219,8 @@ def add_parser(commands) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
-    out = os.path.realpath(args.out)
-    if any(out in (os.path.dirname(os.path.realpath(file)), os.path.realpath(file.parent)) for file in files):
+    folders = {folder for file in files for folder in (str(file.parent), os.path.dirname(os.path.realpath(file)))}
+    if any(is_same_file(folder, args.out) for folder in folders):
         raise ValueError(f'--out {args.out} holds some images, which sheets could overwrite: choose another')
     model = load_model(args.model, args.device)
     workspaces(model)  # raises an error if it has none

@@ -14,7 +14,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from timm.data import create_dataset, infer_imagenet_subset
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, infer_imagenet_subset
 from timm.models import create_model, get_model_input_config, load_checkpoint, resolve_model_input_args, save_for_hf
 from timm.utils import ParseKwargs
 from timm.utils.onnx import onnx_export
@@ -211,8 +211,9 @@ def _training_args(file: Path) -> Dict[str, Any]:
         raise ValueError('it is not a checkpoint, or it holds more than weights and could run code') from e
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     args = dict(vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
-    if isinstance(args.get('input_size'), int):  # as in the programs of DeiT and MAE
+    if isinstance(args.get('input_size'), int):  # as in the programs of DeiT and MAE, which fix what else timm asks for
         args['img_size'] = args.pop('input_size')
+        args = {'dataset': 'torch/image_folder', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, **args}
     return args
 
 

@@ -175,7 +175,7 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
         ValueError: The device is not available, the model cannot be loaded, or it does not classify images.
     """
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with blame(f'--device {device}, --device cpu works everywhere'):
+    with blame(f'--device {device} does not work here, --device cpu always does'):
         torch.empty(0, device=device)
     with blame(
             f'--model {name} cannot be loaded, use a name from timm.list_pretrained(), hf-hub:<user>/<model> or '

@@ -2,11 +2,10 @@
 import argparse
 import json
 import math
-import os
 
 from tqdm import tqdm
 
-from . import integer, quietly, staged
+from . import integer, is_same_file, quietly, staged
 from .images import add_arguments, class_names, each_file, find_images, image_classifier, load_model
 from .sheet import Tile, contact_sheet, fit, sheet_file
 
@@ -33,7 +32,7 @@ def _main(args: argparse.Namespace) -> int:
     files = find_images(args.images)
     if args.sheet and len(files) > _MAX_TILES:
         raise ValueError(f'--sheet has room for {_MAX_TILES} images, got {len(files)}')
-    if args.sheet and os.path.realpath(args.sheet) in map(os.path.realpath, files):
+    if args.sheet and any(is_same_file(file, args.sheet) for file in files):
         raise ValueError(f'--sheet {args.sheet} is one of the images: take another file')
     model = load_model(args.model, args.device)
     names, descriptions = class_names(model)

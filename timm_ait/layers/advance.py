@@ -80,7 +80,7 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
         if ranks is not None:
             together.setdefault((ranks.groups, workspace.memory.device), (ranks, []))[1].append(workspace)
         elif workspace.written is not None:
-            total, count = workspace.written
+            total, count = workspace.written_since_step()
             if count.device.type != 'cpu' or count > 0:  # to ask another device is to wait for it
                 written.append((workspace, total, count))
     for ranks, members in together.values():

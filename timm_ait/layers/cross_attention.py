@@ -40,11 +40,7 @@ class CrossAttention(Attending):
             dtype=None,
             **unused,
     ) -> None:
-        """As `Attention`, without norms. `scale` multiplies the scores; None is one over the root of the head width.
-
-        Raises:
-            ValueError: `dim` is not a multiple of `num_heads`.
-        """
+        """As `Attention`, without norms. `scale` multiplies the scores; None is one over the root of the head width."""
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         if dim % num_heads:

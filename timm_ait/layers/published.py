@@ -19,11 +19,7 @@ class PublishedWorkspace(GlobalWorkspace):
     """
 
     def __init__(self, dim: int, bottleneck: Union[int, float] = 512, **kwargs) -> None:
-        """As `GlobalWorkspace`, except for `memory_update` and `differentiable_write`, which are fixed as published.
-
-        Raises:
-            ValueError: An argument is out of its range.
-        """
+        """As `GlobalWorkspace`, also in errors; `memory_update` and `differentiable_write` are fixed as published."""
         super().__init__(dim, bottleneck=bottleneck, memory_update='normalize', differentiable_write=False, **kwargs)
 
     def check_it_can_write(self, x: torch.Tensor, token_mask: Optional[torch.Tensor], has_parameters: bool) -> None:

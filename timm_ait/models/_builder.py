@@ -1,5 +1,6 @@
 """ What the families share: configuration, construction, and what of a ViT they do not support. """
 import inspect
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Type
 
 import torch
@@ -11,7 +12,7 @@ from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers._arguments import check_at_least, check_known
-from timm_ait.weights import HUB_USER, check_weights, shipped_cfg
+from timm_ait.weights import HUB_USER, check_weights, weights_dir
 
 _NO_ATTENTION = 'some blocks of this model have no self-attention'
 # arguments of models of 32 px images in 64 patches
@@ -54,9 +55,9 @@ def build_vit(
         model_cls, kwargs['question_dim'] = question_cls, question_dim
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    shipped = shipped_cfg(f'{variant}.{cfg.tag}')
-    is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, shipped['hf_hub_id'])
-    if is_elsewhere and not cfg.source and cfg.file and cfg.file == shipped.get('file'):  # which timm would prefer
+    folder = Path(cfg.file or '').parent
+    is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, f'{HUB_USER}/{folder.name}')
+    if is_elsewhere and not cfg.source and folder.parent == weights_dir():  # a shipped file, which timm would prefer
         kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}
     try:
         return build_model_with_cfg(
@@ -115,7 +116,7 @@ def reject_arguments(
 
 def reject_jax(model: nn.Module, *args, **kwargs) -> None:
     """In place of `load_pretrained`, where a ViT's JAX weights lack some of the model's: raise a ValueError."""
-    raise ValueError(f'A {type(model).__name__} cannot load JAX weights (.npz), which are those of a ViT.')
+    raise ValueError(f'{type(model).__name__} cannot load JAX weights (.npz), which lack some of its parameters.')
 
 
 def reject_masks(attn_mask: Optional[torch.Tensor], is_causal: bool, reason: str = _NO_ATTENTION) -> None:

@@ -25,7 +25,7 @@ from timm_ait.layers._arguments import check_choice, options, split_kwargs
 from timm_ait.layers.advance import named_workspaces
 from timm_ait.weights import shipped_cfg
 
-from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_jax, reject_masks
+from ._builder import CIFAR_ARGS, build_vit, cifar_cfg, reject_arguments, reject_masks
 from ._question import QuestionViT
 
 __all__ = ['AssociativeTransformer']
@@ -173,7 +173,7 @@ class AssociativeTransformer(VisionTransformer):
     def load_pretrained(self, *args, **kwargs) -> None:
         """As `VisionTransformer`; ungated workspaces, which JAX weights lack, raise a ValueError."""
         if any(not workspace.gated for _, workspace in named_workspaces(self)):
-            reject_jax(self)
+            raise ValueError('JAX weights (.npz) have no workspaces: create the model with gated=True to load them.')
         super().load_pretrained(*args, **kwargs)
 
     def set_input_size(self, *args, **kwargs) -> None:

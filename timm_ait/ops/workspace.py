@@ -31,7 +31,7 @@ def _attend(
     if ranks is None:
         k = num_kept(bottleneck, num_tokens)
     elif isinstance(bottleneck, int):
-        k = bottleneck
+        k = num_kept(bottleneck, bottleneck)
     else:
         num_valid = torch.tensor(num_tokens, device=scores.device) if token_mask is None else token_mask.sum()
         k = num_kept(bottleneck, max(int(ranks.sum(num_valid)), 1))
