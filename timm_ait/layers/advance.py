@@ -56,8 +56,8 @@ def count_write(workspace: nn.Module) -> None:
         warnings.warn(
             f'The memory of a workspace was written in {_MAX_WRITES} forwards and did not move: no optimizer that has '
             'stepped holds its parameters. Create the optimizer after the workspaces; where it holds copies of the '
-            'parameters, call timm_ait.advance_memory(model) after each step; freeze a workspace that is not to be '
-            'trained, by requires_grad_(False) or eval().',
+            'parameters, call timm_ait.advance_memory(model) after each step (on several ranks, name their '
+            'process_group); freeze a workspace that is not to be trained, by requires_grad_(False) or eval().',
             stacklevel=2)
 
 
@@ -76,7 +76,7 @@ def _advance(workspaces: List[nn.Module], found_inf: Optional[torch.Tensor] = No
     """Move memories to the mean of what was written, unless a scaler has found its gradients not to be finite."""
     written, together = [], {}
     for workspace in workspaces:
-        ranks = ranks_of(workspace)
+        ranks = ranks_of(workspace) if workspace.writes and not workspace.reset_memory else None
         if ranks is not None:
             together.setdefault((ranks.groups, workspace.memory.device), (ranks, []))[1].append(workspace)
         elif workspace.written is not None:
