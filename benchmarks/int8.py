@@ -23,9 +23,9 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import timm
 
 import timm_ait  # noqa: F401, registers the models
+from timm_ait.cli import integer
 
 from .compare.data import load_images
-from .compare.recipe import positive
 from .results import table
 from .workspace import take_turns
 
@@ -41,15 +41,18 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser = argparse.ArgumentParser(prog='python -m benchmarks.int8', description=__doc__.split('\n\n')[0])
     parser.add_argument('model', nargs='?', default='ait_small', help='name of a model, or local-dir:FOLDER')
     parser.add_argument('--data-dir', required=True, help='folder of validation images, a folder for each class')
-    parser.add_argument('--num-images', type=positive, metavar='N', help='(default: all)')
-    parser.add_argument('--batch-size', type=positive, default=64, metavar='N', help='(default: %(default)s)')
-    parser.add_argument('--rounds', type=positive, default=10, metavar='N', help='of timing (default: %(default)s)')
+    parser.add_argument('--num-images', type=integer(1), metavar='N', help='(default: all)')
+    parser.add_argument('--batch-size', type=integer(1), default=64, metavar='N', help='(default: %(default)s)')
+    parser.add_argument('--rounds', type=integer(1), default=10, metavar='N', help='of timing (default: %(default)s)')
     args = parser.parse_args(argv)
     if not os.path.isdir(args.data_dir):
         parser.error(f'--data-dir must be a folder, got {args.data_dir}')
 
     model = timm.create_model(args.model, pretrained=True).eval()
-    images, labels = load_images(args.data_dir, model, args.num_images)
+    try:
+        images, labels = load_images(args.data_dir, model, args.num_images)
+    except ValueError as e:
+        parser.error(f'--data-dir: {e}')
     weight_only = copy.deepcopy(model)
     quantize_(weight_only, Int8WeightOnlyConfig())
     models = {

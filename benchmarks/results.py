@@ -99,9 +99,9 @@ def _rows(results: Results) -> List[Dict[str, Any]]:
 
 
 def _learning_curves(results: Results, output: Path) -> None:
-    from matplotlib.figure import Figure  # not needed to train or to validate
+    import matplotlib.figure  # not needed to train or to validate
 
-    figure = Figure(figsize=(8.4, 4.2), layout='constrained')
+    figure = matplotlib.figure.Figure(figsize=(8.4, 4.2), layout='constrained')
     axes = figure.subplots()
     for i, (label, result) in enumerate(results.items()):
         logs: List[List[Dict[str, Any]]] = [run['log'] for run in result['runs']]
@@ -110,7 +110,8 @@ def _learning_curves(results: Results, output: Path) -> None:
         axes.plot([entry['step'] for entry in logs[0]], accuracies, style, label=label)
     axes.set(xlabel='step', ylabel='accuracy (%)')
     figure.legend(loc='outside right upper', fontsize=8)
-    figure.savefig(output / 'learning_curves.svg')
+    with matplotlib.rc_context({'svg.hashsalt': 'timm_ait'}):  # the same figure is the same file
+        figure.savefig(output / 'learning_curves.svg', metadata={'Date': None})
 
 
 def budget_and_table(folder: Path) -> str:
@@ -121,7 +122,9 @@ def budget_and_table(folder: Path) -> str:
     recipe, (file, *others) = results['recipe'], results['arguments']
     most, fewest = (choose((run['seeds'] for run in recipe['runs'].values()), key=len) for choose in (max, min))
     seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
-    if len(fewest) < len(most):
+    if any(run['seeds'] != most[:len(run['seeds'])] for run in recipe['runs'].values()):
+        seeds = '; '.join(f"{label} seeds {', '.join(map(str, run['seeds']))}" for label, run in recipe['runs'].items())
+    elif len(fewest) < len(most):
         seeds += ', a run with n seeds the first n of them'
     runs = [run for result in results['results'].values() for run in result['runs']]
     devices = '; '.join(sorted({run['device'] for run in runs if 'device' in run}))
@@ -146,10 +149,10 @@ def main(argv: Optional[List[str]] = None) -> None:
     figures = args.page.with_name('figures')
     try:
         parts = {folder.name: budget_and_table(folder) for folder in args.folders}
+        write_parts(args.page, parts)
         figures.mkdir(exist_ok=True)
         for folder in args.folders:
             shutil.copyfile(folder / 'learning_curves.svg', figures / f'{folder.name}_learning_curves.svg')
-        write_parts(args.page, parts)
     except (OSError, ValueError) as e:
         parser.error(str(e))
 

@@ -12,10 +12,10 @@ import timm
 from timm.data import resolve_model_data_config
 
 import timm_ait  # noqa: F401, registers the models
+from timm_ait.cli import integer
 from timm_ait.data.sort_of_clevr import IMAGE_SIZE, KINDS
 
 from .compare.data import load_sort_of_clevr
-from .compare.recipe import positive
 from .compare.training import evaluate
 
 
@@ -26,7 +26,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--data-dir', required=True, help='folder written by python -m timm_ait data sort-of-clevr')
     parser.add_argument('--split', default='validation', choices=('train', 'validation'))
     parser.add_argument('--kinds', nargs='+', default=KINDS[:2], choices=KINDS, help='(default: %(default)s)')
-    parser.add_argument('--batch-size', type=positive, default=128, metavar='N', help='(default: %(default)s)')
+    parser.add_argument('--batch-size', type=integer(1), default=128, metavar='N', help='(default: %(default)s)')
     parser.add_argument('--device', default='cpu', help='(default: %(default)s)')
     args = parser.parse_args(argv)
     try:

@@ -50,7 +50,7 @@ from timm_ait.layers import GlobalWorkspace
 from timm_ait.ops import naive
 from timm_ait.ops.memory import update_memory
 
-PARTS = ('layer', 'models', 'latency', 'optimizer')
+PARTS = ('layer', 'models', 'optimizer')
 CASES = ('training step', 'evaluation')
 OURS, NAIVE, PUBLISHED, MLP = 'timm_ait', 'naive', 'published', 'mlp'
 COMPILED = ', compiled'
@@ -59,8 +59,6 @@ MIB = 2 ** 20
 
 # of the layer, as in the paper
 LAYER = dict(dim=768, num_slots=32, slot_dim=32, workspace_heads=8, bottleneck=512)
-# models of a part
-MODELS = {'models': ['ait_small'], 'latency': ['ait_small', 'ait_vit_tiny_patch16_224']}
 
 Step = Callable[[], object]
 
@@ -73,7 +71,7 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
     parser.add_argument('--contenders', nargs='+', choices=(OURS, NAIVE, PUBLISHED, MLP),
                         help='layers to measure, by default all, the published one where --published is given')
     parser.add_argument('--published', type=Path, metavar='CHECKOUT', help='of the published implementation')
-    parser.add_argument('--models', nargs='+', help=f'models of the parts models and latency, by default {MODELS}')
+    parser.add_argument('--models', nargs='+', default=['ait_small'], help='of the part models')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
     parser.add_argument('--compile', action='store_true', help='also measure contenders under torch.compile')
@@ -299,9 +297,9 @@ def measure_layers(args: argparse.Namespace, tokens: int) -> None:
         measure(args, f'T {tokens:,}', dtype, layers, x)
 
 
-def measure_models(args: argparse.Namespace, names: Sequence[str]) -> None:
+def measure_models(args: argparse.Namespace) -> None:
     """Models, each beside the same model with plain MLPs."""
-    for name, batch_size, dtype in itertools.product(names, args.batch_sizes, args.dtype):
+    for name, batch_size, dtype in itertools.product(args.models, args.batch_sizes, args.dtype):
         torch.manual_seed(0)
         models = {
             f'{name}, workspace=False': timm.create_model(name, num_classes=10, workspace=False).to(args.device),
@@ -348,11 +346,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         if part == 'layer':
             for tokens in args.tokens:
                 measure_layers(args, tokens)
-        elif part == 'models':
-            measure_models(args, args.models or MODELS[part])
         else:
-            alone = argparse.Namespace(**{**vars(args), 'case': ['evaluation'], 'batch_sizes': [1]})
-            measure_models(alone, args.models or MODELS[part])
+            measure_models(args)
 
 
 if __name__ == '__main__':

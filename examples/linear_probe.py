@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import timm
 from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.models import resolve_model_input_args
 from timm.utils import random_seed
 
 from timm_ait.cli import integer, output_folder
@@ -80,7 +81,8 @@ def main() -> None:
     args = parser.parse_args()
     random_seed(0)
     overlay = dict(file=args.pretrained_path) if args.pretrained_path else None
-    model = timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    arguments = resolve_model_input_args(args.model, {'img_size': args.img_size}, pretrained_cfg_overlay=overlay)
+    model = timm.create_model(**arguments, pretrained=True).eval()
     features, labels, names = extract_features(model, args.data_dir, args.img_size, args.crops)
     model.reset_classifier(len(names))
     fit_classifier(model.get_classifier(), features, labels, args.weight_decay)

@@ -1,6 +1,7 @@
 """ The command: what is to do, checked as far as it can be before anything is written. """
 import argparse
 import hashlib
+import importlib.util
 import json
 from glob import glob
 from pathlib import Path
@@ -56,6 +57,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     todo = {
         (label, seed): folder for (label, seed), folder in folders.items()
         if label in (args.runs or recipe['runs']) and not (folder / 'result.json').is_file()}
+    if importlib.util.find_spec('matplotlib') is None:
+        parser.error("matplotlib is missing, for the learning curves: pip install '.[benchmarks]'")
     if todo:
         try:
             device = torch.device(args.device)

@@ -114,12 +114,17 @@ def load_images(
         num_images: How many, spread evenly over the folder; all if None.
 
     Raises:
-        ValueError: The folder has images of more or fewer classes than the model.
+        ValueError: The folder has images of other classes than the model, or in another order.
     """
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     dataset = create_dataset('', root=str(folder), split='validation', transform=transform)
     if len(dataset.reader.class_to_idx) != model.num_classes:
         raise ValueError(f'{folder} has images of {len(dataset.reader.class_to_idx)} classes, not {model.num_classes}')
+    classes = list(dataset.reader.class_to_idx)
+    if not all(Path(dataset.reader.root, name).is_dir() for name in classes):  # timm takes folders of splits together
+        raise ValueError(f'{folder} has no folder validation')
+    if list(model.pretrained_cfg.get('label_names') or classes) != classes:
+        raise ValueError(f'{folder} has other classes than the model, or in another order')
     count = min(num_images or len(dataset), len(dataset))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     images, labels = zip(*(dataset[i * len(dataset) // count] for i in order))

@@ -15,17 +15,10 @@ from typing import Any, Dict, List, Sequence
 
 import yaml
 
+from timm_ait.cli import integer
 from timm_ait.data.sort_of_clevr import IMAGE_SIZE, KINDS
 
 Recipe = Dict[str, Any]
-
-
-def positive(text: str) -> int:
-    """Type of an argument that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be at least 1, got {value}')
-    return value
 
 
 def _flag(text: str) -> bool:
@@ -54,17 +47,17 @@ def create_recipe_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add('--dataset', choices=('image_folder', 'sort_of_clevr'), required=True,
         help='train/<class>/*, validation/<class>/*, or what `python -m timm_ait data sort-of-clevr` writes')
-    add('--image-size', type=positive, required=True, help='pixels; images are scaled to it')
+    add('--image-size', type=integer(1), required=True, help='pixels; images are scaled to it')
     add('--in-chans', type=int, choices=(1, 3), default=3)
     add('--mean', nargs='+', type=float, default=[0.5], help='what pixels in [0, 1] are normalised with; per channel')
     add('--std', nargs='+', type=float, default=[0.5])
     add('--kinds', nargs='+', choices=KINDS, default=list(KINDS), help='which questions of Sort-of-CLEVR')
     add('--model-kwargs', type=_mapping, default={}, help="of every run's model; a run takes one back with null")
-    add('--conv-stem', nargs='+', type=positive, metavar='CHANNELS',
+    add('--conv-stem', nargs='+', type=integer(1), metavar='CHANNELS',
         help='convolutions of stride 2 that embed the patches of every model, in place of linear patches')
-    add('--steps', type=positive, default=1000)
-    add('--all-patches-from', type=positive, metavar='STEP', help='from which the patch_drop_rate is zero')
-    add('--batch-size', type=positive, default=128)
+    add('--steps', type=integer(1), default=1000)
+    add('--all-patches-from', type=integer(1), metavar='STEP', help='from which the patch_drop_rate is zero')
+    add('--batch-size', type=integer(1), default=128)
     add('--opt', default='adamw')
     add('--opt-kwargs', type=_mapping, default={})
     add('--lr', type=float, default=1e-3)
@@ -74,7 +67,7 @@ def create_recipe_parser() -> argparse.ArgumentParser:
     add('--clip-grad', type=float, default=1., help='norm of the gradients, 0 for no limit')
     add('--amp-dtype', choices=('bfloat16', 'float32'), default='bfloat16')
     add('--seeds', nargs='+', type=int, default=[0])
-    add('--eval-every', type=positive, default=250, help='steps from one evaluation, and checkpoint, to the next')
+    add('--eval-every', type=integer(1), default=250, help='steps from one evaluation, and checkpoint, to the next')
     for flip in ('hflip', 'vflip', 'transpose'):
         add(f'--{flip}', type=_flag, default=False, help='flip images at random')
     add('--crop-padding', type=int, default=0, help='shift images by up to as many pixels')

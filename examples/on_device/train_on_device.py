@@ -159,6 +159,10 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     for name in ('data_dir', 'model', 'output'):
         if not getattr(args, name):
             parser.error(f'--{name.replace("_", "-")} is missing.')
+    try:
+        torch.empty(0, device=args.device)
+    except (AssertionError, NotImplementedError, RuntimeError) as e:
+        parser.error(f'--device {args.device}: {str(e).splitlines()[0]}; --device cpu always works.')
     for name in ('seconds', 'epochs', 'batch_size', 'workers', 'evals', 'clip_grad', 'kd_temperature'):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f'--{name.replace("_", "-")} must be above 0, got {getattr(args, name)}.')
@@ -660,7 +664,7 @@ class Trainer:
         others = [(name, teacher) for name, teacher in zip(args.kd_model_name, self.teachers) if name != 'ema']
         for (name, teacher), file in zip(others, args.kd_model_file):
             self.check_teacher(file, load_weights(teacher, file, name, num_classes=self.num_classes))
-        if args.init:
+        if args.init and not args.resume:
             load_weights(self.model, args.init, args.model, **self.kwargs)
             self.ema.set(self.model)
         if args.resume:

@@ -219,6 +219,13 @@ def test_images_of_other_classes_than_the_models_are_refused(tmp_path):
     model = timm.create_model('test_ait', num_classes=3)
     with pytest.raises(ValueError, match='2 classes, not 3'):
         load_images(write_images(tmp_path), model)
+    model = timm.create_model('test_ait', num_classes=2)
+    model.pretrained_cfg['label_names'] = ['light', 'dark']
+    with pytest.raises(ValueError, match='in another order'):
+        load_images(tmp_path, model)
+    shutil.rmtree(tmp_path / 'validation')
+    with pytest.raises(ValueError, match='no folder validation'):
+        load_images(tmp_path, model)
 
 
 def test_evaluating_while_writing_leaves_the_memory_as_it_was(images):
