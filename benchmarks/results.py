@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any, Collection, Dict, Iterable, List, Optional, Sequence
@@ -99,7 +98,7 @@ def _rows(results: Results) -> List[Dict[str, Any]]:
 
 
 def _learning_curves(results: Results, output: Path) -> None:
-    import matplotlib.figure  # not needed to train or to validate
+    import matplotlib.figure  # not needed to validate
 
     figure = matplotlib.figure.Figure(figsize=(8.4, 4.2), layout='constrained')
     axes = figure.subplots()
@@ -149,10 +148,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     figures = args.page.with_name('figures')
     try:
         parts = {folder.name: budget_and_table(folder) for folder in args.folders}
+        curves = {folder.name: (folder / 'learning_curves.svg').read_bytes() for folder in args.folders}
         write_parts(args.page, parts)
         figures.mkdir(exist_ok=True)
-        for folder in args.folders:
-            shutil.copyfile(folder / 'learning_curves.svg', figures / f'{folder.name}_learning_curves.svg')
+        for name, curve in curves.items():
+            (figures / f'{name}_learning_curves.svg').write_bytes(curve)
     except (OSError, ValueError) as e:
         parser.error(str(e))
 

@@ -143,6 +143,7 @@ class TestTrainingArguments:
             tmp_path / 'last.pth.tar', tmp_path / 'out', '--num-classes', '3', '--data-dir', tmp_path / 'data')
         assert config['pretrained_cfg']['input_size'] == [3, 64, 64]
         assert config['pretrained_cfg']['mean'] == list(IMAGENET_DEFAULT_MEAN)
+        assert config['pretrained_cfg']['crop_pct'] == 0.875
         assert config['label_names'] == ['B', 'C', 'a']
 
     @pytest.mark.parametrize('names, arguments', [

@@ -57,9 +57,8 @@ def is_same_file(a: Union[str, Path], b: Union[str, Path]) -> bool:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
+    """The folder, or the nearest one above it that exists and may be seen; itself if none does."""
     folder = folder.absolute()
-    # False where one may not look; a drive may not be there at all
     return next((path for path in (folder, *folder.parents) if os.path.exists(path)), folder)
 
 

@@ -212,8 +212,10 @@ def _training_args(file: Path) -> Dict[str, Any]:
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     args = dict(vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {})
     if isinstance(args.get('input_size'), int):  # as in the programs of DeiT and MAE, which fix what else timm asks for
-        args['img_size'] = args.pop('input_size')
-        args = {'dataset': 'torch/image_folder', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD, **args}
+        size = args['img_size'] = args.pop('input_size')
+        args = {
+            'dataset': 'torch/image_folder', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+            'crop_pct': args.get('eval_crop_ratio', 0.875 if size <= 224 else 1.) if size > 32 else 1., **args}
     return args
 
 

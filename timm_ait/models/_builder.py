@@ -57,7 +57,8 @@ def build_vit(
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     folder = Path(cfg.file or '').parent
     is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, f'{HUB_USER}/{folder.name}')
-    if is_elsewhere and not cfg.source and folder.parent == weights_dir():  # a shipped file, which timm would prefer
+    shipped = weights_dir() / f'{variant}.{cfg.tag or folder.name.partition(".")[2]}'
+    if is_elsewhere and not cfg.source and folder == shipped:  # whose file timm would prefer
         kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}
     try:
         return build_model_with_cfg(
