@@ -93,6 +93,12 @@ def test_a_checkpoint_to_train_on_from(tmp_path):
     assert torch.equal(loaded.blocks[2].mlp.workspace.memory, model.blocks[2].mlp.workspace.memory)
 
 
+@pytest.mark.parametrize('name', ['ait_small', 'perceiver_small'])
+def test_a_checkpoint_to_train_on_from_leaves_the_number_of_classes_as_it_is(name):
+    model = timm.create_model(name, pretrained_cfg_overlay=dict(num_classes=-1), device='meta')
+    assert model.num_classes == 10
+
+
 class TestFit:
     """Weights of another width or depth are refused before any of them are loaded."""
 

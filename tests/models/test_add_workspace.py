@@ -194,9 +194,10 @@ class TestArguments:
 
     @pytest.mark.parametrize('wrap', [
         torch.compile, nn.DataParallel, lambda model: model.compile() or model,
+        lambda model: timm.create_model('test_vit', features_only=True, feature_cls='fx'),
         *(type(name, (nn.Sequential,), {}) for name in ('DistributedDataParallel', 'FSDPVisionTransformer'))])
-    def test_compiled_or_distributed_models_are_refused(self, wrap):
-        with pytest.raises(ValueError, match='is compiled or distributed'):
+    def test_compiled_traced_or_distributed_models_are_refused(self, wrap):
+        with pytest.raises(ValueError, match='is compiled, traced or distributed'):
             timm_ait.add_workspace(wrap(make_model()))
 
     def test_a_misspelt_argument_is_named_with_the_nearest_and_the_list(self):

@@ -104,7 +104,8 @@ class TestMasks:
 
     @pytest.mark.parametrize('mask, num_tokens', [
         (torch.ones(2, 1, 64, 1, dtype=torch.bool), 64), (torch.full((64, 64), -50.), 64),
-        (torch.arange(64).expand(64, 64) < 40, 40), (torch.arange(64).expand(1, 64, 64) < 40, 40)])
+        (torch.arange(64) < 40, 40), (torch.arange(64).expand(64, 64) < 40, 40),
+        (torch.arange(64).expand(1, 64, 64) < 40, 40)])
     def test_tokens_that_a_mask_of_another_shape_or_a_bias_leaves(self, mask, num_tokens):
         assert attended_tokens(mask, 2, 64).sum(dim=1).tolist() == [num_tokens] * 2
 

@@ -39,7 +39,7 @@ def attended_tokens(attn_mask: Optional[torch.Tensor], B: int, N: int) -> Option
     # -inf, the lowest number of the dtype, -1e4 and Swin's -100 hide a token
     attended = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -80.
     if attended.ndim < 4:  # one mask for all images
-        return attended.flatten(0, -2).any(dim=0).expand(B, N)
+        return attended.reshape(-1, attended.shape[-1]).any(dim=0).expand(B, N)
     return attended.flatten(1, 2).any(dim=1).expand(B, N)
 
 

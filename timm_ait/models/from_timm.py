@@ -55,7 +55,7 @@ class _Unmasked:
             reject_masks(
                 given.get('attn_mask'), given.get('is_causal', False),
                 'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of '
-                f'attn_mask out, a {type(self).__bases__[1].__name__} with a {type(self.mlp).__name__} does not)')
+                f'attn_mask out, a {type(self).__name__} with a {type(self.mlp).__name__} does not)')
         return super().__call__(*args, **kwargs)
 
 
@@ -102,16 +102,14 @@ def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None,
     check_known(workspace_kwargs, options(GlobalWorkspace), 'timm_ait.GlobalWorkspace')
     architecture = type(model).__name__
     for name, _ in named_workspaces(model):
-        raise ValueError(
-            f'{architecture} has a workspace already, {name}: add_workspace needs a model without workspaces.')
+        raise ValueError(f'{architecture} has a workspace already, {name}: give a model without workspaces.')
     for module in model.modules():
-        if module._compiled_call_impl or type(module).__name__.startswith(_WRAPPERS):
-            raise ValueError(f'{architecture} is compiled or distributed: add workspaces before that.')
+        is_traced = isinstance(module, torch.fx.GraphModule)
+        if is_traced or module._compiled_call_impl or type(module).__name__.startswith(_WRAPPERS):
+            raise ValueError(f'{architecture} is compiled, traced or distributed: add workspaces before that.')
     mlps = [(name, module) for name, module in model.named_modules() if _BLOCK_MLP.search(name)]
     if not mlps:
-        raise ValueError(
-            f'{architecture} has no MLPs of transformer blocks: add_workspace looked for modules named '
-            '[….]blocks.<number>.mlp.')
+        raise ValueError(f'{architecture} has no MLPs of transformer blocks: none is named [….]blocks.<number>.mlp.')
     if blocks is not None:
         given, num_blocks = list(blocks) if isinstance(blocks, Iterable) else [blocks], len(mlps)
         numbers = range(-num_blocks, num_blocks)
