@@ -11,7 +11,6 @@ falls on all alike.
 import argparse
 import copy
 import io
-import os
 import statistics
 from functools import partial
 from typing import List, Optional
@@ -45,13 +44,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument('--batch-size', type=integer(1), default=64, metavar='N', help='(default: %(default)s)')
     parser.add_argument('--rounds', type=integer(1), default=10, metavar='N', help='of timing (default: %(default)s)')
     args = parser.parse_args(argv)
-    if not os.path.isdir(args.data_dir):
-        parser.error(f'--data-dir must be a folder, got {args.data_dir}')
 
     model = timm.create_model(args.model, pretrained=True).eval()
     try:
         images, labels = load_images(args.data_dir, model, args.num_images)
-    except ValueError as e:
+    except (RuntimeError, ValueError) as e:
         parser.error(f'--data-dir: {e}')
     weight_only = copy.deepcopy(model)
     quantize_(weight_only, Int8WeightOnlyConfig())

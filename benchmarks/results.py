@@ -22,7 +22,7 @@ Results = Dict[str, Dict[str, Any]]
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
     partial = path.with_name(f'.{path.name}.partial')
-    partial.write_text(text)
+    partial.write_text(text, encoding='utf-8')
     os.replace(partial, path)
 
 
@@ -44,7 +44,7 @@ def write_parts(page: Path, parts: Dict[str, str]) -> None:
     Raises:
         ValueError: The page has no such markers for a part. It is then left as it was.
     """
-    text = page.read_text()
+    text = page.read_text(encoding='utf-8')
     for name, part in parts.items():
         begin, end = f'<!-- begin generated: {name} -->', f'<!-- end generated: {name} -->'
         pattern = f'{re.escape(begin)}.*?{re.escape(end)}'
@@ -134,7 +134,7 @@ def budget_and_table(folder: Path) -> str:
         f'`python -m benchmarks.compare {shlex.quote(file)} --data-dir DATA '
         f"{shlex.join(['--output', f'output/{folder.name}', *others])}`",
         '',
-        (folder / 'table.md').read_text().rstrip(),
+        (folder / 'table.md').read_text(encoding='utf-8').rstrip(),
         '',
         f'![Learning curves](figures/{folder.name}_learning_curves.svg)',
     ])

@@ -4,7 +4,7 @@ Random numbers come from a generator on the CPU, so that every device sees the s
 """
 import dataclasses
 from pathlib import Path
-from typing import Dict, Optional, Sequence, Tuple, Union
+from typing import BinaryIO, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torchvision import transforms
 
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 
+from timm_ait.cli import blame
 from timm_ait.data import SortOfClevr
 from timm_ait.data.sort_of_clevr import ANSWERS, KINDS, QUESTION_DIM
 
@@ -77,8 +78,7 @@ def load_image_folder(data_dir: str, split: str, image_size: int, in_chans: int)
     """Read `split/class/image` files, scaled to a size.
 
     Raises:
-        ValueError: There is no such folder, or there are no images in it.
-        OSError: An image is damaged.
+        ValueError: There is no such folder, there are no images in it, or one is damaged.
     """
     if not Path(data_dir).is_dir():
         raise ValueError(f'there is no folder {data_dir}')
@@ -91,14 +91,16 @@ def load_image_folder(data_dir: str, split: str, image_size: int, in_chans: int)
     if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
         raise ValueError(f'there is no folder {data_dir}/{split}')
     mode = 'L' if in_chans == 1 else 'RGB'
+
+    def read(file: BinaryIO) -> torch.Tensor:
+        with blame(f'{file.name} cannot be read'):
+            return transform(Image.open(file).convert(mode))
+
     # the data set itself would give the next image for one that is damaged
-    images, targets = zip(*[(transform(Image.open(file).convert(mode)), target) for file, target in dataset.reader])
+    images, targets = zip(*[(read(file), target) for file, target in dataset.reader])
     return Split(
-        images=torch.stack(images),
-        image_of=torch.arange(len(images)),
-        targets=torch.tensor(targets),
-        class_names=tuple(dataset.reader.class_to_idx),
-    )
+        images=torch.stack(images), image_of=torch.arange(len(images)), targets=torch.tensor(targets),
+        class_names=tuple(dataset.reader.class_to_idx))
 
 
 def load_images(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs for a GPU, one after another: what the layer and the models cost, the weights for CIFAR-10 and pets, and the
-# four models of docs/paper.md at the paper's setting.
+# four models of docs/paper.md at the paper's setting, but in bfloat16.
 #
 #   examples/on_device/all.sh CIFAR10 PETS OUTPUT [workspace.py's further arguments]
 #
@@ -11,6 +11,8 @@ cifar10=$1 pets=$2 output=$3
 shift 3
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TORCHINDUCTOR_CACHE_DIR="$output/inductor"
 mkdir -p "$output/logs"
+exec 9> "$output/lock"  # held by whatever this starts, until it ends
+flock -n 9 || { echo "another run writes to $output" >&2; exit 1; }
 trap 'trap - INT TERM; kill 0' INT TERM
 
 # Start a run of train_on_device.py in the background. It compiles while another one trains, then waits for its turn.

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 from glob import escape, glob
 from importlib import import_module
@@ -245,7 +246,7 @@ def read_images(dataset: ImageDataset, num_threads: int) -> Images:
         file, label = dataset.reader[index]  # the data set would give the next image for one that is damaged
         try:
             return np.asarray(Image.open(file).convert('RGB')), label
-        except OSError as e:
+        except Exception as e:  # Pillow raises many kinds
             raise ValueError(f'{file.name} is no image that can be read: {e}') from e
 
     with ThreadPool(num_threads) as pool:
@@ -657,6 +658,7 @@ class Trainer:
             name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
             for name, value in self.ema.module.state_dict().items()}
         write_whole(save_file, weights, output / 'model.safetensors')
+        shutil.copymode(output / 'last.pth.tar', output / 'model.safetensors')  # save_file writes for the owner alone
 
     def load(self) -> None:
         """Load what the run starts from."""
@@ -668,7 +670,7 @@ class Trainer:
             load_weights(self.model, args.init, args.model, **self.kwargs)
             self.ema.set(self.model)
         if args.resume:
-            checkpoint = torch.load(Path(args.output) / 'last.pth.tar', map_location=self.device, weights_only=False)
+            checkpoint = torch.load(Path(args.output) / 'last.pth.tar', map_location=self.device)
             self.model.load_state_dict(checkpoint['state_dict'])
             self.ema.module.load_state_dict(checkpoint['state_dict_ema'])
             self.optimizer.load_state_dict(checkpoint['optimizer'])

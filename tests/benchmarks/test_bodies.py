@@ -1,5 +1,4 @@
 """ The bodies of benchmarks.bodies against the published ones' sizes. """
-import pytest
 import torch
 
 import timm
@@ -31,8 +30,3 @@ def test_patches_hold_their_pixels_row_by_row_channels_last():
     embed.norm1 = embed.proj = embed.norm2 = torch.nn.Identity()
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(embed(images)[:, 9], images[:, :, 4:8, 4:8].permute(0, 2, 3, 1).flatten(1))
-
-
-def test_an_unknown_argument_is_named():
-    with pytest.raises(TypeError, match='depth'):
-        create('ait', 'plain', depth=3)

@@ -211,7 +211,7 @@ def test_a_published_workspace_is_also_evaluated_while_it_writes(images, output)
 
 def test_a_damaged_image_is_not_replaced_by_another(tmp_path):
     (write_images(tmp_path) / 'train' / 'dark' / '0.png').write_bytes(b'no image')
-    with pytest.raises(OSError, match='0.png'):
+    with pytest.raises(ValueError, match='0.png cannot be read'):
         load_image_folder(str(tmp_path), 'train', 32, 3)
 
 

@@ -105,3 +105,9 @@ class TestSortOfClevr:
     def test_a_missing_data_set_says_how_to_make_it(self, tmp_path):
         with pytest.raises(FileNotFoundError, match='python -m timm_ait data sort-of-clevr'):
             SortOfClevr(tmp_path)
+
+    @pytest.mark.parametrize('size', [0, 2000])
+    def test_a_damaged_file_is_named(self, folder, tmp_path, size):
+        (tmp_path / 'train.npz').write_bytes((folder / 'train.npz').read_bytes()[:size])
+        with pytest.raises(OSError, match='train.npz is damaged'):
+            SortOfClevr(tmp_path)

@@ -209,7 +209,8 @@ def add_parser(commands) -> None:
                     'which are named, 2 if nothing could be done.',
     )
     add_arguments(parser, 'classifier with workspaces')
-    parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER', help='folder to write to')
+    parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER',
+                        help='folder to write to; files of the same names are replaced')
     parser.add_argument('--layers', type=integer(1), default=4, metavar='N',
                         help='layers to draw, evenly spaced from the first to the last (default: %(default)s)')
     parser.add_argument('--slots', type=integer(1), default=5, metavar='N',

@@ -181,13 +181,12 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
             f'--model {name} cannot be loaded, use a name from timm.list_pretrained(), hf-hub:<user>/<model> or '
             'local-dir:<folder with config.json and weights>'):
         model = create_model(name, pretrained=True)
-    if model.num_classes < 1:
-        raise ValueError(f'--model {name} has no classifier, only features')
-    if model.num_classes == 1:
-        raise ValueError(f'--model {name} has a single output, no probabilities of classes')
+    if model.num_classes < 2:
+        raise ValueError(f'--model {name} has {model.num_classes or "no"} classes, so it gives no probabilities')
     channels = resolve_model_data_config(model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'--model {name} takes {channels} channels, images have 1 or 3')
     if hasattr(model, 'question_embed'):
         raise ValueError(f'--model {name} answers questions about images; call it as model(images, question=…)')
-    return model.to(device).eval()
+    with blame(f'--device {device} does not work here, --device cpu always does'):
+        return model.to(device).eval()

@@ -12,7 +12,7 @@ _EPILOG = """\
 Other Python processes that the script starts do not import timm_ait. In a script of your own whose workers create
 models, write `import timm_ait`. timm's bulk_runner.py starts one process a model: let each be another `run`,
 
-  python -m timm_ait run bulk_runner.py --model-list 'ait_*' --sort-key infer_samples_per_sec \\
+  python -m timm_ait run bulk_runner.py --model-list 'ait_vit_*' --sort-key infer_samples_per_sec \\
       -m 1 timm_ait run benchmark.py --bench inference
 """
 

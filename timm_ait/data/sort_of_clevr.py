@@ -187,7 +187,7 @@ class SortOfClevr:
 
         Raises:
             ValueError: A kind is unknown, or none is given.
-            FileNotFoundError: The folder holds no such split.
+            OSError: The folder holds no such split, or its file is damaged.
         """
         if not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f'kinds must be one or more of {KINDS}, got {kinds!r}.')
@@ -196,10 +196,13 @@ class SortOfClevr:
             raise FileNotFoundError(
                 f'There is no file {file}; write the data set with: python -m timm_ait data sort-of-clevr --out {root}')
         of_kinds = np.isin(np.repeat(KINDS, QUESTIONS_PER_KIND), list(kinds))
-        with np.load(file, allow_pickle=False) as arrays:
-            self.images = arrays['images']
-            self.questions = arrays['questions'][:, of_kinds]
-            self.answers = arrays['answers'][:, of_kinds]
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                self.images = arrays['images']
+                self.questions = arrays['questions'][:, of_kinds]
+                self.answers = arrays['answers'][:, of_kinds]
+        except Exception as e:  # NumPy raises many kinds
+            raise OSError(f'{file} is damaged, write the data set again: {e}') from e
 
     def __len__(self) -> int:
         return self.answers.size
