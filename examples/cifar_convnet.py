@@ -1,4 +1,4 @@
-""" A small convolutional classifier for images of 32 px, the teacher of `ait_small.cifar10`.
+""" A small convolutional classifier for images of 32 px, the first teacher of `ait_small.cifar10`.
 
 timm's train.py finds it with `--device-modules timm_ait examples.cifar_convnet`, run from the top of the checkout with
 `PYTHONPATH=.`. As `--kd-model-name` it has the weights that `examples/cifar10_teacher.yaml` trains.

@@ -82,9 +82,6 @@ class TestWheel:
             config = json.loads((weights_dir() / name / 'config.json').read_text())['pretrained_cfg']
             assert {key: cfg[key] for key in config} == config
 
-    def test_analysis_is_an_attribute(self, report):
-        assert report['analysis'] == 'timm_ait.analysis'
-
     def test_importing_loads_nothing_of_the_command_line_that_timm_does_not_load(self, report):
         assert 'timm_ait' in report['added']
         assert not [name for name in report['added'] if name.split('.')[0] in ('PIL', 'argparse', 'tqdm')]

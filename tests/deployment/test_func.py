@@ -72,10 +72,3 @@ class TestVmap:
         logits = vmap(lambda p, b: functional_call(base, (p, b), x))(parameters, buffers)
         for actual, model in zip(logits, models):
             torch.testing.assert_close(actual, model(x))
-
-
-@pytest.mark.parametrize('kwargs', [{}, dict(gated=True)], ids=['plain', 'gated'])
-def test_double_backward_of_a_workspace(kwargs):
-    layer = workspaces(make_double(**kwargs))[0]
-    x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(layer, (x,))

@@ -127,13 +127,6 @@ class TestAdvance:
         act(layer)
         assert torch.equal(layer.memory, before)
 
-    def test_advance_memory_is_for_loops_without_an_optimizer(self):
-        model = nn.Sequential(make_workspace(), make_workspace())
-        model(tokens())
-        written = [written_by(layer) for layer in model]
-        advance_memory(model)
-        torch.testing.assert_close([layer.memory for layer in model], written)
-
     @pytest.mark.parametrize('is_compiled', [False, True])
     @pytest.mark.parametrize('copied', [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
     def test_a_copy_amid_a_step_makes_steps_of_its_own(self, copied, is_compiled):
