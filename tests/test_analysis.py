@@ -77,6 +77,19 @@ class TestTokens:
         with pytest.raises(ValueError, match='^model: VisionTransformer has no workspaces'):
             analysis.collect_tokens(timm.create_model('test_vit'), torch.randn(1, 3, 160, 160))
 
+    def test_refuse_masks_and_workspaces_that_a_forward_uses_twice(self, model, images):
+        with pytest.raises(ValueError, match='masks are not supported'):
+            analysis.analyse(model, [dict(patches=images)])
+        model.blocks[2].mlp.workspace = model.blocks[0].mlp.workspace
+        with pytest.raises(ValueError, match='used several times'):
+            analysis.analyse(model, [images])
+
+    def test_are_in_float32_under_autocast(self, model, images):
+        workspace, weights = model.blocks[0].mlp.workspace, []
+        with torch.autocast('cpu', torch.bfloat16):
+            analysis.read_shares(model, images, lambda _, x: weights.append(analysis.write_attention(workspace, x)))
+        assert {x.dtype for x in weights} == {torch.float32}
+
     def test_need_the_question_of_question_models(self, images):
         model = timm.create_model('test_ait', question_dim=3)
         with pytest.raises(TypeError, match='question'):

@@ -93,10 +93,11 @@ def test_a_checkpoint_to_train_on_from(tmp_path):
     assert torch.equal(loaded.blocks[2].mlp.workspace.memory, model.blocks[2].mlp.workspace.memory)
 
 
-@pytest.mark.parametrize('name', ['ait_small', 'perceiver_small'])
-def test_a_checkpoint_to_train_on_from_leaves_the_number_of_classes_as_it_is(name):
+@pytest.mark.parametrize('name, num_classes', [
+    ('ait_small', 10), ('perceiver_small', 10), ('ait_vit_small_patch14_dinov2.pets', 37)])
+def test_a_checkpoint_to_train_on_from_leaves_the_number_of_classes_as_it_is(name, num_classes):
     model = timm.create_model(name, pretrained_cfg_overlay=dict(num_classes=-1), device='meta')
-    assert model.num_classes == 10
+    assert model.num_classes == num_classes
 
 
 class TestFit:

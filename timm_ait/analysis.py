@@ -10,7 +10,6 @@ Papers: `Associative Transformer` - https://arxiv.org/abs/2309.12862
 """
 import contextlib
 import functools
-import math
 import threading
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
@@ -74,26 +73,29 @@ def read_shares(
         By layer, where it reads:
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
             mean over tokens; nan unless the layer ends the MLP of a pre-norm block, such as ViT's, EVA's or Swin's.
-        'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal.
+        'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal,
+            nan if nothing is read (gates of zero).
 
     Raises:
-        ValueError: The model has no workspaces.
-        TypeError: It needs a question.
+        ValueError: The model has no workspaces or uses one several times, or there is a mask.
     """
     shares, reads = {}, {}
 
     def after_workspace(name: str, workspace: GlobalWorkspace, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor):
+        if name in shares:
+            raise ValueError(f'model: {name} is used several times in a forward, figures would be of one of them')
         x = inputs[0]
-        normed = workspace.norm(x)
-        if visit is not None:
-            visit(name, normed.float().reshape(x.shape[0], -1, x.shape[-1]))
-        if workspace.retrieves:
-            # not by difference, which half precision would round away
-            read = fixed_points(normed.float(), attractors(workspace), workspace.beta, workspace.retrieval_steps)
-            read = reads[name] = read if workspace.gate is None else read * workspace.gate.float()
-            energy = read.flatten(0, -2).square().sum(dim=-1).mean().clamp_min(1e-20)
-            constant = float(read.flatten(0, -2).mean(dim=0).square().sum() / energy)
-            shares[name] = {'residual_share': float('nan'), 'constant_share': constant}
+        with torch.autocast(x.device.type, enabled=False):
+            normed = workspace.norm(x)
+            if visit is not None:
+                visit(name, normed.float().reshape(x.shape[0], -1, x.shape[-1]))
+            if workspace.retrieves:
+                # not by difference, which half precision would round away
+                read = fixed_points(normed.float(), attractors(workspace), workspace.beta, workspace.retrieval_steps)
+                read = reads[name] = read if workspace.gate is None else read * workspace.gate.float()
+                tokens = read.flatten(0, -2)
+                constant = float(tokens.mean(dim=0).square().sum() / tokens.square().sum(dim=-1).mean())
+                shares[name] = {'residual_share': float('nan'), 'constant_share': constant}
 
     def after_block(name: str, block: nn.Module, inputs: Any, output: torch.Tensor):
         read = reads.pop(name)
@@ -106,6 +108,8 @@ def read_shares(
         ratios = read.float().norm(dim=-1).flatten(1) / output.float().norm(dim=-1).flatten(1).clamp_min(1e-20)
         shares[name]['residual_share'] = float(ratios.mean())
 
+    if isinstance(images, dict) or kwargs.keys() & {'attn_mask', 'is_causal', 'patch_valid'}:
+        raise ValueError('images, attn_mask: masks are not supported, since masked tokens would count')
     found, suffix = workspaces(model), '.mlp.workspace'
     blocks = {
         name: model.get_submodule(name.removesuffix(suffix))
@@ -211,7 +215,7 @@ def fixed_points(state: torch.Tensor, attractors: torch.Tensor, beta: float = 1.
 def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, float]:
     """What normed tokens (..., E) read, and the fixed points that repeated reading reaches.
 
-    Up to 2,048 of the tokens, evenly spaced, are followed to their fixed points.
+    Up to 2,048 of the tokens, drawn at random, are followed for 100 steps, to their fixed points.
 
     Returns:
         'effective_slots': Mean over tokens of exp(entropy of the read weights), 1 to M.
@@ -220,7 +224,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
     """
     stored, beta = attractors(workspace), workspace.beta
     tokens = tokens.flatten(0, -2).float()
-    starts = tokens[::math.ceil(len(tokens) / 2048)]
+    starts = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:2048].to(tokens.device)]
     ends = fixed_points(starts, stored, beta)
     num_distinct, left = 0, ends
     while len(left):
@@ -247,8 +251,7 @@ def analyse(
         writes and reads; 'effective_rank' and 'mean_cosine' of its slots.
 
     Raises:
-        ValueError: The model has no workspaces, or there are no batches.
-        TypeError: The model needs a question.
+        ValueError: There are no batches, or as `read_shares`.
     """
     found = workspaces(model)
     figures: Dict[str, List[Dict[str, float]]] = {name: [] for name in found}

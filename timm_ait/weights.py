@@ -34,7 +34,7 @@ def shipped_cfg(name: str) -> Dict[str, Any]:
 
 
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Compare keys, shapes and dtypes before anything is loaded.
+    """Compare keys and shapes before anything is loaded.
 
     timm adapts the first convolution to other channels and the classifier to other classes, so these may differ. With
     another number of classes, pooling and norms before the classifier may be missing; those of another shape are

@@ -90,11 +90,10 @@ def load_image_folder(data_dir: str, split: str, image_size: int, in_chans: int)
         raise ValueError(f'there are no images {data_dir}/{split}/<class>/*') from e
     if Path(dataset.reader.root) == Path(data_dir):  # where timm reads if there is no folder of the split
         raise ValueError(f'there is no folder {data_dir}/{split}')
-    mode = 'L' if in_chans == 1 else 'RGB'
 
     def read(file: BinaryIO) -> torch.Tensor:
         with blame(f'{file.name} cannot be read'):
-            return transform(Image.open(file).convert(mode))
+            return transform(Image.open(file).convert('L' if in_chans == 1 else 'RGB'))
 
     # the data set itself would give the next image for one that is damaged
     images, targets = zip(*[(read(file), target) for file, target in dataset.reader])
@@ -118,6 +117,8 @@ def load_images(
     Raises:
         ValueError: The folder has images of other classes than the model, or in another order.
     """
+    if not Path(folder).is_dir():
+        raise ValueError(f'there is no folder {folder}')
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
     dataset = create_dataset('', root=str(folder), split='validation', transform=transform)
     if len(dataset.reader.class_to_idx) != model.num_classes:
@@ -137,7 +138,7 @@ def load_sort_of_clevr(data_dir: str, split: str, kinds: Sequence[str]) -> Split
     """Read the questions of some kinds, and their images.
 
     Raises:
-        FileNotFoundError: The folder holds no such split.
+        OSError: The folder holds no such split, or its file is damaged.
     """
     data = SortOfClevr(data_dir, split, kinds)
     questions = torch.from_numpy(data.questions.reshape(-1, QUESTION_DIM))
@@ -156,7 +157,7 @@ def load_split(recipe: Recipe, data_dir: str, split: str) -> Split:
     """Read a split of a recipe's data, normalised as the recipe says.
 
     Raises:
-        FileNotFoundError: A split of Sort-of-CLEVR is missing.
+        OSError: A split of Sort-of-CLEVR is missing or damaged.
         ValueError: A folder of images is missing.
     """
     if recipe['dataset'] == 'sort_of_clevr':

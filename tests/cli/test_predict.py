@@ -112,7 +112,7 @@ class TestErrors:
         assert f'--model {name}' in error and message in error and 'local-dir:' in error
 
     @pytest.mark.parametrize('kwargs, message', [
-        (dict(num_classes=0), 'has no classes'), (dict(num_classes=1), 'has 1 classes'),
+        (dict(num_classes=0), 'num_classes=0'), (dict(num_classes=1), 'num_classes=1'),
         (dict(in_chans=2), '2 channels'),
         (dict(question_dim=3), 'answers questions')])
     def test_model_that_does_not_classify_images(self, error_of, save, images, kwargs, message):

@@ -1,4 +1,4 @@
-""" Derivatives of evaluation: `torch.func` and double backward. """
+""" Derivatives of evaluation by `torch.func`. """
 import copy
 
 import pytest

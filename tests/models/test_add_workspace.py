@@ -22,13 +22,11 @@ from timm_ait.layers import GlobalWorkspace
 
 FAMILIES = {
     'test_vit': BODY,
-    'deit_tiny_patch16_224': BODY,
     'deit_tiny_distilled_patch16_224': BODY,
     'beit_base_patch16_224': BODY,
     'eva02_tiny_patch14_224': BODY,
     'vit_small_patch14_dinov2': BODY,
     'vit_giant_patch14_dinov2': dict(BODY, mlp_ratio=4),
-    'vit_base_patch16_clip_224': BODY,
     'vit_base_patch16_siglip_224': BODY,
     'swin_tiny_patch4_window7_224': dict(
         img_size=32, embed_dim=16, depths=(1, 1), num_heads=(2, 2), window_size=4, num_classes=5),

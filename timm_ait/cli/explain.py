@@ -206,11 +206,10 @@ def add_parser(commands) -> None:
         help="show what a model's workspaces do with image files",
         description='For each image, a sheet of maps by layer, <name>.png: which slot each patch reads, and what slots '
                     'would write. The numbers are in <name>.json. The exit code is 1 if some files could not be read, '
-                    'which are named, 2 if nothing could be done.',
+                    'which are named, 2 if nothing could be done. Sheets of the same names in FOLDER are replaced.',
     )
     add_arguments(parser, 'classifier with workspaces')
-    parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER',
-                        help='folder to write to; files of the same names are replaced')
+    parser.add_argument('--out', required=True, type=output_folder, metavar='FOLDER', help='folder to write to')
     parser.add_argument('--layers', type=integer(1), default=4, metavar='N',
                         help='layers to draw, evenly spaced from the first to the last (default: %(default)s)')
     parser.add_argument('--slots', type=integer(1), default=5, metavar='N',

@@ -133,8 +133,7 @@ def add_parser(commands) -> None:
                         help='precision on disk (default: %(default)s)')
     parser.add_argument('--no-ema', action='store_true', help='use the last weights even if there are averaged ones')
     parser.add_argument('--onnx', action='store_true',
-                        help='also write model.onnx, in float32, for models of images; needs the packages onnx and '
-                             'onnxscript')
+                        help='also write model.onnx, in float32, for models of images; needs onnx and onnxscript')
     parser.set_defaults(main=lambda args: quietly(_main, parser, args))
 
 

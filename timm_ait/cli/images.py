@@ -175,14 +175,12 @@ def load_model(name: str, device: Optional[str] = None) -> nn.Module:
         ValueError: The device is not available, the model cannot be loaded, or it does not classify images.
     """
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with blame(f'--device {device} does not work here, --device cpu always does'):
-        torch.empty(0, device=device)
     with blame(
             f'--model {name} cannot be loaded, use a name from timm.list_pretrained(), hf-hub:<user>/<model> or '
             'local-dir:<folder with config.json and weights>'):
         model = create_model(name, pretrained=True)
     if model.num_classes < 2:
-        raise ValueError(f'--model {name} has {model.num_classes or "no"} classes, so it gives no probabilities')
+        raise ValueError(f'--model {name} does not tell two classes apart, it has num_classes={model.num_classes}')
     channels = resolve_model_data_config(model)['input_size'][0]
     if channels not in (1, 3):
         raise ValueError(f'--model {name} takes {channels} channels, images have 1 or 3')

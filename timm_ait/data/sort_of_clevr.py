@@ -21,6 +21,7 @@ Answer, one of ten: yes, no, rectangle, circle, or a count from 0 to 5 (`ANSWERS
 """
 from pathlib import Path
 from typing import NamedTuple, Sequence, Tuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -201,7 +202,7 @@ class SortOfClevr:
                 self.images = arrays['images']
                 self.questions = arrays['questions'][:, of_kinds]
                 self.answers = arrays['answers'][:, of_kinds]
-        except Exception as e:  # NumPy raises many kinds
+        except (EOFError, KeyError, ValueError, BadZipFile) as e:
             raise OSError(f'{file} is damaged, write the data set again: {e}') from e
 
     def __len__(self) -> int:

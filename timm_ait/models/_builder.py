@@ -8,7 +8,7 @@ import torch.nn as nn
 from huggingface_hub.errors import HfHubHTTPError
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers._arguments import check_at_least, check_known
@@ -55,8 +55,9 @@ def build_vit(
         model_cls, kwargs['question_dim'] = question_cls, question_dim
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-    if (cfg.num_classes or 0) < 0:  # from train.py, which gives none with --pretrained-path: the model's own
-        kwargs.setdefault('num_classes', get_pretrained_cfg(variant).num_classes or 1000)
+    if (cfg.num_classes or 0) < 0:  # from train.py, which gives none with --pretrained-path: those without it
+        own = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'))
+        kwargs.setdefault('num_classes', own.num_classes or 1000)
     folder = Path(cfg.file or '').parent
     is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, f'{HUB_USER}/{folder.name}')
     shipped = weights_dir() / f'{variant}.{cfg.tag or folder.name.partition(".")[2]}'

@@ -51,11 +51,12 @@ class _Unmasked:
 
     def __call__(self, *args, **kwargs):
         if self.training:
+            block = next(cls.__name__ for cls in type(self).__mro__ if cls in _UNMASKED)
             given = {**dict(zip(inspect.signature(self.forward).parameters, args)), **kwargs}
             reject_masks(
                 given.get('attn_mask'), given.get('is_causal', False),
                 'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of '
-                f'attn_mask out, a {type(self).__name__} with a {type(self.mlp).__name__} does not)')
+                f'attn_mask out, a {block} with a {type(self.mlp).__name__} does not)')
         return super().__call__(*args, **kwargs)
 
 
@@ -128,8 +129,7 @@ def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None,
         block = model.get_submodule(name.rpartition('.')[0])
         if type(block) not in _UNMASKED and 'attn_mask' in inspect.signature(block.forward).parameters:
             raise ValueError(
-                f'{name} of {architecture} is in a {type(block).__name__}, whose attn_mask is not supported: masked '
-                'tokens would be written into the workspaces.')
+                f'{name} is in a {type(block).__name__}, whose attn_mask is not supported: masked tokens would write.')
         workspace = GlobalWorkspace(
             last.out_features, gated=True, device=last.weight.device, dtype=last.weight.dtype, **workspace_kwargs)
         added.append((block, mlp, workspace))
