@@ -40,13 +40,12 @@ from timm_ait.cli.explain import (
 )
 from timm_ait.cli.images import class_names, load_image, load_model
 from timm_ait.cli.sheet import fit
-from timm_ait.data.sort_of_clevr import ANSWERS, COLOURS, answer_tables, draw, encode_questions, scenes
+from timm_ait.data.sort_of_clevr import ANSWERS, COLOURS, NUM_TRAIN, answer_tables, draw, encode_questions, scenes
 from timm_ait.weights import weights_dir
 
 PETS, SORT_OF_CLEVR = 'ait_vit_small_patch14_dinov2.pets', 'ait_tiny_hybrid_75.sort_of_clevr'
 SAMPLES = sorted(Path(__file__).resolve().with_name('samples').glob('*.jpg'), key=lambda file: file.name.lower())
 MAX_MEGABYTES = 30  # of a file
-FIRST_SCENE = 9_800  # those before it are in the training images
 
 _PAPER = 'https://arxiv.org/abs/2309.12862'
 _PANEL, _NUM_PANELS, _NUM_READ = 320, 5, 3
@@ -261,6 +260,7 @@ h1 { font-weight: 600; }
 .look li { display: grid; grid-template-columns: 1fr auto; margin: 0 0 8px; }
 .look li:first-child { font-size: 20px; font-weight: 600; }
 .look li i { grid-column: 1 / 3; height: 4px; margin-top: 3px; border-radius: 2px; background: #0072b2; }
+#layer input[type=number] { display: none; } /* its half-typed numbers are errors */
 .maps { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px; }
 .maps img { display: block; width: 100%; }
 .maps figcaption, .maps figure div { font-size: 14px; line-height: 24px; }
@@ -357,7 +357,7 @@ def page():
         return _EXPIRED if scene is None else answer_html(*shapes.ask(scene, colour, question))
 
     def new_scene(colour: str, question: str):
-        scene = random.randrange(FIRST_SCENE, 2 ** 31)
+        scene = random.randrange(NUM_TRAIN, 2 ** 31)
         return scene, shapes_html(shapes.picture(scene)), ask(scene, colour, question)
 
     with gr.Blocks(title='Associative Transformer', analytics_enabled=False) as blocks:
@@ -381,21 +381,22 @@ def page():
             scene = gr.State()
             with gr.Row():
                 with gr.Column(min_width=240):
-                    picture = gr.HTML(shapes_html(shapes.picture(FIRST_SCENE)))
+                    picture = gr.HTML(shapes_html(shapes.picture(NUM_TRAIN)))
                     another = gr.Button('new picture')
                 with gr.Column(min_width=240):
                     colour = gr.Radio(list(COLOURS), value='red', label='object', elem_id='object')
                     question = gr.Radio(list(QUESTIONS), value=question_asked, label='question', elem_id='question')
-                    answer = gr.HTML(ask(FIRST_SCENE, 'red', question_asked))
+                    answer = gr.HTML(ask(NUM_TRAIN, 'red', question_asked))
             gr.HTML(shapes.credit, elem_classes='credit')
 
-        blocks.load(lambda: (first, FIRST_SCENE), None, [look, scene], api_visibility='private')
+        blocks.load(lambda: (first, NUM_TRAIN), None, [look, scene], api_visibility='private')
         photograph.upload(
             upload, layer, [look, breeds, slot, maps], trigger_mode='always_last', show_progress_on=breeds,
             api_visibility='private')
         quick = dict(trigger_mode='always_last', show_progress='hidden', api_visibility='private')
         layer.input(turn_to_layer, [look, layer], [slot, maps], **quick)
-        slot.input(light_up, [look, layer, slot], maps, **quick)
+        # gradio would look a forgotten visitor's slot up in the first picture's choices
+        slot.input(light_up, [look, layer, slot], maps, preprocess=False, **quick)
         for choice in (colour, question):
             choice.input(ask, [scene, colour, question], answer, **quick)
         another.click(new_scene, [colour, question], [scene, picture, answer], **quick)

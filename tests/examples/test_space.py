@@ -189,6 +189,7 @@ class TestServer:
 
     def test_a_visitor_whom_the_page_has_forgotten_is_told(self, server):
         assert 'reload' in Visitor(server).trigger('input', [None, 3], elem_id='layer')[1]
+        assert 'reload' in Visitor(server).trigger('input', [None, 3, 17], elem_id='slot')[0]
 
     def test_nothing_of_an_upload_is_on_disk(self, server):
         visitor = Visitor(server)

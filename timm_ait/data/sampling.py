@@ -38,14 +38,15 @@ def first_valid(
     return chosen
 
 
-def chunks(num_train: int, num_validation: int) -> Iterator[Tuple[str, np.ndarray]]:
+def chunks(num_train: int, num_validation: int, default_train: int) -> Iterator[Tuple[str, np.ndarray]]:
     """Names of splits with the indices of some of their samples, in order, with a progress bar.
 
-    The validation samples take the indices after those of the training samples, so that no sample is in both.
+    The validation samples take the indices after those of the training samples, also after those of the default number,
+    on which shipped weights were trained.
     """
-    num_samples = num_train + num_validation
-    with tqdm(total=num_samples, unit='image') as progress:
-        for split, start, stop in (('train', 0, num_train), ('validation', num_train, num_samples)):
+    middle = max(num_train, default_train)
+    with tqdm(total=num_train + num_validation, unit='image') as progress:
+        for split, start, stop in (('train', 0, num_train), ('validation', middle, middle + num_validation)):
             for first in range(start, stop, _CHUNK):
                 indices = np.arange(first, min(first + _CHUNK, stop))
                 yield split, indices

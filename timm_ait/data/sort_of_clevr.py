@@ -1,7 +1,7 @@
 """ Sort-of-CLEVR: questions about six coloured squares and circles.
 
 From `A simple neural network module for relational reasoning` (Santoro et al. 2017) - https://arxiv.org/abs/1706.01427,
-with the ternary questions and the encoding of the usual implementation.
+with the encoding of the usual implementation; its ternary questions have other thresholds, and fewer pairs of objects.
 
 An image is 75 x 75, with one object of each colour, a square of 11 pixels or a circle of that diameter. No two objects
 overlap, no centre lies on a middle line, and every object has one nearest and one farthest other.
@@ -21,7 +21,6 @@ Answer, one of ten: yes, no, rectangle, circle, or a count from 0 to 5 (`ANSWERS
 """
 from pathlib import Path
 from typing import NamedTuple, Sequence, Tuple
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -164,7 +163,7 @@ def ask(seed: int, indices: np.ndarray, objects: Scenes) -> Tuple[np.ndarray, np
 def write_sort_of_clevr(folder: Path, seed: int, num_train: int, num_validation: int) -> None:
     """Write `train.npz` and `validation.npz` with images, questions and answers, as `SortOfClevr` reads them."""
     parts = {'train': [], 'validation': []}
-    for split, indices in chunks(num_train, num_validation):
+    for split, indices in chunks(num_train, num_validation, NUM_TRAIN):
         objects = scenes(seed, indices)
         parts[split].append((draw(objects), *ask(seed, indices, objects)))
     for split, arrays in parts.items():
@@ -202,8 +201,8 @@ class SortOfClevr:
                 self.images = arrays['images']
                 self.questions = arrays['questions'][:, of_kinds]
                 self.answers = arrays['answers'][:, of_kinds]
-        except (EOFError, KeyError, ValueError, BadZipFile) as e:
-            raise OSError(f'{file} is damaged, write the data set again: {e}') from e
+        except Exception as e:  # NumPy and zipfile raise many kinds
+            raise OSError(f'{file} cannot be read; if it is damaged, write the data set again: {e!r}') from e
 
     def __len__(self) -> int:
         return self.answers.size

@@ -68,7 +68,7 @@ def write_triangle(folder: Path, seed: int, num_train: int, num_validation: int)
     for split in ('train', 'validation'):
         for name in CLASSES:
             (folder / split / name).mkdir(parents=True)
-    for split, indices in chunks(num_train, num_validation):
+    for split, indices in chunks(num_train, num_validation, NUM_TRAIN):
         images, labels, _ = triangles(seed, indices)
         for index, image, label in zip(indices, images, labels):
             Image.fromarray(image).save(folder / split / CLASSES[label] / f'{index:05d}.png')
