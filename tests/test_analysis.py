@@ -210,6 +210,12 @@ def test_read_shares_are_those_of_the_blocks_output(name, kwargs):
     assert shares['constant_share'] == pytest.approx(in_the_mean.item(), rel=1e-2)
 
 
+def test_gates_of_zero_read_nothing():
+    model = timm_ait.add_workspace(timm.create_model('test_vit', img_size=32))
+    shares, *_ = analysis.read_shares(model, torch.randn(2, 3, 32, 32)).values()
+    assert shares['residual_share'] == 0. and math.isnan(shares['constant_share'])
+
+
 def test_a_reading_that_half_precision_rounds_away_is_still_measured():
     model = timm_ait.add_workspace(timm.create_model('test_vit', img_size=32), blocks=[0]).eval()
     (layer, workspace), = analysis.workspaces(model).items()

@@ -2,6 +2,7 @@
 import configparser
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ print(json.dumps(dict(package=timm_ait.__file__, added=added, analysis=timm_ait.
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wheel')
-    pip('wheel', '--no-deps', '--wheel-dir', folder, ROOT)
+    ignored = shutil.ignore_patterns('.*', 'build', 'dist', 'output', '*.egg-info')
+    source = shutil.copytree(ROOT, folder / 'source', ignore=ignored)  # setuptools would pack an old build folder too
+    pip('wheel', '--no-deps', '--wheel-dir', folder, source)
     return next(folder.glob('*.whl'))
 
 

@@ -342,11 +342,14 @@ def run(arguments: List[str], folder: Path, monkeypatch, capfd) -> str:
         monkeypatch.setattr(sys, 'path', [*beside_script, *sys.path])
         # a script's own would outlive what they write to
         monkeypatch.setattr(logging.root, 'handlers', logging.root.handlers[:])
+        level = logging.root.level
         try:
             run_program(command[0], run_name='__main__')
             code = 0
         except SystemExit as e:
             code = e.code or 0
+        finally:
+            logging.root.setLevel(level)
         printed = ''.join(capfd.readouterr())
     assert code == 0, f'{shlex.join(arguments)} ended with {code}:\n{printed[-3000:]}'
     return printed
@@ -396,6 +399,7 @@ def workplace(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_UPDATE_CHECK', True, raising=False)
 
 
 @pytest.mark.parametrize('snippet', parameters(('sh', 'python')))

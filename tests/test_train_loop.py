@@ -19,7 +19,8 @@ class Run:
     """A run of the script, up to where its epochs begin; in float16 with the scaler of losses that it has on GPUs."""
 
     def __init__(
-            self, output, resume=None, autocast_dtype=None, accum_steps=1, checkpointing=False, **model_kwargs):
+            self, output, resume=None, autocast_dtype=None, accum_steps=1, checkpointing=False, opt='adamw',
+            **model_kwargs):
         torch.manual_seed(42)
         model = create_model('test_ait', num_classes=2, drop_path_rate=0.1, **model_kwargs)
         model.set_grad_checkpointing(checkpointing)
@@ -28,7 +29,7 @@ class Run:
         self.accum_steps, self.first_epoch = accum_steps, 0
         self.task = ClassificationTask(model, SoftTargetCrossEntropy(), verbose=False)
         self.model = self.task.get_trainable_module()
-        self.optimizer = create_optimizer_v2(self.model, opt='adamw', lr=1e-2, weight_decay=0.05)
+        self.optimizer = create_optimizer_v2(self.model, opt=opt, lr=1e-2, weight_decay=0.05)
         if resume is not None:
             self.first_epoch = resume_task_checkpoint(self.task, resume, self.optimizer, self.scaler)
         self.task.setup_ema(decay=0.9, use_warmup=True)
@@ -69,8 +70,8 @@ class Run:
 @pytest.mark.parametrize('kwargs', [
     dict(),
     dict(autocast_dtype=torch.bfloat16, accum_steps=2, checkpointing=True),
-    dict(autocast_dtype=torch.float16, gated=True),
-], ids=['float32', 'bfloat16-accumulation-checkpointing', 'float16-scaler'])
+    dict(autocast_dtype=torch.float16, gated=True), dict(opt='muon'),
+], ids=['float32', 'bfloat16-accumulation-checkpointing', 'float16-scaler', 'muon'])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(tmp_path, kwargs):
     whole = Run(tmp_path, **kwargs).train()
     Run(tmp_path, **kwargs).train(num_epochs=1)

@@ -270,7 +270,7 @@ def assert_refused(capsys, images, output, names, recipe, *options):
     """A mistake is answered in one line with these names, and nothing is written."""
     with pytest.raises(SystemExit, match='2'):
         compare(recipe, images, output, *options)
-    message = capsys.readouterr().err.split('error: ')[-1]
+    message = capsys.readouterr().err.split('error: ')[-1].replace(str(output.parent), '')
     assert message.count('\n') == 1 and all(name in message for name in names), message
     assert not output.exists()
 

@@ -9,7 +9,8 @@ import timm
 
 import timm_ait
 from timm_ait.__main__ import main
-from timm_ait.cli.explain import draw_sheet, layer_maps, select_slots, token_grid
+from timm_ait.cli.explain import BOTTLENECK, draw_sheet, layer_maps, select_slots, token_grid
+from timm_ait.cli.images import image_classifier, load_model
 
 
 @pytest.fixture
@@ -53,17 +54,18 @@ class TestFiles:
 
 class TestNumbers:
 
-    def test_are_those_of_the_analysis(self, model, explain):
-        layers = explain(model)['layers']
-        assert [layer['layer'] for layer in layers] == [f'blocks.{i}.mlp.workspace' for i in range(3)]
-        for layer in layers:
-            selected = np.array(layer['selected'])
-            assert selected.shape == (8, 8, 8)
-            assert (selected.sum(axis=(1, 2)) == 4 * 6).all()  # four heads with a tenth of 64 tokens
-            assert layer['num_kept'] == 6
-            assert np.array(layer['read_slot']).shape == np.array(layer['read_weight']).shape == (8, 8)
+    def test_are_those_of_the_analysis(self, model, images, explain):
+        layers, loaded = explain(model)['layers'], load_model(model)
+        _, image, _ = image_classifier(loaded)(images / 'a.jpg')
+        for layer, expected in zip(layers, layer_maps(loaded, image, BOTTLENECK), strict=True):
+            assert (layer['layer'], layer['num_kept'], layer['num_heads']) == (expected.name, 6, 4)  # a tenth of 64
+            assert (expected.selected.sum(dim=(1, 2)) == 4 * 6).all() and expected.selected.shape == (8, 8, 8)
+            assert layer['selected'] == expected.selected.tolist()
+            weights, slots = expected.read.max(dim=0)
+            assert layer['read_slot'] == slots.tolist()
+            assert layer['read_weight'] == [pytest.approx(row) for row in weights.tolist()]
             assert sum(layer['read_share']) == pytest.approx(1.)
-            assert 0. < layer['figures']['coverage'] <= 1.
+            assert layer['figures'] == pytest.approx(expected.figures)
 
     def test_a_figure_that_is_not_a_number_is_null(self, save, explain):
         kwargs = dict(num_slots=1)

@@ -377,7 +377,6 @@ class TestTraining:
         assert calls.count(layer) > len(calls) / 2  # also in the backward
         for (key, p), q in zip(plain.named_parameters(), checkpointed.parameters()):
             torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f'{key}: {m}')
-        assert all(torch.equal(p, q) for p, q in zip(plain.buffers(), checkpointed.buffers()))
 
     @pytest.mark.parametrize('name', FAMILIES)
     def test_layer_decay_follows_depth(self, name):
