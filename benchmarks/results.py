@@ -116,8 +116,6 @@ def _learning_curves(results: Results, output: Path) -> None:
 def budget_and_table(folder: Path) -> str:
     """What the page says about the output of benchmarks.compare in a folder."""
     results = json.loads((folder / 'results.json').read_text())
-    if 'arguments' not in results:
-        raise ValueError(f'{folder} is of an older version: run benchmarks.compare on it again')
     recipe, (file, *others) = results['recipe'], results['arguments']
     most, fewest = (choose((run['seeds'] for run in recipe['runs'].values()), key=len) for choose in (max, min))
     seeds = f"seed{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"

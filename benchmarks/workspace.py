@@ -68,9 +68,8 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
         description=__doc__.split('\n\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--part', nargs='+', choices=PARTS, default=list(PARTS), help='what to measure')
     parser.add_argument('--case', nargs='+', choices=CASES, default=list(CASES), help='what the contenders do')
-    parser.add_argument('--contenders', nargs='+', choices=(OURS, NAIVE, PUBLISHED, MLP),
-                        help='layers to measure, by default all, the published one where --published is given')
-    parser.add_argument('--published', type=Path, metavar='CHECKOUT', help='of the published implementation')
+    parser.add_argument('--published', type=Path, metavar='CHECKOUT',
+                        help='of the published implementation, to measure it too')
     parser.add_argument('--models', nargs='+', default=['ait_small'], help='of the part models')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--dtype', nargs='+', choices=('float32', 'bfloat16'), default=['float32'])
@@ -92,10 +91,7 @@ def parse_args(args: Optional[List[str]] = None) -> argparse.Namespace:
         args.layer_kwargs.update(dim=192, bottleneck=128)
     if any(tokens % TOKENS_PER_IMAGE for tokens in args.tokens):
         parser.error(f'--tokens must be multiples of {TOKENS_PER_IMAGE}, got {args.tokens}')
-    if args.contenders is None:
-        args.contenders = [OURS, NAIVE, *([PUBLISHED] if args.published else []), MLP]
-    elif PUBLISHED in args.contenders and args.published is None:
-        parser.error('--contenders published needs --published CHECKOUT')
+    args.contenders = [OURS, NAIVE, *([PUBLISHED] if args.published else []), MLP]
     return args
 
 

@@ -36,10 +36,7 @@ def test_naive_layer_computes_what_ours_does():
     torch.testing.assert_close(naive.eval()(x), ours.eval()(x), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize('arguments, name', [
-    (['--tokens', '100'], '--tokens'), (['--contenders', 'published'], '--published'),
-])
-def test_bad_arguments_are_named(arguments, name, capsys):
+def test_tokens_that_no_images_have_are_named(capsys):
     with pytest.raises(SystemExit):
-        parse_args(arguments)
-    assert name in capsys.readouterr().err.split('error: ')[-1]
+        parse_args(['--tokens', '100'])
+    assert '--tokens must be multiples' in capsys.readouterr().err

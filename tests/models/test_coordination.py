@@ -33,7 +33,7 @@ def classify(bottleneck, model, x, question=None):
 @pytest.mark.parametrize('fused', [True, False])
 @pytest.mark.parametrize('bottleneck, kwargs', [
     (3, dict()), (3, dict(question_dim=5)), (3, dict(qkv_bias=False, proj_bias=False)), (1, dict()), (64, dict()),
-    (1000, dict()),
+    (1000, dict()), (3, dict(num_slots=3)),
 ])
 def test_outputs_and_gradients_are_those_of_the_equations(fused, bottleneck, kwargs):
     model = make_model(num_heads=8, bottleneck=bottleneck, **kwargs)

@@ -119,7 +119,7 @@ def _held_workspaces(optimizer: torch.optim.Optimizer) -> List[nn.Module]:
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
-    """Note the part of a `ZeroRedundancyOptimizer`: it holds other layers' parameters on each rank, its whole all."""
+    """Note the part of a `ZeroRedundancyOptimizer`, which holds a rank's share of the parameters, the whole all."""
     part = getattr(optimizer, 'optim', None)
     if isinstance(part, torch.optim.Optimizer):
         _state['parts'].add(part)

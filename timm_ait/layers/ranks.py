@@ -67,8 +67,6 @@ def ranks_of(workspace: nn.Module) -> Optional[ProcessGroups]:
 def _wrap(cls: type, name: str) -> None:
     """Let this method of a wrapper tell the workspaces inside of it over which processes it averages gradients."""
     method = getattr(cls, name)
-    if getattr(method, 'notes_group', False):
-        return
 
     @functools.wraps(method)
     def call_and_note_group(self, *args, **kwargs) -> None:
@@ -79,7 +77,6 @@ def _wrap(cls: type, name: str) -> None:
             if getattr(type(module), 'is_workspace', False):
                 module.wrapper_groups = groups
 
-    call_and_note_group.notes_group = True
     setattr(cls, name, call_and_note_group)
 
 

@@ -6,8 +6,8 @@ memory, and every token reads from it by Hopfield retrieval.
 Paper: `Associative Transformer` - https://arxiv.org/abs/2309.12862
     Yuwei Sun, Hideya Ochiai, Zhirong Wu, Stephen Lin, Ryota Kanai. CVPR 2025.
 
-Parameters with the paper's classifier, `global_pool='flat'`, against the paper's: small 15.7M (15.8M), medium 45.8M
-(45.9M), base 91.0M (91.0M), of which the classifier has 0.6M.
+Parameters with the paper's classifier, `global_pool='flat'`, against the paper's (quoted from memory): small 15.7M
+(15.8M), medium 45.8M (45.9M), base 91.0M (91.0M), of which the classifier has 0.6M.
 """
 from functools import partial
 from typing import Optional, Type

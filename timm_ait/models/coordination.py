@@ -11,6 +11,7 @@ Paper: `Coordination Among Neural Modules Through a Shared Global Workspace` - h
 Parameters without the classifier: small 15.0M (AiT-Small 15.1M) and base 89.4M (AiT-Base 90.4M). Width, depth and heads
 are those of the AiT of the name; the slots are 320 wide, not 768 as the tokens, for the parameters to meet.
 """
+import math
 from collections import OrderedDict
 from functools import partial
 from typing import Dict, Set, Tuple
@@ -46,7 +47,7 @@ def join_memory(x: torch.Tensor, memory: torch.Tensor, num_prefix_tokens: int) -
 
 
 class LearnedSlots(nn.Module):
-    """Adds the initial memory, the same for every image, to the tokens of images."""
+    """Puts the initial memory, the same for every image, among the tokens (B, P + N, E), after the first P."""
 
     def __init__(self, num_slots: int, slot_dim: int, num_prefix_tokens: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -159,13 +160,13 @@ class CoordinationBlock(MasklessBlock, Block):
         self.attn = SharedWorkspace(**slots, **{name: kwargs[name] for name in shared})
         self.num_slots = num_slots
         self.num_prefix_tokens = num_prefix_tokens
+        self.num_memory_tokens = math.ceil(num_slots * self.attn.slot_dim / kwargs['dim'])
 
     def update(self, x: torch.Tensor) -> torch.Tensor:
         """Update the tokens x (B, P + K + N, E), of which K hold the memory."""
-        B, _, E = x.shape
+        start, stop = self.num_prefix_tokens, self.num_prefix_tokens + self.num_memory_tokens
         size = self.num_slots * self.attn.slot_dim
-        start, stop = self.num_prefix_tokens, self.num_prefix_tokens + -(-size // E)
-        memory = x[:, start:stop].flatten(1)[:, :size].reshape(B, self.num_slots, self.attn.slot_dim)
+        memory = x[:, start:stop].flatten(1)[:, :size].reshape(x.shape[0], self.num_slots, self.attn.slot_dim)
         tokens = torch.cat([x[:, :start], x[:, stop:]], dim=1)
         received, memory = self.attn(self.norm1(tokens), memory)
         tokens = tokens + self.drop_path1(self.ls1(received))

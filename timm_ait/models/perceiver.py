@@ -154,6 +154,8 @@ class Perceiver(VisionTransformer):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing, of each cross-attention and block."""
+        super().set_grad_checkpointing(enable)
+        self.grad_checkpointing = False  # not of the encoder as a whole
         self.blocks[0].grad_checkpointing = enable
 
     def forward_intermediates(

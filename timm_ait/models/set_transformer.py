@@ -102,7 +102,7 @@ class PoolingByMultiheadAttention(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.seeds = nn.Parameter(torch.empty(1, dim, **dd))
-        self.rff = rowwise_feed_forward(dim, kwargs['act_layer'], kwargs['proj_drop'], **dd)
+        self.rff = rowwise_feed_forward(dim, kwargs.get('act_layer', nn.ReLU), kwargs.get('proj_drop', 0.), **dd)
         self.mab = MultiheadAttentionBlock(dim, **kwargs, **dd)
         self.reset_parameters()
 
