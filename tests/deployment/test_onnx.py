@@ -5,6 +5,7 @@ import torch
 from torch.export import Dim
 
 from tests.deployment import TOLERANCE, images, make_ait, other_memory
+from tests.models import make_model
 
 SIZES = {0: 'batch', 2: 'height', 3: 'width'}  # dimensions of images that may change
 
@@ -32,3 +33,13 @@ def test_any_batch_and_image_size(tmp_path, dynamo):
     # and the model is as it was
     assert not model.training and torch.equal(model(images()), expected)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name, kwargs', [
+    ('set_transformer', {}), ('perceiver', {}), ('coordination', dict(num_slots=3)), ('centroid_transformer', {})])
+def test_any_batch_of_a_baseline_by_the_exporter_that_traces(tmp_path, name, kwargs):
+    model, path = make_model(f'test_{name}', img_size=16, **kwargs).eval(), tmp_path / 'model.onnx'
+    torch.onnx.export(
+        model, (images(2),), str(path), dynamo=False, input_names=['images'], dynamic_axes={'images': {0: 'batch'}})
+    assert_same_logits(path, model, images(1), images(3))
