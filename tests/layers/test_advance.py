@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from timm.utils import freeze
 
 from tests.layers import SMALL, make_workspace, written_by
-from timm_ait.layers import WorkspaceMlp, advance, advance_memory, balance_loss
+from timm_ait.layers import GlobalWorkspace, WorkspaceMlp, advance, advance_memory, balance_loss
 from timm_ait.ops import naive
 
 
@@ -421,8 +421,9 @@ class TestBalanceLoss:
         assert all(parameter.grad is None for parameter in layer.parameters())
 
     @pytest.mark.parametrize('end, kwargs', [
-        (advance_memory, {}), (advance_memory, dict(reset_memory=True)), (nn.Module.eval, {})])
-    def test_keeps_no_graph_beyond_the_step_or_in_evaluation(self, end, kwargs):
+        (advance_memory, {}), (advance_memory, dict(reset_memory=True)), (nn.Module.eval, {}),
+        (GlobalWorkspace.train, {})])
+    def test_keeps_no_graph_beyond_the_step_or_a_change_of_mode(self, end, kwargs):
         layer = make_workspace(**kwargs)
         x = torch.zeros(4, 9, 24, requires_grad=True) + tokens()
         kept = weakref.ref(x)

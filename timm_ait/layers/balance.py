@@ -33,8 +33,8 @@ def balance_loss(model: nn.Module) -> torch.Tensor:
     In your own training loop, add it to the criterion after each forward; timm's training tasks do so themselves. It is
     zero if no workspace wrote: in evaluation, or where the write is frozen. A workspace that the forward used several
     times, each use feeding the next, counts with all of them; compiled or parallel uses count with the last. The graph
-    is kept until the backward, the next forward, `eval()` or the optimizer's step; from then on the loss is only its
-    value, and a backward through it warns.
+    is kept until the backward, the next forward, `train()`, `eval()` or the optimizer's step; from then on the loss is
+    only its value, and a backward through it warns.
     """
     losses = [
         (workspace, workspace.balance) for _, workspace in named_workspaces(model)

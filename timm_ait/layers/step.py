@@ -15,7 +15,7 @@ class StepwiseMemory(nn.Module):
     is_workspace = True
     # sum (M, D) and number of the memories written since the last step; no buffers, which DDP would overwrite
     written: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
-    # weighted balance loss of the last forward (scalar), with its graph until its backward, eval() or the step
+    # weighted balance loss of the last forward (scalar), with its graph until its backward, train(), eval() or the step
     balance: Optional[torch.Tensor] = None
     _balance_node: Optional[Any] = None  # of autograd's graph, which gave the output
     # share of the tokens that at least one slot selected in the last forward (scalar)
@@ -95,9 +95,8 @@ class StepwiseMemory(nn.Module):
         self.release_balance()
 
     def train(self, mode: bool = True) -> 'StepwiseMemory':
-        if not mode:
-            self.release_balance()
-        elif self.writes and not self.reset_memory and not torch.is_inference_mode_enabled():
+        self.release_balance()  # also what a forward has left that ran out of memory
+        if mode and self.writes and not self.reset_memory and not torch.is_inference_mode_enabled():
             self.written_since_step()  # a compiled forward that made them would be compiled twice
         return super().train(mode)
 
