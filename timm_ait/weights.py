@@ -34,7 +34,7 @@ def shipped_cfg(name: str) -> Dict[str, Any]:
 
 
 def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Compare keys and shapes before anything is loaded.
+    """Compare keys, shapes and dtypes before anything is loaded.
 
     timm adapts the first convolution to other channels and the classifier to other classes, so these may differ. With
     another number of classes, pooling and norms before the classifier may be missing; those of another shape are
@@ -63,6 +63,10 @@ def _check_fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
         'another shape': [
             f'{key} {tuple(state_dict[key].shape)} instead of {tuple(expected[key].shape)}' for key in other_shape
             if not key.startswith(adapted)],
+        # PyTorch would convert even complex numbers
+        'not floating point': [
+            f'{key} {value.dtype}' for key, value in state_dict.items()
+            if key in expected and expected[key].is_floating_point() and not value.is_floating_point()],
     }
     if any(problems.values()):
         raise RuntimeError('; '.join(

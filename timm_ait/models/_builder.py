@@ -53,11 +53,10 @@ def build_vit(
         if kwargs.get('features_only'):
             raise ValueError('features_only takes no question: call forward_intermediates(x, question=question).')
         model_cls, kwargs['question_dim'] = question_cls, question_dim
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    overlay, given = kwargs.get('pretrained_cfg_overlay') or {}, kwargs.get('pretrained_cfg')
+    cfg = resolve_pretrained_cfg(variant, given, overlay)
     if (cfg.num_classes or 0) < 0:  # from train.py, which gives none with --pretrained-path: those without it
-        own = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'))
-        kwargs.setdefault('num_classes', own.num_classes or 1000)
+        kwargs.setdefault('num_classes', resolve_pretrained_cfg(variant, given).num_classes or 1000)
     folder = Path(cfg.file or '').parent
     is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, f'{HUB_USER}/{folder.name}')
     shipped = weights_dir() / f'{variant}.{cfg.tag or folder.name.partition(".")[2]}'

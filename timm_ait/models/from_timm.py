@@ -51,12 +51,11 @@ class _Unmasked:
 
     def __call__(self, *args, **kwargs):
         if self.training:
-            block = next(cls.__name__ for cls in type(self).__mro__ if cls in _UNMASKED)
             given = {**dict(zip(inspect.signature(self.forward).parameters, args)), **kwargs}
             reject_masks(
                 given.get('attn_mask'), given.get('is_causal', False),
-                'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of '
-                f'attn_mask out, a {block} with a {type(self.mlp).__name__} does not)')
+                'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of a '
+                f'mask out, a {type(self).__name__.removeprefix("Unmasked")} with a {type(self.mlp).__name__} does not)')
         return super().__call__(*args, **kwargs)
 
 
