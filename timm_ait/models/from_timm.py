@@ -55,7 +55,7 @@ class _Unmasked:
             reject_masks(
                 given.get('attn_mask'), given.get('is_causal', False),
                 'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of a '
-                f'mask out, a {type(self).__name__.removeprefix("Unmasked")} with a {type(self.mlp).__name__} does not)')
+                f'mask out, a {type(self).__name__.removeprefix("Unmasked")} with {type(self.mlp).__name__} does not)')
         return super().__call__(*args, **kwargs)
 
 
