@@ -73,20 +73,20 @@ def read_shares(
         By layer, where it reads:
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
             mean over tokens; nan unless the layer ends the MLP of a pre-norm block, such as ViT's, EVA's or Swin's.
-        'constant_share': Share of the readings' squared norm in their mean over all tokens: 1 if all are equal,
-            nan if nothing is read (gates of zero).
+        'constant_share': Share of the readings' squared norm in their mean over tokens: 1 if all are equal, nan if 0.
 
     Raises:
         ValueError: The model has no workspaces or uses one several times, or there is a mask.
     """
-    shares, reads = {}, {}
+    shares, reads, seen = {}, {}, set()
 
     def after_workspace(name: str, workspace: GlobalWorkspace, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor):
-        if name in shares:
+        if name in seen:
             raise ValueError(f'model: {name} is used several times in a forward, figures would be of one of them')
+        seen.add(name)
         x = inputs[0]
+        normed = workspace.norm(x)
         with torch.autocast(x.device.type, enabled=False):
-            normed = workspace.norm(x)
             if visit is not None:
                 visit(name, normed.float().reshape(x.shape[0], -1, x.shape[-1]))
             if workspace.retrieves:
@@ -108,8 +108,8 @@ def read_shares(
         ratios = read.float().norm(dim=-1).flatten(1) / output.float().norm(dim=-1).flatten(1).clamp_min(1e-20)
         shares[name]['residual_share'] = float(ratios.mean())
 
-    if isinstance(images, dict) or kwargs.keys() & {'attn_mask', 'is_causal', 'patch_valid'}:
-        raise ValueError('images, attn_mask: masks are not supported, since masked tokens would count')
+    if isinstance(images, dict) or any(kwargs.get(name) is not None for name in ('attn_mask', 'patch_valid')):
+        raise ValueError('images, attn_mask: dicts and masks are not supported, since masked tokens would count')
     found, suffix = workspaces(model), '.mlp.workspace'
     blocks = {
         name: model.get_submodule(name.removesuffix(suffix))
@@ -224,7 +224,7 @@ def retrieval(workspace: GlobalWorkspace, tokens: torch.Tensor) -> Dict[str, flo
     """
     stored, beta = attractors(workspace), workspace.beta
     tokens = tokens.flatten(0, -2).float()
-    starts = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:2048].to(tokens.device)]
+    starts = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0), device='cpu')[:2048]]
     ends = fixed_points(starts, stored, beta)
     num_distinct, left = 0, ends
     while len(left):

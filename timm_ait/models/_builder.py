@@ -55,7 +55,7 @@ def build_vit(
         model_cls, kwargs['question_dim'] = question_cls, question_dim
     overlay, given = kwargs.get('pretrained_cfg_overlay') or {}, kwargs.get('pretrained_cfg')
     cfg = resolve_pretrained_cfg(variant, given, overlay)
-    if (cfg.num_classes or 0) < 0:  # from train.py, which gives none with --pretrained-path: those without it
+    if (cfg.num_classes or 0) < 0:  # from train.py with --pretrained-path: as many as without it
         kwargs.setdefault('num_classes', resolve_pretrained_cfg(variant, given).num_classes or 1000)
     folder = Path(cfg.file or '').parent
     is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, f'{HUB_USER}/{folder.name}')

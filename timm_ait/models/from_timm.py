@@ -54,8 +54,8 @@ class _Unmasked:
             given = {**dict(zip(inspect.signature(self.forward).parameters, args)), **kwargs}
             reject_masks(
                 given.get('attn_mask'), given.get('is_causal', False),
-                'in training, masked tokens would be written into the workspaces (a Block with an Mlp keeps those of a '
-                f'mask out, a {type(self).__name__.removeprefix("Unmasked")} with {type(self.mlp).__name__} does not)')
+                'in training, masked tokens would be written (a Block with an Mlp keeps those of attn_mask out, '
+                f'a {type(self).__name__.removeprefix("Unmasked")} with a {type(self.mlp).__name__} does not)')
         return super().__call__(*args, **kwargs)
 
 
