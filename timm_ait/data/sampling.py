@@ -41,8 +41,8 @@ def first_valid(
 def chunks(num_train: int, num_validation: int, default_train: int) -> Iterator[Tuple[str, np.ndarray]]:
     """Names of splits with the indices of some of their samples, in order, with a progress bar.
 
-    The validation samples take the indices after those of the training samples, also after those of the default number,
-    on which shipped weights were trained.
+    The validation samples take the indices after those of the training samples, and never those of the default training
+    set, on which shipped weights were trained.
     """
     middle = max(num_train, default_train)
     with tqdm(total=num_train + num_validation, unit='image') as progress:

@@ -95,7 +95,7 @@ class StepwiseMemory(nn.Module):
         self.release_balance()
 
     def train(self, mode: bool = True) -> 'StepwiseMemory':
-        self.release_balance()  # also what a forward has left that ran out of memory
+        self.release_balance()  # also that of a forward that ran out of memory
         if mode and self.writes and not self.reset_memory and not torch.is_inference_mode_enabled():
             self.written_since_step()  # a compiled forward that made them would be compiled twice
         return super().train(mode)

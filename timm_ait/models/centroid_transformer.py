@@ -79,7 +79,7 @@ class CentroidBlock(MasklessBlock, Block):
         """Centroids (B, P + M, C) of P prefix tokens and a grid of tokens, x (B, P + N, C)."""
         prefix, grid = x[:, :self.num_prefix_tokens], x[:, self.num_prefix_tokens:]
         grid = grid.transpose(1, 2).unflatten(2, (self.grid_size[0], self.grid_size[1]))
-        means = F.avg_pool2d(grid, self.pool_size, ceil_mode=True, count_include_pad=False)  # for ONNX
+        means = F.avg_pool2d(grid, self.pool_size, ceil_mode=True, count_include_pad=False)  # ONNX's ceil_mode pads
         centroids = torch.cat([prefix, means.flatten(2).transpose(1, 2)], dim=1)
         centroids = centroids + self.drop_path1(self.ls1(self.attn(self.norm1(centroids), self.norm1(x))))
         return centroids + self.drop_path2(self.ls2(self.mlp(self.norm2(centroids))))

@@ -36,7 +36,7 @@ __all__ = ['Coordination']
 def topk_softmax(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Softmax over the k largest scores of the last dimension, zero elsewhere; a larger k keeps all scores."""
     values, indices = scores.topk(min(k, scores.shape[-1]), dim=-1)
-    return scores.clamp(max=float('-inf')).scatter(-1, indices, values).softmax(dim=-1)  # ONNX fixes full_like's shape
+    return scores.clamp(max=float('-inf')).scatter(-1, indices, values).softmax(dim=-1)  # full_like is fixed in ONNX
 
 
 def join_memory(x: torch.Tensor, memory: torch.Tensor, num_prefix_tokens: int) -> torch.Tensor:

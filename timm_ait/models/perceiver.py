@@ -155,7 +155,7 @@ class Perceiver(VisionTransformer):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable gradient checkpointing, of each cross-attention and block."""
         super().set_grad_checkpointing(enable)
-        self.grad_checkpointing, self.blocks[0].grad_checkpointing = False, enable  # not all at once
+        self.grad_checkpointing, self.blocks[0].grad_checkpointing = False, enable  # block by block
 
     def forward_intermediates(
             self,
