@@ -73,7 +73,7 @@ def read_shares(
         By layer, where it reads:
         'residual_share': Norm of the reading, after the block's layer scale, relative to that of the block's output,
             mean over tokens; nan unless the layer ends the MLP of a pre-norm block, such as ViT's, EVA's or Swin's.
-        'constant_share': Share of the readings' squared norm in their mean over tokens: 1 if all equal, nan if all are 0.
+        'constant_share': Share of the readings' squared norm in their mean: 1 if all are equal, nan if all are 0.
 
     Raises:
         ValueError: The model has no workspaces or uses one several times, or there is a mask.
