@@ -96,8 +96,9 @@ def test_a_checkpoint_to_train_on_from(tmp_path):
 @pytest.mark.parametrize('name, num_classes', [
     ('ait_small', 10), ('perceiver_small', 10), ('ait_vit_small_patch14_dinov2.pets', 37)])
 def test_a_checkpoint_to_train_on_from_leaves_the_number_of_classes_as_it_is(name, num_classes):
-    model = timm.create_model(name, pretrained_cfg_overlay=dict(num_classes=-1), device='meta')
-    assert model.num_classes == num_classes
+    overlay = dict(pretrained_cfg_overlay=dict(num_classes=-1))
+    for arguments in (dict(model_name=name, **overlay), timm.models.resolve_model_input_args(name, **overlay)):
+        assert timm.create_model(**arguments, device='meta').num_classes == num_classes
 
 
 class TestFit:

@@ -26,12 +26,15 @@ def explain(images, tmp_path):
 class TestFiles:
 
     def test_a_sheet_and_its_numbers_for_each_image(self, model, images, tmp_path):
-        other, out = images / 'sub/A.jpg', tmp_path / 'out'  # the same on file systems that ignore case
-        Image.new('RGB', (50, 50), 'red').save(other)
-        assert main(['explain', str(images / 'a.jpg'), str(other), '--model', model, '--out', str(out)]) == 0
-        assert sorted(file.name for file in out.iterdir()) == ['A-2.json', 'A-2.png', 'a.json', 'a.png']
-        assert Image.open(out / 'a.png').format == 'PNG'
-        assert json.loads((out / 'A-2.json').read_text())['file'] == str(other)
+        small, large, out = '\u00e9', 'E\u0301', tmp_path / 'out'  # the same to file systems that tell neither apart
+        files = [images / f'{small}.jpg', images / f'sub/{large}.jpg']
+        for file in files:
+            Image.new('RGB', (50, 50), 'red').save(file)
+        assert main(['explain', *map(str, files), '--model', model, '--out', str(out)]) == 0
+        names = [f'{stem}.{kind}' for stem in (f'{large}-2', small) for kind in ('json', 'png')]
+        assert sorted(file.name for file in out.iterdir()) == names
+        assert Image.open(out / f'{small}.png').format == 'PNG'
+        assert json.loads((out / f'{large}-2.json').read_text())['file'] == str(files[1])
 
     @pytest.mark.parametrize('folder', ['', 'sub'])
     def test_sheets_replace_no_image(self, error_of, model, images, folder):

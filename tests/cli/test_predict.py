@@ -129,6 +129,12 @@ class TestErrors:
 @pytest.mark.parametrize('command', ['predict', 'explain --out out'])
 class TestErrorsOfBothCommands:
 
+    @pytest.mark.parametrize('config', [
+        dict(data_config=dict(interpolation='lanczos3')), dict(model_config=dict(label_names={'cat': 0, 'dog': 1}))])
+    def test_a_bad_config_is_that_of_the_model(self, error_of, save, images, command, config):
+        model = save(timm.create_model('test_ait'), **config)
+        assert f'error: --model {model}: ' in error_of(*command.split(), images, '--model', model)
+
     def test_a_path_that_does_not_exist(self, error_of, images, command):
         assert 'IMAGE: there is no file or folder nowhere' in error_of(*command.split(), images, 'nowhere')
 
@@ -145,10 +151,12 @@ class TestErrorsOfBothCommands:
 class TestCommandLine:
 
     @pytest.mark.slow
-    def test_a_closed_pipe_ends_it_quietly(self, model, images):
-        command = f'{sys.executable} -m timm_ait predict {images} --model {model} | true'
+    @pytest.mark.parametrize('output, code, error', [('| true', 0, ''), ('> /dev/full', 2, 'error: OSError')])
+    def test_a_closed_pipe_or_a_full_disk_ends_it(self, model, images, output, code, error):
+        command = f'{sys.executable} -m timm_ait predict {images} --model {model} {output}'
         result = subprocess.run(command, shell=True, capture_output=True, text=True)
-        assert 'Error' not in result.stderr and 'Exception' not in result.stderr
+        assert result.returncode == code and 'Exception' not in result.stderr
+        assert error in result.stderr if error else 'Error' not in result.stderr
 
     @pytest.mark.parametrize('argv', [[], ['guess'], ['predict'], ['run']])
     def test_incomplete(self, error_of, argv):
@@ -159,6 +167,7 @@ class TestCommandLine:
         ('explain images --out out', '--layers', '0'), ('explain images --out out', '--slots', '-1'),
         ('explain images --out out', '--device', 'toaster'), ('explain images', '--out', __file__),
         ('export test_ait --out out', '--num-classes', '-3'), ('export test_ait', '--out', __file__),
+        ('export test_ait', '--out', ''),
         ('data triangle --out out', '--train', '0'), ('data triangle --out out', '--validation', '0'),
         ('data triangle --out out', '--seed', '-1'), ('data triangle --out out', '--seed', str(2 ** 64)),
         ('data triangle', '--out', __file__),

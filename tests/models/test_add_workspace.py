@@ -333,11 +333,12 @@ class TestArchitecture:
         assert logits(model, images(size=64)).shape == (4, 7)
         assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
 
-    def test_resolved_as_validate_does(self, body):
+    def test_resolved_as_scripts_do(self, body):
         arguments = timm.models.resolve_model_input_args(
-            'ait_from_timm', dict(img_size=64), model='test_vit', **WORKSPACE)
+            'ait_from_timm', dict(img_size=64), model='test_vit', **WORKSPACE, pretrained_cfg_overlay=dict(crop_pct=.5))
         model = timm.create_model(**arguments, pretrained=True)
-        assert timm.data.resolve_model_data_config(model)['mean'] == (0.5, 0.5, 0.5)
+        config = timm.data.resolve_model_data_config(model)
+        assert (config['mean'], config['crop_pct']) == ((0.5, 0.5, 0.5), 0.5)
         assert torch.equal(model.blocks[0].mlp.fc1.weight, body.blocks[0].mlp.fc1.weight)
 
     def test_a_body_of_any_size_takes_the_size_that_scripts_give(self):

@@ -35,10 +35,13 @@ def quietly(command: Callable[[Namespace], int], parser: ArgumentParser, args: N
         code = command(args)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails
-        return 1
     except (OSError, ValueError) as e:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush fails
+        if isinstance(e, BrokenPipeError):
+            return 1
         parser.error(one_line(e) if isinstance(e, OSError) else str(e))
 
 
@@ -64,6 +67,8 @@ def _nearest(folder: Path) -> Path:
 
 def output_folder(text: str) -> Path:
     """Type of an argument: a folder that can be written to or created."""
+    if not text:
+        raise ArgumentTypeError('is empty')
     existing = _nearest(Path(text))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ArgumentTypeError(f'{text}: {existing} is not a folder that can be written to')

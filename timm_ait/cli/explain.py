@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import unicodedata
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -19,7 +20,7 @@ from timm.layers import to_2tuple
 from timm_ait.analysis import analyse, collect_tokens, read_weights, workspaces, write_attention
 from timm_ait.ops.workspace import num_kept
 
-from . import integer, is_same_file, output_folder, quietly, staged
+from . import blame, integer, is_same_file, output_folder, quietly, staged
 from .images import add_arguments, class_names, each_file, find_images, image_classifier, load_model
 from .sheet import Tile, contact_sheet, fit
 
@@ -224,16 +225,16 @@ def _main(args: argparse.Namespace) -> int:
         raise ValueError(f'--out {args.out} holds some images, which sheets could overwrite: choose another')
     model = load_model(args.model, args.device)
     workspaces(model)  # raises an error if it has none
-    classify = image_classifier(model)
+    with blame(f'--model {args.model}'):
+        (_, descriptions), classify = class_names(model), image_classifier(model)
 
     def explain(file: Path) -> Tuple[Image.Image, Dict[str, Any]]:
         _, image, probabilities = classify(file)
         probability, index = (x.item() for x in probabilities.max(dim=-1))
-        description = class_names(model)[1][index]
         maps = layer_maps(model, image, BOTTLENECK)
         drawn = torch.linspace(len(maps) - 1, 0, min(args.layers, len(maps))).round().int().sort().values
         title = [
-            f'{file.name}: {probability:.0%} {description}, says {args.model.rpartition("/")[2]}',
+            f'{file.name}: {probability:.0%} {descriptions[index]}, says {args.model.rpartition("/")[2]}',
             f'{len(drawn)} of {len(maps)} layers: the slot that each patch reads most, and what slots would write, '
             f'{", ".join(dict.fromkeys(str(maps[i].num_kept) for i in drawn))} tokens a head',
         ]
@@ -241,7 +242,7 @@ def _main(args: argparse.Namespace) -> int:
         return draw_sheet(picture, title, [maps[i] for i in drawn], args.slots), {
             'file': str(file),
             'model': args.model,
-            'prediction': {'index': index, 'description': description, 'probability': probability},
+            'prediction': {'index': index, 'description': descriptions[index], 'probability': probability},
             'bottleneck': BOTTLENECK,
             'layers': [_numbers(layer, args.slots) for layer in maps],
         }
@@ -249,8 +250,9 @@ def _main(args: argparse.Namespace) -> int:
     errors, stems = [], set()
     for file, (sheet, numbers) in each_file(explain, files, 'explained', errors):
         names = itertools.chain([file.stem], (f'{file.stem}-{i}' for i in itertools.count(2)))
-        stem = next(name for name in names if name.casefold() not in stems)  # the file system may not tell A from a
-        stems.add(stem.casefold())
+        # file systems may not tell A from a, nor é from e with an accent
+        stem, key = next((s, k) for s in names if (k := unicodedata.normalize('NFC', s).casefold()) not in stems)
+        stems.add(key)
         with staged(args.out) as folder:
             sheet.save(folder / f'{stem}.png')
             (folder / f'{stem}.json').write_text(json.dumps(numbers))

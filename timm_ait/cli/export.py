@@ -173,7 +173,7 @@ def _main(args: argparse.Namespace) -> int:
     print(f'classes: {num_classes} ({shown})')
     print('input: ' + ' x '.join(map(str, input_size)))
     if num_classes > 1 and input_size[0] in (1, 3) and not hasattr(model, 'question_embed'):
-        print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out}")}')
+        print(f'try: python -m timm_ait predict IMAGE --model {shlex.quote(f"local-dir:{args.out.as_posix()}")}')
     return 0
 
 

@@ -5,7 +5,7 @@ import math
 
 from tqdm import tqdm
 
-from . import integer, is_same_file, quietly, staged
+from . import blame, integer, is_same_file, quietly, staged
 from .images import add_arguments, class_names, each_file, find_images, image_classifier, load_model
 from .sheet import Tile, contact_sheet, fit, sheet_file
 
@@ -35,10 +35,11 @@ def _main(args: argparse.Namespace) -> int:
     if args.sheet and any(is_same_file(file, args.sheet) for file in files):
         raise ValueError(f'--sheet {args.sheet} is one of the images: take another file')
     model = load_model(args.model, args.device)
-    names, descriptions = class_names(model)
+    with blame(f'--model {args.model}'):
+        (names, descriptions), classify = class_names(model), image_classifier(model)
 
     images, errors, tiles = [], [], []
-    for file, (image, _, probabilities) in each_file(image_classifier(model), files, 'classified', errors):
+    for file, (image, _, probabilities) in each_file(classify, files, 'classified', errors):
         best = [x.tolist() for x in probabilities.topk(min(args.topk, len(names)))]
         predictions = [
             {'index': index, 'name': names[index], 'description': descriptions[index], 'probability': probability}

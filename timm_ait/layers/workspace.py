@@ -108,7 +108,7 @@ class GlobalWorkspace(StepwiseMemory):
             retrieval_steps: Number of retrieval steps.
             memory_momentum: Weight of the memory before a write in the memory after it.
             memory_init: Initial memory, 'normal', 'uniform' or 'identity'.
-            memory_update: 'orthogonal' keeps the slots orthonormal, 'normalize' (published) only of unit norm.
+            memory_update: 'orthogonal' makes slots (or columns) orthonormal, 'normalize' (published) only of unit norm.
             balance_weight: Weight of the balance loss.
             write: Write in training. If False, the memory stays as it is.
             retrieval: Read from the memory. If False, the layer only normalises (or, if gated, does nothing).
@@ -206,7 +206,7 @@ class GlobalWorkspace(StepwiseMemory):
         Raises:
             ValueError: The tokens are not E wide, or in training the mask is not theirs.
             RuntimeError: The layer cannot write where it is: inside of `nn.DataParallel`, of FSDP with flat parameters,
-                of re-entrant checkpointing, `torch.export` or `torch.func`, or with offloaded parameters.
+                of re-entrant checkpointing, TorchScript, `torch.export` or `torch.func`, or with offloaded parameters.
         """
         if not torch.jit.is_scripting():
             if isinstance(x, torch.fx.Proxy):  # symbolic tracing keeps the layer whole

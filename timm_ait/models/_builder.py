@@ -5,17 +5,15 @@ from typing import Any, Callable, Dict, Iterable, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import HfHubHTTPError
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, get_arch_pretrained_cfgs, get_pretrained_cfg, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 
 from timm_ait.layers._arguments import check_at_least, check_known
 from timm_ait.weights import HUB_USER, check_weights, weights_dir
 
 _NO_ATTENTION = 'some blocks of this model have no self-attention'
-# arguments of models of 32 px images in 64 patches
 CIFAR_ARGS = dict(img_size=32, patch_size=4, class_token=False, global_pool='avg')
 
 
@@ -56,7 +54,8 @@ def build_vit(
     overlay, given = kwargs.get('pretrained_cfg_overlay') or {}, kwargs.get('pretrained_cfg')
     cfg = resolve_pretrained_cfg(variant, given, overlay)
     if (cfg.num_classes or 0) < 0:  # from train.py with --pretrained-path: as many as without it
-        kwargs.setdefault('num_classes', resolve_pretrained_cfg(variant, given).num_classes or 1000)
+        own = get_arch_pretrained_cfgs(variant).get(f'{variant}.{cfg.tag}') or get_pretrained_cfg(variant)
+        kwargs.setdefault('num_classes', own.num_classes or 1000)
     folder = Path(cfg.file or '').parent
     is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, f'{HUB_USER}/{folder.name}')
     shipped = weights_dir() / f'{variant}.{cfg.tag or folder.name.partition(".")[2]}'
@@ -71,7 +70,7 @@ def build_vit(
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', min(3, kwargs['depth'])), feature_cls='getter'),
             **kwargs,
         )
-    except (OSError, HfHubHTTPError) as e:
+    except OSError as e:
         hub_id = cfg.hf_hub_id or ''
         if cfg.source or cfg.file or cfg.url or cfg.state_dict or not hub_id.startswith(f'{HUB_USER}/'):
             raise

@@ -37,7 +37,6 @@ __all__ = ['add_workspace']
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
 _WRAPPERS = ('OptimizedModule', 'DataParallel', 'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDP')
-# MLPs of transformer blocks, also of blocks in stages
 _BLOCK_MLP = re.compile(r'(^|\.)blocks(\.\d+)+\.mlp$')
 
 
@@ -65,7 +64,6 @@ class UnmaskedEvaBlock(_Unmasked, EvaBlock): ...
 class UnmaskedEvaBlockPostNorm(_Unmasked, EvaBlockPostNorm): ...
 
 
-# timm's blocks that take masks
 _UNMASKED = {cls.__bases__[1]: cls for cls in _Unmasked.__subclasses__()}
 
 
@@ -87,7 +85,7 @@ def add_workspace(model: ModelT, blocks: Union[None, int, Sequence[int]] = None,
             ViT, DeiT, BEiT, EVA and Swin families. The workspaces get its device and dtype.
         blocks: Index or indices of the blocks that get a workspace, counted over all stages; negative ones count from
             the end. None for all.
-        **workspace_kwargs: Arguments of `GlobalWorkspace` other than `gated`.
+        **workspace_kwargs: Arguments of `GlobalWorkspace` other than `dim`, `gated`, `device` and `dtype`.
 
     Returns:
         The same model.
@@ -194,7 +192,7 @@ def ait_from_timm(
     Args:
         model: Architecture of the transformer, with or without a tag: 'vit_tiny_patch16_224.augreg_in21k'.
         blocks: As `add_workspace`.
-        **kwargs: Arguments of `GlobalWorkspace` and of the transformer.
+        **kwargs: Arguments of `add_workspace` and of the transformer.
 
     Raises:
         RuntimeError: The weights do not match the model.
@@ -241,23 +239,22 @@ def ait_from_timm(
         given = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
         is_timms = given is not pretrained_cfg or given.get('tag') == 'untrained'  # it has all of timm's defaults
         pretrained_cfg = PretrainedCfg(**given)
+        defaults = [vars(cfg) for cfg in (PretrainedCfg(), get_pretrained_cfg('ait_from_timm'))]
         given = {
             key: value for key, value in given.items()
-            if key != 'architecture' and not (is_timms and value == getattr(PretrainedCfg, key))}
+            if key != 'architecture' and not (is_timms and value in [default[key] for default in defaults])}
     is_saved = given.get('source') in ('local-dir', 'hf-hub')
-    if not is_saved and (given.get('tag') != 'untrained' or any(map(given.get, sources))):
-        overlay = {**given, **overlay}
-    if not is_saved and not overlay.keys() & sources:
-        build = partial(build, pretrained, pretrained_cfg_overlay=overlay, cache_dir=kwargs.get('cache_dir'))
-        pretrained = False
-        if not kwargs.get('features_only'):
-            return build(**kwargs)
-
     if not is_saved:
+        overlay = {**given, **overlay}
         # a file has no config of its own: use the body's
         pretrained_cfg = dataclasses.replace(
             get_pretrained_cfg(model) or PretrainedCfg(),
             architecture='ait_from_timm', url=None, file=None, hf_hub_id=None, custom_load=False)
+        if not overlay.keys() & sources:
+            build = partial(build, pretrained, pretrained_cfg_overlay=overlay, cache_dir=kwargs.get('cache_dir'))
+            pretrained = False
+            if not kwargs.get('features_only'):
+                return build(**kwargs)
     built = build_model_with_cfg(
         build, 'ait_from_timm', pretrained, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=check_weights(checkpoint_filter_fn),

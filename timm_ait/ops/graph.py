@@ -7,7 +7,7 @@ from torch.autograd.graph import Node
 
 def in_backward() -> bool:
     """Whether a backward is running: a forward inside of it is one that gradient checkpointing computes again."""
-    return getattr(torch._C, '_current_graph_task_id', lambda: -1)() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_recomputed() -> bool:
@@ -15,10 +15,7 @@ def is_recomputed() -> bool:
 
     Not in re-entrant checkpointing, whose first forward has none.
     """
-    if not in_backward():
-        return False
-    node = getattr(torch._C, '_current_autograd_node', lambda: None)()
-    return type(node).__name__ != 'CheckpointFunctionBackward'
+    return in_backward() and type(torch._C._current_autograd_node()).__name__ != 'CheckpointFunctionBackward'
 
 
 def depends_on(x: torch.Tensor, nodes: Set[Optional[Node]]) -> bool:

@@ -168,7 +168,7 @@ def slot_statistics(memory: torch.Tensor) -> Dict[str, float]:
         'effective_rank': exp of the entropy of the normalised singular values, 1 (collapsed) to min(M, D).
         'mean_cosine': mean cosine of distinct slots, 1 when collapsed; nan for a single slot.
     """
-    memory = F.normalize(memory.detach().float(), dim=-1)
+    memory = F.normalize(memory.detach().float().cpu(), dim=-1)  # not every device has singular values
     s = torch.linalg.svdvals(memory)
     s = s / s.sum()
     num_pairs = memory.shape[0] * (memory.shape[0] - 1)
