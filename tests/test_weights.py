@@ -69,6 +69,13 @@ def test_the_models_of_sort_of_clevr_and_triangle_have_the_generators_sizes():
     assert get_pretrained_cfg('ait_small_patch32_64').label_names == triangle.CLASSES
 
 
+def test_an_emptied_source_leaves_the_others():
+    model, expected = [
+        timm.create_model('ait_small', pretrained=True, pretrained_cfg_overlay=overlay)
+        for overlay in (dict(hf_hub_id=''), {})]
+    assert torch.equal(model.head.weight, expected.head.weight)
+
+
 class TestNotInstalled:
     """A checkpoint that the wheel leaves out."""
     cfg = PretrainedCfg(**cifar_cfg(**shipped_cfg('test_ait.elsewhere')))
@@ -99,6 +106,8 @@ def test_a_checkpoint_to_train_on_from_leaves_the_number_of_classes_as_it_is(nam
     overlay = dict(pretrained_cfg_overlay=dict(num_classes=-1))
     for arguments in (dict(model_name=name, **overlay), timm.models.resolve_model_input_args(name, **overlay)):
         assert timm.create_model(**arguments, device='meta').num_classes == num_classes
+    folder = dict(pretrained_cfg=dict(num_classes=12), **overlay)
+    assert timm.create_model(name, **folder, device='meta').num_classes == 12
 
 
 class TestFit:

@@ -113,9 +113,10 @@ class TestTrainingArguments:
             key: tensor.shape for key, tensor in expected.items()}
         assert model.global_pool == arguments.get('gp', model.global_pool)
 
-    def test_say_how_images_are_preprocessed(self, train, tmp_path):
+    @pytest.mark.parametrize('give', [lambda args: args, lambda args: dict(pretrained_cfg_overlay=args)])
+    def test_say_how_images_are_preprocessed(self, train, tmp_path, give):
         preprocessing = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bilinear', crop_pct=0.9)
-        checkpoint = train(**preprocessing, img_size=64, model_kwargs=dict(img_size=64))
+        checkpoint = train(**give(preprocessing), img_size=64, model_kwargs=dict(img_size=64))
         cfg = run(checkpoint, tmp_path / 'out')['pretrained_cfg']
         assert {key: cfg[key] for key in preprocessing} == preprocessing
         assert cfg['input_size'] == [3, 64, 64]

@@ -151,12 +151,12 @@ class TestErrorsOfBothCommands:
 class TestCommandLine:
 
     @pytest.mark.slow
-    @pytest.mark.parametrize('output, code, error', [('| true', 0, ''), ('> /dev/full', 2, 'error: OSError')])
-    def test_a_closed_pipe_or_a_full_disk_ends_it(self, model, images, output, code, error):
+    @pytest.mark.parametrize('output, message', [('| true', None), ('> /dev/full', 'error: OSError')])
+    def test_a_closed_pipe_or_a_full_disk_ends_it(self, model, images, output, message):
         command = f'{sys.executable} -m timm_ait predict {images} --model {model} {output}'
         result = subprocess.run(command, shell=True, capture_output=True, text=True)
-        assert result.returncode == code and 'Exception' not in result.stderr
-        assert error in result.stderr if error else 'Error' not in result.stderr
+        assert 'Exception' not in result.stderr
+        assert (message in result.stderr and result.returncode == 2) if message else 'Error' not in result.stderr
 
     @pytest.mark.parametrize('argv', [[], ['guess'], ['predict'], ['run']])
     def test_incomplete(self, error_of, argv):

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch.utils.hooks import RemovableHandle
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 
@@ -277,6 +277,11 @@ class TestArchitecture:
         assert len(workspaces(model)) == 6
         assert timm.data.resolve_model_data_config(model) == timm.data.resolve_model_data_config(body)
 
+    def test_an_emptied_source_leaves_that_of_the_body(self, body):
+        model = timm.create_model(
+            'ait_from_timm', model='test_vit', pretrained=True, pretrained_cfg_overlay=dict(url=''))
+        assert torch.equal(model.blocks[0].mlp.fc1.weight, body.blocks[0].mlp.fc1.weight)
+
     def test_a_new_classifier_begins_as_that_of_the_body(self, body):
         model = timm.create_model('ait_from_timm', model='test_vit', pretrained=True, num_classes=7).eval()
         assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2) and not model.head.bias.any()
@@ -335,10 +340,11 @@ class TestArchitecture:
 
     def test_resolved_as_scripts_do(self, body):
         arguments = timm.models.resolve_model_input_args(
-            'ait_from_timm', dict(img_size=64), model='test_vit', **WORKSPACE, pretrained_cfg_overlay=dict(crop_pct=.5))
+            'ait_from_timm', dict(img_size=64), model='test_vit', **WORKSPACE,
+            pretrained_cfg_overlay=dict(std=IMAGENET_DEFAULT_STD))
         model = timm.create_model(**arguments, pretrained=True)
         config = timm.data.resolve_model_data_config(model)
-        assert (config['mean'], config['crop_pct']) == ((0.5, 0.5, 0.5), 0.5)
+        assert (config['mean'], config['std']) == ((0.5, 0.5, 0.5), IMAGENET_DEFAULT_STD)
         assert torch.equal(model.blocks[0].mlp.fc1.weight, body.blocks[0].mlp.fc1.weight)
 
     def test_a_body_of_any_size_takes_the_size_that_scripts_give(self):

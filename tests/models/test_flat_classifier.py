@@ -67,6 +67,7 @@ class TestResetClassifier:
         expected = model.head(model.fc_norm(model.forward_features(x).mean(1)))
         torch.testing.assert_close(model(x), expected)
         model.reset_classifier(5, 'flat')
+        assert not any(module.training for module in model.modules())
         assert (model.head_hidden_size, model.fc_norm.normalized_shape) == (N * E, (N * E,))
         assert model(x).shape == (4, 5)
 

@@ -188,6 +188,7 @@ def _load_trained(args: argparse.Namespace) -> Tuple[nn.Module, Dict[str, Any]]:
         'num_classes': trained.get('num_classes') if args.num_classes is None else args.num_classes,
         'in_chans': trained['input_size'][0] if trained.get('input_size') else trained.get('in_chans'),
         'global_pool': trained.get('gp'),
+        'pretrained_cfg_overlay': trained.get('pretrained_cfg_overlay') or None,
         **((trained.get('model_kwargs') or {}) if args.model_kwargs is None else args.model_kwargs),
     }
     with blame(f'--model {name}, --num-classes and --model-kwargs, together {arguments}'):

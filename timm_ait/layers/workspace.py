@@ -108,7 +108,8 @@ class GlobalWorkspace(StepwiseMemory):
             retrieval_steps: Number of retrieval steps.
             memory_momentum: Weight of the memory before a write in the memory after it.
             memory_init: Initial memory, 'normal', 'uniform' or 'identity'.
-            memory_update: 'orthogonal' makes slots (or columns) orthonormal, 'normalize' (published) only of unit norm.
+            memory_update: 'orthogonal' makes slots orthonormal (if M > D their columns, then slots of unit norm),
+                'normalize' (published) only of unit norm.
             balance_weight: Weight of the balance loss.
             write: Write in training. If False, the memory stays as it is.
             retrieval: Read from the memory. If False, the layer only normalises (or, if gated, does nothing).

@@ -54,10 +54,12 @@ def build_vit(
     overlay, given = kwargs.get('pretrained_cfg_overlay') or {}, kwargs.get('pretrained_cfg')
     cfg = resolve_pretrained_cfg(variant, given, overlay)
     if (cfg.num_classes or 0) < 0:  # from train.py with --pretrained-path: as many as without it
-        own = get_arch_pretrained_cfgs(variant).get(f'{variant}.{cfg.tag}') or get_pretrained_cfg(variant)
+        own = resolve_pretrained_cfg(variant, given)
+        if (own.num_classes or 0) < 0:  # newer scripts have merged the overlay into it
+            own = get_arch_pretrained_cfgs(variant).get(f'{variant}.{cfg.tag}') or get_pretrained_cfg(variant)
         kwargs.setdefault('num_classes', own.num_classes or 1000)
     folder = Path(cfg.file or '').parent
-    is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, f'{HUB_USER}/{folder.name}')
+    is_elsewhere = cfg.url or cfg.hf_hub_filename or cfg.hf_hub_id not in (None, '', f'{HUB_USER}/{folder.name}')
     shipped = weights_dir() / f'{variant}.{cfg.tag or folder.name.partition(".")[2]}'
     if is_elsewhere and not cfg.source and folder == shipped:  # whose file timm would prefer
         kwargs['pretrained_cfg_overlay'] = {**overlay, 'file': None}

@@ -161,7 +161,7 @@ class AssociativeTransformer(VisionTransformer):
         super().reset_classifier(num_classes, 'avg' if flat else global_pool)
         num_tokens = 1
         if flat:
-            self.global_pool, self.attn_pool = 'flat', nn.Flatten(1)
+            self.global_pool, self.attn_pool = 'flat', nn.Flatten(1).train(self.training)
             num_tokens = self.patch_embed.num_patches + self.pool_include_prefix * self.num_prefix_tokens
         self.head_hidden_size = num_tokens * self.embed_dim
         dd = get_device_dtype(self)

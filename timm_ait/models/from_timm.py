@@ -172,7 +172,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return {**state_dict, **fresh}
 
 
-default_cfgs = generate_default_cfgs({'ait_from_timm.untrained': dict(fixed_input_size=True)})
+# without timm's defaults, so that what a script has merged into it is seen
+_NOTHING = dict.fromkeys(field.name for field in dataclasses.fields(PretrainedCfg))
+default_cfgs = generate_default_cfgs({
+    'ait_from_timm.untrained': {**_NOTHING, 'fixed_input_size': True, 'custom_load': False}})
 
 
 @register_model
@@ -237,12 +240,13 @@ def ait_from_timm(
         get_pretrained_cfg(f'ait_from_timm.{pretrained_cfg}')  # raises an error for a tag, which belongs to `model`
     elif pretrained_cfg is not None:
         given = pretrained_cfg if isinstance(pretrained_cfg, dict) else vars(pretrained_cfg)
-        is_timms = given is not pretrained_cfg or given.get('tag') == 'untrained'  # it has all of timm's defaults
+        defaults = [vars(get_pretrained_cfg('ait_from_timm'))] if given.get('tag') == 'untrained' else []
+        if given is not pretrained_cfg:  # an object has all of timm's
+            defaults.append(vars(PretrainedCfg()))
         pretrained_cfg = PretrainedCfg(**given)
-        defaults = [vars(cfg) for cfg in (PretrainedCfg(), get_pretrained_cfg('ait_from_timm'))]
         given = {
             key: value for key, value in given.items()
-            if key != 'architecture' and not (is_timms and value in [default[key] for default in defaults])}
+            if key != 'architecture' and value not in [default[key] for default in defaults]}
     is_saved = given.get('source') in ('local-dir', 'hf-hub')
     if not is_saved:
         overlay = {**given, **overlay}
@@ -250,7 +254,7 @@ def ait_from_timm(
         pretrained_cfg = dataclasses.replace(
             get_pretrained_cfg(model) or PretrainedCfg(),
             architecture='ait_from_timm', url=None, file=None, hf_hub_id=None, custom_load=False)
-        if not overlay.keys() & sources:
+        if not any(map(overlay.get, sources)):
             build = partial(build, pretrained, pretrained_cfg_overlay=overlay, cache_dir=kwargs.get('cache_dir'))
             pretrained = False
             if not kwargs.get('features_only'):
