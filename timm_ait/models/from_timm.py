@@ -172,7 +172,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return {**state_dict, **fresh}
 
 
-# without timm's defaults, so that what a script has merged into it is seen
+# none of timm's defaults: whatever else a resolved cfg holds was given by an overlay
 _NOTHING = dict.fromkeys(field.name for field in dataclasses.fields(PretrainedCfg))
 default_cfgs = generate_default_cfgs({
     'ait_from_timm.untrained': {**_NOTHING, 'fixed_input_size': True, 'custom_load': False}})
